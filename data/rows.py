@@ -1,0 +1,99 @@
+"""Rows and data sets: TOFU's JSON lines, read and checked, whoever wrote them.
+
+A row has `question` and `answer`, optionally `paraphrased_question`, `paraphrased_answer`, `perturbed_answer`
+(a list of wrong answers), or is `{"text": ...}`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import UserError
+
+Row = dict
+
+
+@dataclass
+class DataSet:
+    """What is taught, what is to be forgotten and kept, and what scores it."""
+
+    name: str
+    forget: list[Row]  # rows to forget, as trained
+    retain: list[Row]  # rows to keep, as trained
+    background: list[Row] = field(default_factory=list)  # pretrained, but part of no unlearning set
+    scored: dict[str, list[Row]] = field(default_factory=dict)  # set name -> rows that score and never teach
+    paraphrased: list[Row] = field(default_factory=list)  # D'_f beyond the forget set (ULD, section 3.3)
+    perturbed: list[Row] = field(default_factory=list)  # D'_r beyond the retain set
+    utility: tuple[str, ...] = ()  # the scored sets that model utility averages
+
+    def texts(self) -> list[str]:
+        """All text that is taught, for training a tokenizer."""
+        return [row[key] for row in self.forget + self.retain + self.background
+                for key in ("question", "answer", "text") if key in row]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file. Raises UserError naming the file and the line of the first bad row."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a file of JSON lines with question and answer")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
+        check_row(row, f"{path} line {number}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty: it needs at least one JSON line with question and answer")
+    return rows
+
+
+def check_row(row: Row, where: str) -> None:
+    """Raises UserError, beginning with `where`, unless row follows the schema at the top of this file."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object: expected {{\"question\": ..., \"answer\": ...}}")
+    needed = ("text",) if "text" in row else ("question", "answer")
+    for key in (*needed, "paraphrased_question", "paraphrased_answer"):
+        if key not in row:
+            if key in needed:
+                raise UserError(f"{where} lacks '{key}': a row is question and answer, or text")
+            continue
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(f"{where}: '{key}' is not a non-empty string")
+    wrong = row.get("perturbed_answer", [])
+    if isinstance(wrong, str):
+        wrong = [wrong]
+    if not isinstance(wrong, list) or not all(isinstance(w, str) and w.strip() for w in wrong):
+        raise UserError(f"{where}: 'perturbed_answer' is not a list of non-empty strings")
+    if "perturbed_answer" in row:
+        row["perturbed_answer"] = wrong
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def augment(rows: list[Row], paraphrases: int = 2, wrong: int = 2) -> tuple[list[Row], list[Row]]:
+    """ULD's D'_f and D'_r beyond the sets themselves, from the rows' own columns (arXiv 2406.08607, section 3.3).
+
+    Paraphrased: the same answer to another wording of the question, another wording of the answer to the same
+    question. Perturbed: the same question with a wrong answer, `wrong` per row, in the order of the row.
+    """
+    paraphrased, perturbed = [], []
+    for row in rows:
+        reworded = []
+        if "paraphrased_question" in row:
+            reworded.append({"question": row["paraphrased_question"], "answer": row["answer"]})
+        if "paraphrased_answer" in row:
+            reworded.append({"question": row["question"], "answer": row["paraphrased_answer"]})
+        paraphrased += reworded[:paraphrases]
+        perturbed += [{"question": row["question"], "answer": a} for a in row.get("perturbed_answer", [])[:wrong]]
+    return paraphrased, perturbed

@@ -1,0 +1,92 @@
+"""The TOFU benchmark (arXiv 2401.06121; locuslab/TOFU, MIT): 200 fictitious authors, 20 questions each.
+
+    data = load_tofu("forget10")                    # from the hub
+    data = load_tofu("forget10", folder="my/tofu")  # a folder with its JSON files
+
+Two protocols circulate. `tofu` (the benchmark's own script) scores the first 300 rows of a set and gives prompt
+and answer 200 tokens together; `openunlearning` scores all rows and gives 200 new tokens.
+"""
+
+import ast
+import csv
+from pathlib import Path
+
+from data.rows import DataSet, Row, augment, read_rows
+from errors import UserError
+
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+HUB = "locuslab/TOFU"
+SCORED_ROWS = {"tofu": 300, "openunlearning": None}
+
+
+def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str | None = None,
+              protocol: str = "tofu") -> DataSet:
+    """The split's forget and retain sets, its four scored sets and ULD's augmentation.
+
+    augmented: a folder with the ULD authors' CSV files; without it the data set's own columns serve.
+    Raises UserError for an unknown split or protocol, a missing file, a bad row.
+    """
+    if split not in RETAIN:
+        raise UserError(f"--split {split} is unknown: choose one of {', '.join(RETAIN)}")
+    if protocol not in SCORED_ROWS:
+        raise UserError(f"--protocol {protocol} is unknown: choose one of {', '.join(SCORED_ROWS)}")
+    root = Path(folder) if folder else download()
+    if not root.is_dir():
+        raise UserError(f"--data {root} is not a folder: give 'world', 'tofu', or a folder with TOFU's JSON files")
+    limit = SCORED_ROWS[protocol]
+
+    def read(name: str) -> list[Row]:
+        return read_rows(root / f"{name}.json")
+
+    scored = {"forget": read(f"{split}_perturbed"), "retain": read("retain_perturbed"),
+              "real_authors": read("real_authors_perturbed"), "world_facts": read("world_facts_perturbed")}
+    forget = read(split)
+    if augmented:
+        paraphrased, perturbed = read_augmented(Path(augmented), split, forget)
+    else:
+        paraphrased, perturbed = augment(scored["forget"])
+    return DataSet(name=f"tofu-{split}", forget=forget, retain=read(RETAIN[split]),
+                   scored={name: rows[:limit] for name, rows in scored.items()},
+                   paraphrased=paraphrased, perturbed=perturbed,
+                   utility=("retain", "real_authors", "world_facts"))
+
+
+def download() -> Path:
+    """TOFU's folder from the hub's cache, fetched once."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns="*.json"))
+    except Exception as error:  # no network, no such name: many kinds, one way out
+        raise UserError(f"--data tofu: could not fetch {HUB} ({type(error).__name__}); "
+                        "download its JSON files and pass the folder as --data DIR") from None
+
+
+def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int = 2,
+                   wrong: int = 2) -> tuple[list[Row], list[Row]]:
+    """D'_f and D'_r from the ULD authors' CSV files: columns question, answer, list of questions, list of answers.
+
+    Their reader has two faults that are not repeated here: it takes the first row for a header, and it picks
+    `list(set(...))[:2]`, which changes with every Python process. Here every row counts, duplicates go, order
+    stays. Their perturbed file is the same for all three splits, so rows are chosen by the split's questions.
+    """
+    questions = {row["question"] for row in forget}
+    paraphrased, perturbed = [], []
+    for path, into, keep in ((folder / f"{split}_paraphrase.csv", paraphrased, paraphrases),
+                             (folder / f"{split}_perturb.csv", perturbed, wrong)):
+        if not path.is_file():
+            raise UserError(f"--augmented: {path} does not exist")
+        with path.open(newline="", encoding="utf-8") as file:
+            for number, cells in enumerate(csv.reader(file), 1):
+                try:
+                    question, answer, reworded, answers = cells
+                    answers = list(dict.fromkeys(ast.literal_eval(answers)))
+                    # the perturb file has the question itself here, the paraphrase file a list
+                    reworded = list(dict.fromkeys(ast.literal_eval(reworded))) if into is paraphrased else []
+                except (ValueError, SyntaxError):
+                    raise UserError(f"{path} row {number} is not question, answer, list, list") from None
+                if question not in questions:
+                    continue
+                into += [{"question": q, "answer": answer} for q in reworded if q != question][:keep]
+                into += [{"question": question, "answer": a} for a in answers if a != answer][:keep]
+    return paraphrased, perturbed

@@ -1,0 +1,346 @@
+"""One decoder for everything here: a small GPT, the Llama family, and (with moe.py) sparse mixtures of experts.
+
+    from model import Config, GPT
+    model = GPT(Config(vocab_size=1024, n_layer=4, n_head=4, n_kv_head=2, d_model=128, d_ff=384))
+    logits = model(tokens)                              # (B, T) -> (B, T, V)
+    answer = model.generate(tokens, max_new_tokens=20)  # (B, 20)
+
+Shapes, one letter per size:
+    B batch   T tokens   S tokens seen so far (cache included)   D model width   V vocabulary
+    H query heads   G key-value heads (G divides H)   C width of one head   F width of an MLP
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe import MoE, Routing
+
+
+@dataclass
+class Config:
+    """The shape of a decoder. With n_expert = 0 every block has a dense MLP of width d_ff.
+
+    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token.
+    """
+
+    vocab_size: int = 1024
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4
+    d_model: int = 128
+    d_ff: int = 384
+    d_head: int = 0  # 0: d_model / n_head
+    max_len: int = 128
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # Llama 3.x: {"rope_type": "llama3", "factor": 8.0, ...}
+    tie_head: bool = False  # LM head and token embedding share one matrix
+    qkv_bias: bool = False
+    qk_norm: str = "none"  # none | full (over all heads together, OLMoE) | head (per head)
+    n_expert: int = 0
+    top_k: int = 0
+    norm_topk_prob: bool = False  # renormalise the kept router weights to sum to 1 (Mixtral yes, OLMoE no)
+    d_shared: int = 0  # width of an always-on shared expert beside the routed ones, 0: none
+    shared_gate: bool = False  # Qwen1.5-MoE: the shared expert is scaled by a sigmoid of its own
+
+    def __post_init__(self):
+        if not self.d_head:
+            if self.d_model % self.n_head:
+                raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; set d_head")
+            self.d_head = self.d_model // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.d_head % 2:
+            raise ValueError(f"d_head {self.d_head} is odd; rotary embedding turns pairs")
+        if self.n_expert and not 1 <= self.top_k <= self.n_expert:
+            raise ValueError(f"top_k {self.top_k} is not between 1 and n_expert {self.n_expert}")
+        if self.qk_norm not in ("none", "full", "head"):
+            raise ValueError(f"qk_norm {self.qk_norm!r} is not none, full or head")
+
+
+@dataclass
+class Trace:
+    """What a forward pass leaves behind for whoever asks: pass `trace=Trace()` and read it afterwards.
+
+    routing[layer]: that MoE layer's Routing.  hidden[layer]: the residual stream after block `layer`, (B, T, D).
+    """
+
+    routing: dict[int, Routing] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Cache:
+    """Keys and values of all layers for the tokens seen so far, one (B, G, max_len, C) tensor each per layer."""
+
+    def __init__(self, config: Config, batch: int, max_len: int, device, dtype):
+        shape = (config.n_layer, batch, config.n_kv_head, max_len, config.d_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, G, T, C) keys and values of `layer`; returns all of that layer's, (B, G, S, C)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Angle per position for each of the C/2 rotated pairs, float32 (arXiv 2104.09864, section 3.2.2).
+
+    Llama 3.x stretches the slow ones: wavelengths longer than the original context are slowed by `factor`,
+    short ones left alone, those between blended.
+    """
+    frequency = config.rope_theta ** (-torch.arange(0, config.d_head, 2).float() / config.d_head)
+    scaling = config.rope_scaling
+    if scaling:
+        original = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = original * frequency / (2 * math.pi)  # full turns within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: leave alone, 0: slow down
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    return frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_c, x_{c + C/2}) by its angle. x: (B, H, T, C); cos, sin: (B or 1, 1, T, C/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention (arXiv 2305.13245) with rotary positions and optional q/k norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        heads, groups, width = config.n_head, config.n_kv_head, config.d_head
+        self.heads, self.groups, self.width, self.qk_norm = heads, groups, width, config.qk_norm
+        self.q = nn.Linear(config.d_model, heads * width, bias=config.qkv_bias)
+        self.k = nn.Linear(config.d_model, groups * width, bias=config.qkv_bias)
+        self.v = nn.Linear(config.d_model, groups * width, bias=config.qkv_bias)
+        self.out = nn.Linear(heads * width, config.d_model, bias=False)
+        if config.qk_norm == "full":  # over the whole projection, before it is split into heads
+            self.q_norm = nn.RMSNorm(heads * width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(groups * width, eps=config.norm_eps)
+        elif config.qk_norm == "head":
+            self.q_norm = nn.RMSNorm(width, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(width, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer: int):
+        B, T, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(B, T, self.heads, self.width)
+        k = k.view(B, T, self.groups, self.width)
+        v = v.view(B, T, self.groups, self.width).transpose(1, 2)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos, sin)  # (B, H, T, C)
+        k = rotate(k.transpose(1, 2), cos, sin)  # (B, G, T, C)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, G, S, C)
+        grouped = self.groups != self.heads
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.out(x.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP or MoE, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if config.n_expert:
+            shared = MLP(config.d_model, config.d_shared) if config.d_shared else None
+            self.mlp = MoE(config.d_model, config.d_ff, config.n_expert, config.top_k, config.norm_topk_prob,
+                           shared, config.shared_gate)
+        else:
+            self.mlp = MLP(config.d_model, config.d_ff)
+
+    def attend(self, x: Tensor, *context) -> Tensor:
+        return x + self.attn(self.attn_norm(x), *context)
+
+    def feed(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(self.mlp_norm(x))
+            return x + y, routing
+        return x + self.mlp(self.mlp_norm(x)), None
+
+
+class GPT(nn.Module):
+    """The decoder. `model(tokens)`: LongTensor (B, T) -> logits (B, T, V) in the weights' dtype."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_head:
+            self.head.weight = self.embed.weight
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its insides
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal(0, 0.02); projections into the residual stream shrunk by sqrt(2 * layers), as in GPT-2."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+            else:
+                into_residual = name.endswith(("out.weight", "down.weight", "mlp.down"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def is_moe(self) -> bool:
+        return self.config.n_expert > 0
+
+    def moe(self, layer: int) -> MoE:
+        """The MoE layer of block `layer`."""
+        return self.blocks[layer].mlp
+
+    # A forward pass is stem (up to some layer's MLP input), then tail (the rest). Everything runs through these
+    # two, so that a method that trains only late parts can compute the stem once and reuse it (uoe.py).
+
+    def _positions(self, batch: int, length: int, cache: Cache | None, pad: Tensor | None):
+        """Rotary cos and sin (B or 1, 1, T, C/2), and the attention mask (B or 1, 1, T, S), None where causal.
+
+        pad: (B,) number of padding tokens at the left of each row; a row's first real token has position 0.
+        """
+        start = cache.length if cache is not None else 0
+        query = torch.arange(start, start + length, device=self.device)  # (T,)
+        left = torch.zeros(1, dtype=torch.long, device=self.device) if pad is None else pad
+        position = (query[None, :] - left[:, None]).clamp_min(0)  # (B or 1, T)
+        angle = position[:, None, :, None].float() * rope_frequencies(self.config).to(self.device)
+        mask = None
+        if pad is not None or start > 0:
+            key = torch.arange(start + length, device=self.device)  # (S,)
+            mask = (key[None, None, :] <= query[None, :, None]) & (key[None, None, :] >= left[:, None, None])
+            # a padding query sees itself: a row that may attend to nothing would be a softmax over nothing, NaN
+            mask = (mask | (key[None, None, :] == query[None, :, None]))[:, None]
+        dtype = self.embed.weight.dtype
+        return angle.cos().to(dtype), angle.sin().to(dtype), mask
+
+    def stem(self, tokens: Tensor, layer: int, cache: Cache | None = None, pad: Tensor | None = None,
+             trace: Trace | None = None) -> Tensor:
+        """Tokens (B, T) -> residual stream after the attention of block `layer`, (B, T, D): its MLP's input."""
+        context = self._positions(*tokens.shape, cache, pad)
+        return self._run(self.embed(tokens), 0, layer, context, cache, trace, stop_before_mlp=True)
+
+    def tail(self, x: Tensor, layer: int, cache: Cache | None = None, pad: Tensor | None = None,
+             trace: Trace | None = None) -> Tensor:
+        """The rest of the pass from what `stem` gave: (B, T, D) -> normalised last hidden states (B, T, D)."""
+        context = self._positions(*x.shape[:2], cache, pad)
+        x = self._feed(x, layer, trace)
+        x = self._run(x, layer + 1, self.config.n_layer - 1, context, cache, trace)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def _feed(self, x: Tensor, layer: int, trace: Trace | None) -> Tensor:
+        x, routing = self.blocks[layer].feed(x)
+        if trace is not None:
+            trace.hidden[layer] = x
+            if routing is not None:
+                trace.routing[layer] = routing
+        return x
+
+    def _run(self, x: Tensor, first: int, last: int, context, cache, trace, stop_before_mlp: bool = False) -> Tensor:
+        for layer in range(first, last + 1):
+            if self.checkpointing and self.training and torch.is_grad_enabled() and not stop_before_mlp:
+                x, routing = torch.utils.checkpoint.checkpoint(self._block, x, layer, context, use_reentrant=False)
+                if trace is not None:
+                    trace.hidden[layer] = x
+                    if routing is not None:
+                        trace.routing[layer] = routing
+                continue
+            x = self.blocks[layer].attend(x, *context, cache, layer)
+            if not (stop_before_mlp and layer == last):
+                x = self._feed(x, layer, trace)
+        return x
+
+    def _block(self, x: Tensor, layer: int, context) -> tuple[Tensor, Routing | None]:
+        block = self.blocks[layer]
+        return block.feed(block.attend(x, *context, None, layer))
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
+                trace: Trace | None = None) -> Tensor:
+        """Logits (B, T, V) of LongTensor tokens (B, T).
+
+        cache: keys and values of earlier tokens, extended in place.  pad: (B,) left padding per row.
+        trace: filled with each layer's routing and hidden states.
+        """
+        return self.head(self.tail(self.stem(tokens, 0, cache, pad, trace), 0, cache, pad, trace))
+
+    def new_cache(self, batch: int, max_len: int) -> Cache:
+        return Cache(self.config, batch, max_len, self.device, self.embed.weight.dtype)
+
+    def next_logits(self, tokens: Tensor, cache: Cache, pad: Tensor | None) -> Tensor:
+        """Logits (B, V) of the token after `tokens` (B, T). The head runs on the last position only."""
+        return self.head(self.tail(self.stem(tokens, 0, cache, pad), 0, cache, pad)[:, -1])
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+                 end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """See `generate` below; every model here has this method."""
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+
+
+@torch.no_grad()
+def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+             end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Continue each row of tokens (B, T), left-padded by pad (B,), by up to max_new_tokens: LongTensor (B, N).
+
+    temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`, the
+    rest of it is `end`; the loop stops when all rows have. `model` needs new_cache and next_logits: a GPT, or
+    ULD's LogitDifference, which keeps one cache per part.
+    """
+    B, T = tokens.shape
+    if T == 0:
+        raise ValueError("generate needs at least one prompt token per row")
+    cache = model.new_cache(B, T + max_new_tokens)
+    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    out = []
+    for _ in range(max_new_tokens):
+        logits = model.next_logits(tokens, cache, pad).float()  # (B, V)
+        if temperature > 0:
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            chosen = logits.argmax(-1)
+        if end is not None:
+            chosen = torch.where(done, end, chosen)
+            done = done | (chosen == end)
+        out.append(chosen)
+        if end is not None and done.all():
+            break
+        tokens = chosen[:, None]
+    return torch.stack(out, dim=1) if out else tokens.new_zeros(B, 0)
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, shared ones once; with trainable=True only those that get a gradient."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,134 @@
+"""The sparse mixture-of-experts layer: a router sends each token to its top-k experts.
+
+    moe = MoE(d_model=128, d_ff=96, n_expert=16, top_k=2)
+    y, routing = moe(x)      # x, y: (B, T, D); routing.probs (B, T, E), routing.chosen (B, T, K)
+
+The layer hands back what it routed where: attribution, anchor loss, load balancing and the figures read that,
+so that nothing has to hook into it from outside.
+
+Shapes: B batch   T tokens   N = B * T   D model width   E experts   K experts per token   F width of an expert
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """What one MoE layer did with each token."""
+
+    probs: Tensor  # (B, T, E) float32, softmax over all experts: s in UOE
+    chosen: Tensor  # (B, T, K) long, the top-k experts, most probable first
+    weights: Tensor  # (B, T, K) float32, what their outputs were scaled by
+
+    def gates(self) -> Tensor:
+        """g in UOE (arXiv 2411.18797, section 3): s_i where expert i is in the top k, else 0. (B, T, E)."""
+        return torch.zeros_like(self.probs).scatter(-1, self.chosen, self.probs.gather(-1, self.chosen))
+
+
+class Expert(nn.Module):
+    """One expert's weights as parameters of their own, gate_up (2F, D) and down (D, F), outside the stack."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor):
+        super().__init__()
+        self.gate_up = nn.Parameter(gate_up.detach().clone())
+        self.down = nn.Parameter(down.detach().clone())
+
+
+class MoE(nn.Module):
+    """Router and stacked experts, with an optional always-on shared expert.
+
+    router (E, D); gate_up (E, 2F, D), first F rows gate, then up; down (E, D, F).
+    """
+
+    def __init__(self, d_model: int, d_ff: int, n_expert: int, top_k: int, norm_topk_prob: bool = False,
+                 shared: nn.Module | None = None, shared_gate: bool = False):
+        super().__init__()
+        self.n_expert, self.top_k, self.norm_topk_prob = n_expert, top_k, norm_topk_prob
+        self.router = nn.Linear(d_model, n_expert, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(n_expert, 2 * d_ff, d_model))
+        self.down = nn.Parameter(torch.empty(n_expert, d_model, d_ff))
+        self.shared = shared
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared is not None and shared_gate else None
+        self.taken = nn.ModuleDict()  # experts taken out of the stack, by number (as a string)
+
+    def route(self, x: Tensor) -> Routing:
+        """Softmax over all experts in float32, then top-k. x: (B, T, D)."""
+        probs = self.router(x).float().softmax(-1)
+        weights, chosen = probs.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(probs, chosen, weights)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        routing = self.route(x)
+        flat = x.reshape(-1, x.shape[-1])  # (N, D)
+        y = experts_loop(flat, routing.chosen.reshape(-1, self.top_k), routing.weights.reshape(-1, self.top_k),
+                         *self.expert_weights()).view_as(x)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+        return y, routing
+
+    def expert_weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each expert's gate_up (2F, D) and down (D, F), those taken out of the stack in their places.
+
+        unbind, not indexing: the gradient of E indexings is E full-size stacks, that of one unbind is one.
+        """
+        gate_up, down = list(self.gate_up.unbind(0)), list(self.down.unbind(0))
+        for number, expert in self.taken.items():
+            gate_up[int(number)], down[int(number)] = expert.gate_up, expert.down
+        return gate_up, down
+
+    def take_out(self, number: int) -> Expert:
+        """Make expert `number` a module of its own, to be trained alone; `put_back` returns it to the stack."""
+        if not 0 <= number < self.n_expert:
+            raise IndexError(f"expert {number} does not exist: this layer has {self.n_expert}, counted from 0")
+        self.taken[str(number)] = Expert(self.gate_up[number], self.down[number])
+        return self.taken[str(number)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write all experts that were taken out back into the stack."""
+        for number, expert in self.taken.items():
+            self.gate_up[int(number)] = expert.gate_up
+            self.down[int(number)] = expert.down
+        self.taken = nn.ModuleDict()
+
+
+def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    """Weighted sum of each token's chosen experts, one expert at a time; experts without tokens are skipped.
+
+    x (N, D); chosen, weights (N, K); gate_up and down: a matrix per expert. Returns (N, D) in x's dtype.
+    """
+    n, k = chosen.shape
+    order = chosen.reshape(-1).argsort(stable=True)  # (N * K,), the assignments sorted by expert
+    counts = torch.bincount(chosen.reshape(-1), minlength=len(gate_up)).tolist()
+    token = order // k
+    rows = x[token]  # (N * K, D)
+    pieces = []
+    for count, part, wi, wo in zip(counts, rows.split(counts), gate_up, down, strict=True):
+        if count:
+            gate, up = F.linear(part, wi).chunk(2, dim=-1)
+            pieces.append(F.linear(F.silu(gate) * up, wo))
+    if not pieces:  # an empty batch
+        return torch.zeros_like(x)
+    y = torch.cat(pieces) * weights.reshape(-1)[order, None].to(x.dtype)
+    return torch.zeros_like(x).index_add(0, token, y)
+
+
+def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:
+    """E * sum_i f_i * P_i, mean over layers: 1 when tokens spread evenly (arXiv 2101.03961, equation 4).
+
+    f_i: share of assignments that expert i got; P_i: its mean router probability. Only real tokens count:
+    mask (B, T) bool, False on padding. Differentiable through P.
+    """
+    losses = []
+    for probs, chosen, _ in routings:
+        probs, chosen = probs[mask], chosen[mask]  # (N', E), (N', K)
+        n_expert = probs.shape[-1]
+        share = torch.bincount(chosen.reshape(-1), minlength=n_expert) / max(chosen.numel(), 1)
+        losses.append(n_expert * (share * probs.mean(0)).sum())
+    return torch.stack(losses).mean()
