@@ -103,7 +103,7 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
 
     x (N, D); chosen, weights (N, K); gate_up and down: a matrix per expert. Returns (N, D) in x's dtype.
     """
-    n, k = chosen.shape
+    k = chosen.shape[1]
     order = chosen.reshape(-1).argsort(stable=True)  # (N * K,), the assignments sorted by expert
     counts = torch.bincount(chosen.reshape(-1), minlength=len(gate_up)).tolist()
     token = order // k

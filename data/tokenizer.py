@@ -2,7 +2,7 @@
 
     tok = Tokenizer.train(texts, vocab_size=1024)
     ids = tok.encode("a question")
-    prompt, answer = tok.qa("Where was Ana Vell born?", "Ana Vell was born in Orsk.")
+    prompt = tok.prompt("Where was Ana Vell born?"); answer = tok.completion("Ana Vell was born in Orsk.")
 
 Prompt and answer are encoded apart and joined as ids, so an answer's labels never depend on how the prompt ends.
 On disk: `tokenizer.tiktoken`, one `base64(bytes) rank` line per token, tiktoken's own text format.
@@ -11,6 +11,7 @@ On disk: `tokenizer.tiktoken`, one `base64(bytes) rank` line per token, tiktoken
 import base64
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -35,7 +36,7 @@ def train_ranks(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     pair_count: Counter = Counter()
     where = defaultdict(set)  # pair -> words that may hold it
     for i, (ids, count) in enumerate(spelled):
-        for pair in zip(ids, ids[1:], strict=False):
+        for pair in pairwise(ids):
             pair_count[pair] += count
             where[pair].add(i)
     while len(tokens) < vocab_size and pair_count:
@@ -46,7 +47,7 @@ def train_ranks(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         tokens.append(tokens[best[0]] + tokens[best[1]])
         for i in where.pop(best):
             ids, count = spelled[i]
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in pairwise(ids):
                 pair_count[pair] -= count
             merged, j = [], 0
             while j < len(ids):
@@ -57,7 +58,7 @@ def train_ranks(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
                     merged.append(ids[j])
                     j += 1
             spelled[i] = (merged, count)
-            for pair in zip(merged, merged[1:], strict=False):
+            for pair in pairwise(merged):
                 pair_count[pair] += count
                 where[pair].add(i)
         del pair_count[best]
