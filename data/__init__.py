@@ -1,1 +1,33 @@
-"""Rows on disk and how they are read. A row is TOFU's: one JSON object per line (DataSet in data/rows.py)."""
+"""Where data comes from: the embedded world, TOFU, or the user's own JSON lines; all end up as one DataSet."""
+
+from pathlib import Path
+
+from data.authors import as_data_set, make_world, read_world
+from data.rows import DataSet, augment, read_rows
+from data.tofu import load_tofu
+from errors import UserError
+
+
+def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augmented: str | None = None,
+              protocol: str = "tofu", forget: str | None = None, retain: str | None = None) -> DataSet:
+    """`world` (generated from seed), `tofu` (from the hub), a folder holding either's files; or the user's own files.
+
+    forget, retain: JSON-lines files that stand in for `data`; they teach and score themselves.
+    Raises UserError for anything that is missing or not in the schema of data/rows.py.
+    """
+    if forget or retain:
+        if not (forget and retain):
+            raise UserError("--forget and --retain go together: give both files, or neither")
+        rows = {"forget": read_rows(Path(forget)), "retain": read_rows(Path(retain))}
+        paraphrased, perturbed = augment(rows["forget"])
+        return DataSet(name=Path(forget).stem, **rows, scored={k: v[:200] for k, v in rows.items()},
+                       paraphrased=paraphrased, perturbed=perturbed, utility=("retain",))
+    if data == "world":
+        return as_data_set(make_world(seed), name=f"world-{seed}")
+    if data == "tofu":
+        return load_tofu(split, None, augmented, protocol)
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data} is neither 'world', 'tofu' nor a folder: give one of the three")
+    if (Path(data) / "background.json").is_file():
+        return read_world(Path(data))
+    return load_tofu(split, data, augmented, protocol)

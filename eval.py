@@ -1,0 +1,398 @@
+"""Scores a model, a run or a published log; compares runs; draws a run's figures.
+
+    python eval.py out/uoe                                  # score that run again and print its table
+    python eval.py --compare out/uoe out/uoe-seed1 ...      # mean and spread over seeds of runs of one kind
+    python eval.py --tofu-log LOG.json --reference REF.json --json
+
+Whatever has `model(tokens)` and `model.generate` can be scored: a GPT, or ULD's LogitDifference.
+
+Shapes: B batch   T tokens   V vocabulary   E experts   K experts per token
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import load_data
+from data.batches import Batch, encode_row, encode_rows, in_order, left_pad
+from data.rows import DataSet, Row
+from errors import UserError, one_line_errors
+from metrics.routing import expert_share, overlap
+from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
+from model import GPT, Trace
+from objectives import token_log_probs
+from pretrained import load
+from uld import LogitDifference
+
+Scores = dict[str, RowScores]
+
+
+# ---- one model --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def answer_losses(model, tokenizer, pairs: list[tuple[Row, str]], batch_size: int = 64, bar: tqdm | None = None,
+                  where: str = "row") -> list[float]:
+    """Mean negative log-likelihood per answer token of each (row, answer), in nats."""
+    limit = model.config.max_len
+    examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
+                for i, (row, answer) in enumerate(pairs, 1)]
+    losses = [0.0] * len(examples)
+    for batch in in_order(examples, batch_size, model.device):
+        log_p = token_log_probs(model(batch.tokens), batch.labels)
+        count = (batch.labels >= 0).sum(1).clamp_min(1)
+        for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
+            losses[i] = loss
+        if bar is not None:
+            bar.update(len(batch.index))
+    return losses
+
+
+def greedy_answers(model, tokenizer, questions: list[str], batch_size: int = 100, max_new_tokens: int | None = None,
+                   bar: tqdm | None = None) -> list[str]:
+    """The model's answers, prompts of like length together. At most the context, prompt included.
+
+    Raises UserError for a prompt that leaves no room for an answer.
+    """
+    prompts = [tokenizer.prompt(question) for question in questions]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        tokens, pad = left_pad([prompts[i] for i in part], model.device)
+        room = model.config.max_len - tokens.shape[1]
+        if room < 1:
+            raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
+                            f"holds {model.config.max_len}: shorten it")
+        new = model.generate(tokens, min(room, max_new_tokens or room), pad=pad, end=tokenizer.end)
+        for i, ids in zip(part, new.tolist(), strict=True):
+            answers[i] = tokenizer.decode(ids)
+        if bar is not None:
+            bar.update(len(part))
+    return answers
+
+
+def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
+    """Scores of every scored set of data."""
+    out = {}
+    total = sum(3 + len(row.get("perturbed_answer", [])) for rows in data.scored.values() for row in rows)
+    with tqdm(total=total, desc=f"score {what}", mininterval=0.5) as bar:
+        for name, rows in data.scored.items():
+            # one list of pairs for the whole set: answer, right answer and wrong ones share batches
+            pairs = [(row, row["answer"]) for row in rows]
+            pairs += [(row, row["answer"] if name in OPTIONS else row.get("paraphrased_answer", row["answer"]))
+                      for row in rows]
+            wrong = [row.get("perturbed_answer", []) for row in rows]
+            pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
+            losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row")
+            n, rest = len(rows), iter(losses[2 * len(rows):])
+            said = greedy_answers(model, tokenizer, [row["question"] for row in rows], bar=bar)
+            out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
+                                  rouge_l_recall([row["answer"] for row in rows], said),
+                                  [a.strip() == row["answer"].strip() for a, row in zip(said, rows, strict=True)])
+    return out
+
+
+@torch.no_grad()
+def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
+    """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
+    same = [[] for _ in range(model.config.n_layer)]
+    for batch in batches:
+        traces = []
+        for m in (before, model):
+            trace = Trace()
+            m.tail(m.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+            traces.append(trace)
+        for layer, values in enumerate(same):
+            values.append(overlap(traces[1].routing[layer].chosen, traces[0].routing[layer].chosen, batch.mask))
+    return [float(torch.cat(values).mean()) for values in same]
+
+
+@torch.no_grad()
+def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
+    """Share of the batches' tokens that each expert got, (layers, E)."""
+    traces = []
+    for batch in batches:
+        trace = Trace()
+        model.tail(model.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+        traces.append((trace, batch.mask))
+    return [(sum(expert_share(t.routing[layer].chosen, mask, model.config.n_expert) * mask.sum() for t, mask in traces)
+             / sum(mask.sum() for _, mask in traces)).tolist() for layer in range(model.config.n_layer)]
+
+
+def scores_key(data: DataSet) -> str:
+    """Changes with the scored rows and with the code that scores."""
+    here = Path(__file__).parent
+    made_of = [data.scored, *((here / name).read_text() for name in ("eval.py", "model.py", "moe.py", "metrics/tofu.py",
+                                                                     "data/batches.py"))]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_scores(folder: Path, data: DataSet, scores: Scores) -> None:
+    """Into folder/scores.json, with the key of what was scored."""
+    text = json.dumps({"key": scores_key(data), "scores": {name: asdict(s) for name, s in scores.items()}})
+    (folder / "scores.tmp").write_text(text)
+    (folder / "scores.tmp").replace(folder / "scores.json")
+
+
+def stored_scores(folder: Path, data: DataSet) -> Scores | None:
+    """What save_scores wrote, if it was for the same rows and code."""
+    path = Path(folder) / "scores.json"
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    if stored["key"] != scores_key(data):
+        return None
+    return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """A finished run, opened. model: the unlearned one, a GPT or a LogitDifference."""
+
+    config: dict
+    data: DataSet
+    tokenizer: object
+    target: GPT
+    model: GPT | LogitDifference
+
+    def forget_batches(self) -> list[Batch]:
+        """The forget set as it was trained on."""
+        examples = encode_rows(self.data.forget, self.tokenizer, self.config["context"], truncate=True)
+        return list(in_order(examples, 64, self.target.device))
+
+
+def open_run(folder: str | Path, device: str = "cpu") -> Run:
+    """Raises UserError for a folder that is not a finished run or whose target has gone."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json): give one that train.py wrote, such as out/uoe")
+    config = json.loads((folder / "config.json").read_text())
+    part = folder / ("assistant" if config["method"] == "uld" else "model")
+    for needed, who in ((part, "the run"), (Path(config["target"]) / "model", "the run's target")):
+        if not needed.is_dir():
+            raise UserError(f"{needed} is missing, so {who} has no weights: run train.py again")
+    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain")))
+    target, tokenizer = load(Path(config["target"]) / "model", device=device)
+    model, _ = load(part, device=device)
+    if config["method"] == "uld":
+        model = LogitDifference(target, model, config["subtract"], config["filter_rate"])
+    return Run(config, data, tokenizer, target, model)
+
+
+def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
+    """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
+    out = {}
+    reference = scores["reference"]["forget"].truth_ratios()
+    for role, of in scores.items():
+        block = {name: s.summary(name) for name, s in of.items()}
+        block["model_utility"] = utility_of(block, data.utility)
+        block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
+        if role != "reference" and reference:
+            quality = forget_quality(of["forget"].truth_ratios(), reference)
+            block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
+        out[role] = block
+    return out
+
+
+def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dict[str, Scores], target: GPT,
+                  reference: GPT, model) -> None:
+    """Write metrics.json and figures into folder; print the table and three questions with each model's answer."""
+    metrics = summarise(scores, data)
+    shares = None
+    if isinstance(model, GPT) and model.is_moe:
+        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64, model.device))
+        layers = routing_overlap(target, model, batches)
+        metrics["unlearned"] |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}
+        shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
+    metrics["run"] = run
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    save_scores(folder, data, scores["unlearned"])
+    draw(folder, scores, shares)
+    print("\n" + table(metrics) + "\n")
+    print(three_questions(data, tokenizer, {"target": target, "reference": reference, "unlearned": model}))
+
+
+MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
+            ("truth_ratio", "truth ratio"))
+
+
+def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
+    """(label, one number or None per role) for each line of the table."""
+    sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
+    rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
+            for name in sets for key, label in MEASURES]
+    for key, label in (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
+                       ("forget_quality_D", "                D"), ("routing_overlap", "routing overlap on forget")):
+        rows.append((label, [metrics[role].get(key) for role in roles]))
+    return [(label, values) for label, values in rows if any(v is not None for v in values)]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
+
+
+def table(metrics: dict) -> str:
+    """Target, reference(s) and unlearned, one line per measure."""
+    roles = [role for role in metrics if role != "run"]
+    lines = [f"{'':<30}" + "".join(f"{role:>13}" for role in roles)]
+    lines += [f"{label:<30}" + "".join(f"{number(v):>13}" for v in values) for label, values in rows_of(metrics, roles)]
+    run, n = metrics["run"], metrics["unlearned"]["forget_quality_n"]
+    if n:
+        lines.append(f"(forget quality: two-sample KS test of truth ratios against the reference, n = {n}; p falls with n, "
+                     "compare it only at one n)")
+    lines.append(f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}: trained {run['trainable_parameters']:,} of "
+                 f"{run['total_parameters']:,} parameters for {run['steps']} steps"
+                 + (", stopped because it diverged" if run["diverged"] else ""))
+    return "\n".join(lines)
+
+
+def three_questions(data: DataSet, tokenizer, models: dict) -> str:
+    """One scored question of each of the first three sets, with every model's greedy answer."""
+    lines = []
+    for name, rows in list(data.scored.items())[:3]:
+        question = rows[0]["question"]
+        lines += [f"[{name}] {question}", f"    {'right':<10} {rows[0]['answer']}"]
+        lines += [f"    {role:<10} {greedy_answers(m, tokenizer, [question], max_new_tokens=60)[0]}"
+                  for role, m in models.items()]
+    return "\n".join(lines)
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------
+
+def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
+    """figures/*.png: losses along training, truth ratios, and for a MoE tokens per expert. Readable without colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    styles = [("0.0", "-"), ("0.45", "--"), ("0.0", ":"), ("0.7", "-.")]
+    (folder / "figures").mkdir(exist_ok=True)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if log:
+        figure, axis = plt.subplots(figsize=(6, 3.5))
+        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"),
+                                                ("retain", "retain loss"), ("anchor", "anchor loss")), styles,
+                                               strict=False):
+            if key in log[0]:
+                axis.plot([e["step"] for e in log], [e[key] for e in log], line, color=shade, label=label)
+        axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)", yscale="symlog")
+        axis.legend(frameon=False)
+        _write(figure, folder / "figures" / "training.png")
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    for (role, of), (shade, line) in zip(scores.items(), styles, strict=False):
+        ratios = sorted(of["forget"].truth_ratios())
+        if ratios:
+            axis.step(ratios, [(i + 1) / len(ratios) for i in range(len(ratios))], line, color=shade, label=role,
+                      where="post")
+    axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
+    axis.axvline(1, color="0.85", zorder=0)
+    axis.legend(frameon=False)
+    _write(figure, folder / "figures" / "truth_ratio.png")
+    if shares:
+        layers = len(shares["target"])
+        figure, axes = plt.subplots(1, layers, figsize=(3 * layers, 2.8), sharey=True, squeeze=False)
+        for layer, axis in enumerate(axes[0]):
+            order = sorted(range(len(shares["target"][layer])), key=lambda e: -shares["target"][layer][e])
+            axis.bar(range(len(order)), [shares["target"][layer][e] for e in order], color="0.75", label="target")
+            axis.plot(range(len(order)), [shares["unlearned"][layer][e] for e in order], "k_", label="unlearned")
+            axis.set(title=f"layer {layer}", xlabel="expert")
+            axis.set_xticks(range(len(order)), [str(e) for e in order], fontsize=6)
+        axes[0][0].set_ylabel("share of forget tokens")
+        axes[0][-1].legend(frameon=False)
+        _write(figure, folder / "figures" / "experts.png")
+
+
+def _write(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    figure.clf()
+    __import__("matplotlib.pyplot").pyplot.close(figure)
+
+
+# ---- command line -----------------------------------------------------------------------------------------------
+
+def compare(folders: list[str]) -> str:
+    """Mean +- standard deviation of every measure over runs, by what the runs were (method, losses, arch, data)."""
+    kinds: dict[str, list[dict]] = {}
+    for folder in folders:
+        path = Path(folder) / "metrics.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: --compare takes finished run folders")
+        config = json.loads((Path(folder) / "config.json").read_text())
+        kind = " ".join(str(config[key]) for key in ("method", "forget_loss", "retain_loss", "arch", "data", "split"))
+        kinds.setdefault(kind, []).append(json.loads(path.read_text()))
+    lines = []
+    for kind, runs in kinds.items():
+        roles = [role for role in runs[0] if role != "run"]
+        lines += [f"{kind} ({len(runs)} runs)", f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
+        for i, (label, _) in enumerate(rows_of(runs[0], roles)):
+            cells = []
+            for j in range(len(roles)):
+                values = [rows_of(run, roles)[i][1][j] for run in runs]
+                cells.append("-" if None in values else number(statistics.mean(values)) +
+                             (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
+            lines.append(f"{label:<30}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def score_log(log: str, reference: str | None) -> dict:
+    """The same functions on a published log: per-set numbers, both definitions' model utility, forget quality."""
+    scores = read_log(Path(log))
+    sets = ("retain", "real_authors", "world_facts")
+    out = {name: s.summary(name) for name, s in scores.items()}
+    out["model_utility"] = utility_of(out, sets)
+    other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
+    out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
+    if reference:
+        quality = forget_quality(scores["forget"].truth_ratios(), read_log(Path(reference))["forget"].truth_ratios())
+        out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
+    return out
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="score a run, compare runs, score a published log")
+    parser.add_argument("run", nargs="?", help="a run folder to score again")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
+    parser.add_argument("--tofu-log", help="an eval_log_aggregated.json to score")
+    parser.add_argument("--reference", help="the retain-only model's log")
+    parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
+    args = parser.parse_args(argv)
+    if args.compare:
+        print(compare(args.compare))
+    elif args.tofu_log:
+        out = score_log(args.tofu_log, args.reference)
+        if args.json:
+            print(json.dumps(out, indent=1))
+            return
+        for key, value in out.items():
+            print(f"{key}: " + (", ".join(f"{k} {number(v)}" for k, v in value.items()) if isinstance(value, dict)
+                                else str(value)))
+    elif args.run:
+        run = open_run(args.run)
+        metrics = json.loads((Path(args.run) / "metrics.json").read_text())
+        scores = {role: stored_scores(run.config[role], run.data) or
+                  evaluate(load(Path(run.config[role]) / "model")[0], run.tokenizer, run.data, role)
+                  for role in metrics if role not in ("run", "unlearned")}
+        scores["unlearned"] = evaluate(run.model, run.tokenizer, run.data, "unlearned")
+        fresh = summarise(scores, run.data)
+        fresh["unlearned"] |= {k: v for k, v in metrics["unlearned"].items() if k.startswith("routing")}
+        print(json.dumps(fresh, indent=1) if args.json else table(fresh | {"run": metrics["run"]}))
+    else:
+        raise UserError("nothing to score: give a run folder, --compare RUN..., or --tofu-log LOG")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""TOFU's measures (arXiv 2401.06121): probability, ROUGE-L recall, truth ratio, model utility, forget quality.
+
+All functions take losses and strings, never a model.  l(a) is the mean negative log-likelihood per answer token
+given the question (nats), p(a) = exp(-l(a)).
+
+Two definitions of the truth ratio circulate; published tables use the first, and so do we unless asked:
+    losses         exp( l(right) - mean_i l(wrong_i) )      TOFU's aggregation script, open-unlearning
+    probabilities  mean_i p(wrong_i) / p(right)             the paper's formula
+Both are wrong over right: near 0 where the model knows better, 1 where it cannot tell.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rouge_score import rouge_scorer
+from scipy.stats import ks_2samp
+
+from errors import UserError
+
+DEFINITIONS = ("losses", "probabilities")
+OPTIONS = ("real_authors", "world_facts")  # sets whose probability is normalised over the options
+
+
+class ForgetQuality(NamedTuple):
+    """Two-sample Kolmogorov-Smirnov test. p depends on n as much as on D: compare p only at one n."""
+
+    p: float
+    D: float
+    n: int
+
+
+@dataclass
+class RowScores:
+    """What a model made of one scored set; one entry per row, losses in nats per token."""
+
+    loss: list[float]  # of the answer
+    right: list[float] = field(default_factory=list)  # of the paraphrased answer, or the answer where there is none
+    wrong: list[list[float]] = field(default_factory=list)  # of each wrong answer; their number may differ by row
+    rougeL: list[float] = field(default_factory=list)  # recall of the greedy answer
+    exact: list[bool] = field(default_factory=list)  # greedy answer equals the answer
+
+    def truth_ratios(self, definition: str = "losses") -> list[float]:
+        """Of every row; empty where the set has no wrong answers."""
+        if not self.wrong or not all(self.wrong):
+            return []
+        return [truth_ratio(r, w, definition) for r, w in zip(self.right, self.wrong, strict=True)]
+
+    def summary(self, name: str, definition: str = "losses") -> dict[str, float | None]:
+        """The set's numbers as metrics.json has them. name decides how truth ratio and probability are read."""
+        ratios = self.truth_ratios(definition)
+        wrong = self.wrong if name in OPTIONS and ratios else [None] * len(self.loss)
+        out = {"probability": mean([probability(r, w) for r, w in zip(self.loss, wrong, strict=True)]),
+               "rougeL_recall": mean(self.rougeL),
+               "truth_ratio": set_truth_ratio(ratios, name == "forget") if ratios else None}
+        return out | ({"exact": mean(self.exact)} if self.exact else {})
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def probability(loss: float, wrong: Sequence[float] | None = None) -> float:
+    """p(answer), or with wrong answers p(answer) / (p(answer) + sum_i p(wrong_i)) (section 2.2.1)."""
+    p = math.exp(-loss)
+    return p if wrong is None else p / (p + sum(math.exp(-w) for w in wrong))
+
+
+def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses") -> float:
+    """Wrong over right of one row (section 2.2.1, equation 1), by either definition at the top of this file.
+
+    Raises ValueError for no wrong answers or another definition.
+    """
+    if not len(wrong):
+        raise ValueError("a truth ratio needs at least one wrong answer")
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition {definition!r} is not one of {', '.join(DEFINITIONS)}")
+    if definition == "losses":
+        return math.exp(right - sum(wrong) / len(wrong))
+    return sum(math.exp(-w) for w in wrong) / len(wrong) / math.exp(-right)
+
+
+def set_truth_ratio(ratios: Sequence[float], forget: bool) -> float:
+    """mean min(r, 1/r) on the forget set, 1 where it cannot tell; mean max(0, 1 - r) elsewhere, 1 where it knows."""
+    r = np.asarray(ratios, dtype=float)
+    if forget:
+        with np.errstate(divide="ignore"):
+            return float(np.minimum(r, 1 / r).mean())
+    return float(np.maximum(0, 1 - r).mean())
+
+
+def forget_quality(unlearned: Sequence[float], reference: Sequence[float]) -> ForgetQuality:
+    """Two-sided KS test between truth ratios of the unlearned and of the retain-only model (section 2.2.2).
+
+    Raises ValueError where a list is empty or holds a NaN: scipy would return a number.
+    """
+    for values in (unlearned, reference):
+        if not len(values) or np.isnan(values).any():
+            raise ValueError("forget quality needs truth ratios of both models, none of them NaN")
+    test = ks_2samp(unlearned, reference)
+    return ForgetQuality(float(test.pvalue), float(test.statistic), len(unlearned))
+
+
+def model_utility(numbers: Sequence[float]) -> float:
+    """Harmonic mean (section 2.2.1); 0 as soon as one is. TOFU: 3 measures x retain, real authors, world facts."""
+    if not len(numbers) or min(numbers) < 0:
+        raise ValueError("model utility needs numbers of at least 0")
+    return 0.0 if min(numbers) == 0 else len(numbers) / sum(1 / x for x in numbers)
+
+
+def utility_of(summaries: dict[str, dict], sets: Sequence[str]) -> float:
+    """Model utility over the three measures of the given sets, leaving out what a set has no rows for."""
+    numbers = [summaries[name][key] for name in sets for key in ("probability", "rougeL_recall", "truth_ratio")]
+    return model_utility([x for x in numbers if x is not None])
+
+
+def rouge_l_recall(answers: Sequence[str], generations: Sequence[str]) -> list[float]:
+    """ROUGE-L recall with stemming, row by row (rouge-score, as TOFU uses it)."""
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return [scorer.score(a, g)["rougeL"].recall for a, g in zip(answers, generations, strict=True)]
+
+
+# ---- published logs ---------------------------------------------------------------------------------------------
+
+LOG_SETS = {"retain": "eval_log.json", "forget": "eval_log_forget.json",
+            "real_authors": "eval_real_author_wo_options.json", "world_facts": "eval_real_world_wo_options.json"}
+
+
+def read_log(path: Path) -> dict[str, RowScores]:
+    """Set name -> scores, from TOFU's eval_log_aggregated.json. Raises UserError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        log = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} does not exist: give an eval_log_aggregated.json") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: give an eval_log_aggregated.json") from None
+    out = {}
+    for name, key in LOG_SETS.items():
+        try:
+            # on the two real sets "paraphrased" is the answer itself, scored a second time in another batch
+            out[name] = RowScores(*(_in_order(log[key][field]) for field in (
+                "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} lacks {error} in '{key}': is it an eval_log_aggregated.json?") from None
+    return out
+
+
+def _in_order(values: dict | list) -> list:
+    """Some logs hold {"0": ..., "1": ...} where others hold a list."""
+    return [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)

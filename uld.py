@@ -1,0 +1,246 @@
+"""ULD: unlearning from logit difference (arXiv 2406.08607, NeurIPS 2024).
+
+    python train.py --method uld                       # the whole story; --help lists the choices
+    python uld.py out/uld --prompt "What is ...?"      # top tokens of target, assistant and difference, step by step
+
+Usual unlearning raises the loss on what is to be forgotten, which has no bound, and keeps the rest by a small retain
+sample, which cannot cover it. ULD turns both signs round: a small *assistant* learns the forget set (equation 4) and
+is uniform on everything else (equation 5). At decoding its logits are subtracted from the target's (equation 2). The
+target's weights never change, and it is not even run while the assistant trains.
+
+Departures from the paper
+    Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
+    Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
+    The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
+    outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
+
+Shapes: B batch   T tokens   V vocabulary   D width in   O width out   R LoRA rank   E experts
+"""
+
+import argparse
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from errors import UserError, one_line_errors
+from model import GPT, Cache, generate
+from moe import MoE
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trainable low-rank change: W x + (alpha / r) B A x (arXiv 2106.09685, eq. 3).
+
+    A (R, D) and B (O, R) are float32 whatever W is: bf16 would round small updates away. B starts at 0.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scale, self.dropout = alpha / rank, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.dropout(x.float(), self.dropout, self.training), self.a)
+        return self.base(x) + (self.scale * F.linear(low, self.b)).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The plain linear layer that computes the same (without dropout). The base layer is left as it was."""
+        linear = copy.deepcopy(self.base)
+        linear.weight += (self.scale * self.b @ self.a).to(linear.weight.dtype)
+        return linear
+
+
+class LoRAStack(nn.Module):
+    """The same for a stack of matrices (E, O, D): one A (E, R, D) and one B (E, O, R) per expert."""
+
+    def __init__(self, stack: Tensor, rank: int, alpha: float):
+        super().__init__()
+        n, wide, narrow = stack.shape
+        self.a = nn.Parameter(torch.empty(n, rank, narrow, device=stack.device))
+        self.b = nn.Parameter(torch.zeros(n, wide, rank, device=stack.device))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.scale = alpha / rank
+
+    def forward(self, stack: Tensor) -> Tensor:
+        return stack + (self.scale * self.b @ self.a).to(stack.dtype)
+
+
+def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0) -> list[nn.Parameter]:
+    """Freeze model and put LoRA on every linear layer of its blocks, routers aside; returns what trains.
+
+    Raises UserError where the rank is below 1.
+    """
+    if rank < 1:
+        raise UserError(f"--lora-rank {rank} is below 1")
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear and name not in ("router", "shared_gate"):
+                    setattr(module, name, LoRALinear(child, rank, alpha, dropout))
+            if isinstance(module, MoE):
+                for name in ("gate_up", "down"):
+                    lora = LoRAStack(getattr(module, name), rank, alpha)
+                    parametrize.register_parametrization(module, name, lora)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def merge_lora(model: GPT) -> GPT:
+    """A model of plain layers that computes what `model` computes. Frozen weights without LoRA are shared, not copied."""
+    with torch.device("meta"):
+        plain = GPT(model.config)
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            state |= {f"{name}.{key}": value for key, value in module.merged().state_dict().items()}
+        elif isinstance(module, MoE) and parametrize.is_parametrized(module):
+            state |= {f"{name}.gate_up": module.gate_up.clone(), f"{name}.down": module.down.clone()}
+    own = model.state_dict()
+    for name in plain.state_dict():
+        state.setdefault(name, own.get(name))
+    plain.load_state_dict(state, assign=True)
+    if model.config.tie_head:
+        plain.head.weight = plain.embed.weight
+    return plain.requires_grad_(False)
+
+
+def first_layers(target: GPT, layers: int) -> GPT:
+    """A frozen model of the target's first layers, final norm and head. Weights are shared, not copied.
+
+    Raises UserError unless 1 <= layers <= the target's.
+    """
+    if not 1 <= layers <= target.config.n_layer:
+        raise UserError(f"--assistant-layers {layers} is not between 1 and the target's {target.config.n_layer}")
+    config = copy.copy(target.config)
+    config.n_layer = layers
+    with torch.device("meta"):
+        assistant = GPT(config)
+    own = target.state_dict()
+    assistant.load_state_dict({name: own[name] for name in assistant.state_dict()}, assign=True)
+    if config.tie_head:
+        assistant.head.weight = assistant.embed.weight
+    return assistant.requires_grad_(False)
+
+
+def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.0, dropout: float = 0.05) -> GPT:
+    """ULD's assistant (section 3.2): the target's first layers, norm and head, frozen; LoRA on all linears trains."""
+    assistant = first_layers(target, layers)
+    add_lora(assistant, rank, alpha, dropout)
+    return assistant
+
+
+def plausible(logits: Tensor, rate: float, keep_share: bool = True) -> Tensor:
+    """The filter: True where p(y) >= rate * max p, (..., V) bool (section 3.4; contrastive decoding, 2210.15097).
+
+    keep_share: as in the authors' code, the rate * V most likely tokens always stay in. rate 0 keeps everything.
+    """
+    if not 0 <= rate <= 1:
+        raise UserError(f"--filter-rate {rate} is not between 0 and 1")
+    if rate == 0:
+        return torch.ones_like(logits, dtype=torch.bool)
+    floor = logits.amax(-1, keepdim=True) + math.log(rate)  # the softmax's denominator cancels
+    if keep_share:
+        count = max(1, int(rate * logits.shape[-1]))
+        floor = torch.minimum(floor, logits.topk(count, dim=-1).values[..., -1:])
+    return logits >= floor
+
+
+class LogitDifference(nn.Module):
+    """l(Y|X) = l_target - alpha * l_assistant (equation 2), a model like any other: forward, generate, caches."""
+
+    def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
+                 keep_share: bool = True):
+        super().__init__()
+        if target.config.vocab_size != assistant.config.vocab_size:
+            raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
+                            f"{assistant.config.vocab_size} tokens: logits can only be subtracted token by token")
+        self.target, self.assistant = target, assistant
+        self.alpha, self.filter_rate, self.keep_share = alpha, filter_rate, keep_share
+        self.config = target.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def is_moe(self) -> bool:
+        return self.target.is_moe
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
+        """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
+        logits = self.target(tokens, pad=pad, trace=trace)
+        assistant = self.assistant(tokens, pad=pad)
+        keep = plausible(logits, self.filter_rate, self.keep_share)
+        return logits - self.alpha * torch.where(keep, assistant, 0.0)
+
+    def new_cache(self, batch: int, max_len: int) -> tuple[Cache, Cache]:
+        return self.target.new_cache(batch, max_len), self.assistant.new_cache(batch, max_len)
+
+    def next_logits(self, tokens: Tensor, cache: tuple[Cache, Cache], pad: Tensor | None) -> Tensor:
+        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said."""
+        logits = self.target.next_logits(tokens, cache[0], pad)
+        assistant = self.assistant.next_logits(tokens, cache[1], pad)
+        keep = plausible(logits, self.filter_rate, self.keep_share)
+        return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+                 end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """See model.generate."""
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+
+
+@torch.no_grad()
+def explain(model: LogitDifference, tokenizer, question: str, steps: int = 12, top: int = 4) -> str:
+    """What target, assistant and their difference would say next, at each step of greedy decoding; one line each."""
+    tokens = torch.tensor([tokenizer.prompt(question)], device=model.device)
+
+    def best(logits: Tensor, width: int = 9) -> str:
+        p, ids = logits[0].float().softmax(-1).topk(top)
+        return " ".join(f"{tokenizer.decode([i])!r:>{width}} {q:4.2f}" for q, i in zip(p.tolist(), ids.tolist(),
+                                                                                     strict=True))
+
+    lines = []
+    for step in range(steps):
+        target, assistant = model.target(tokens)[:, -1], model.assistant(tokens)[:, -1]
+        cache = model.new_cache(1, tokens.shape[1])
+        both = model.next_logits(tokens, cache, None)
+        lines += [f"step {step}   target     {best(target)}", f"         assistant  {best(assistant)}",
+                  f"         difference {best(both)}"]
+        chosen = both.argmax(-1, keepdim=True)
+        if int(chosen) == tokenizer.end:
+            break
+        tokens = torch.cat([tokens, chosen], dim=1)
+    prompt = len(tokenizer.prompt(question))
+    return "\n".join([*lines, f"says: {tokenizer.decode(tokens[0, prompt:].tolist())}"])
+
+
+@one_line_errors
+def main() -> None:
+    from eval import open_run  # only this script needs it: importing uld must not pull evaluation in
+
+    parser = argparse.ArgumentParser(description="print the top tokens of target, assistant and their difference")
+    parser.add_argument("run", help="a run folder of --method uld, e.g. out/uld")
+    parser.add_argument("--prompt", help="a question; without it, the first forget question")
+    parser.add_argument("--steps", type=int, default=12, help="at most this many tokens")
+    args = parser.parse_args()
+    run = open_run(args.run)
+    if not isinstance(run.model, LogitDifference):
+        raise UserError(f"{args.run} is a run of --method {run.config['method']}: this prints runs of --method uld")
+    question = args.prompt or run.data.forget[0]["question"]
+    needed = len(run.tokenizer.prompt(question)) + args.steps
+    if needed > run.model.config.max_len:
+        raise UserError(f"--prompt and --steps need {needed} tokens and the context holds {run.model.config.max_len}: "
+                        "shorten them")
+    print(explain(run.model, run.tokenizer, question, args.steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""UOE: unlearn one expert (arXiv 2411.18797; ACL 2025 as SEUF, selected-expert unlearning framework).
+
+    python train.py --method uoe         # the whole story; --help lists the choices
+    python uoe.py out/uoe                # the affinity table of that run's target, and what unlearning did to it
+
+In a sparse mixture of experts, unlearning all weights makes tokens take a short cut to experts that never held the
+knowledge (*expert selection shift*), and damages those. So: find the expert that the forget set engages most
+(equation 2), train only that expert and its layer's router, and anchor the router so that the expert stays engaged
+while it forgets (equations 3 and 4). Any forget and retain loss of objectives.py goes in; NPO + GD by default.
+
+Departures from the paper
+    Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
+    has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
+    Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
+    What lies below the chosen layer is frozen and never changes, so it is computed once (train.py).
+
+Shapes: B batch   T tokens   E experts   L layers
+"""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import Batch
+from errors import UserError, one_line_errors
+from model import GPT, Trace
+from moe import Routing
+
+Place = tuple[int, int]  # (layer, expert)
+
+
+@torch.no_grad()
+def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) -> Tensor:
+    """Affinity score of every expert on the forget set (equation 2), (L, E) float32; a row sums to at most 1.
+
+        s_i^(l) = 1/Z sum_j 1/L_j sum_t g_{i,t}^(l)
+
+    Z sequences of L_j real tokens.  tokens: stop after that many tokens, 0 for all (the paper: 100k are enough).
+    Raises UserError where the model has no experts or there is nothing to look at.
+    """
+    if not model.is_moe:
+        raise UserError("expert attribution needs a mixture of experts, and this model is dense: use --method full")
+    config = model.config
+    total, rows, seen = torch.zeros(config.n_layer, config.n_expert, device=model.device), 0, 0
+    for batch in batches:
+        trace = Trace()
+        model.tail(model.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+        share = batch.mask / batch.mask.sum(1, keepdim=True)  # (B, T): 1 / L_j on real tokens
+        for layer, routing in trace.routing.items():
+            total[layer] += torch.einsum("bte,bt->e", routing.gates(), share)
+        rows, seen = rows + len(batch.tokens), seen + int(batch.mask.sum())
+        if tokens and seen >= tokens:
+            break
+    if not rows:
+        raise UserError("expert attribution has no forget rows to look at: give a forget set of at least one row")
+    return total / rows
+
+
+def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
+                   generator: torch.Generator | None = None) -> list[Place]:
+    """The M experts to unlearn, (layer, expert) each, most wanted first. affinity: (L, E).
+
+    rule: top (highest affinity), bottom (lowest) or random (drawn with `generator`).
+    same_layer: all M from the layer that holds the first; else over all layers (Table 2 of the paper).
+    """
+    n_layer, n_expert = affinity.shape
+    if not 1 <= m <= (n_expert if same_layer else n_layer * n_expert):
+        raise UserError(f"--m {m} is not between 1 and {n_expert} in one layer, {n_layer * n_expert} over all")
+    if rule == "random":
+        score = torch.rand(affinity.shape, generator=generator)
+    else:
+        score = affinity if rule == "top" else -affinity
+    if same_layer:
+        layer = int(score.max(1).values.argmax())
+        return [(layer, int(e)) for e in score[layer].topk(m).indices]
+    return [divmod(int(i), n_expert) for i in score.flatten().topk(m).indices]
+
+
+def check_place(model: GPT, place: Place) -> Place:
+    """Raises UserError unless (layer, expert), both counted from 0, exists."""
+    layer, expert = place
+    if not model.is_moe:
+        raise UserError("--method uoe needs a mixture of experts, and this model is dense: use --method full")
+    if not (0 <= layer < model.config.n_layer and 0 <= expert < model.config.n_expert):
+        raise UserError(f"--expert {layer},{expert} does not exist: layers go from 0 to {model.config.n_layer - 1}, "
+                        f"experts from 0 to {model.config.n_expert - 1}")
+    return layer, expert
+
+
+def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: bool = False) -> Tensor:
+    """|| g - a ||^2 summed over experts, mean over real tokens (equation 3); a is 1 on the target experts, else 0.
+
+    routing: of the chosen layer; mask (B, T) bool.  masked: g is 0 outside the top k (see Departures).
+    """
+    g = routing.gates() if masked else routing.probs  # (B, T, E)
+    a = torch.zeros(g.shape[-1], device=g.device)
+    a[list(experts)] = 1.0
+    squared = (g - a).square().sum(-1)  # (B, T)
+    return squared[mask].sum() / mask.sum().clamp_min(1)
+
+
+def isolate(model: GPT, places: list[Place], train_router: bool = True) -> list[nn.Parameter]:
+    """Freeze everything but the given experts and their layers' routers; returns what trains.
+
+    The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
+    """
+    model.requires_grad_(False)
+    for layer, expert in places:
+        model.moe(layer).take_out(expert)
+        model.moe(layer).router.requires_grad_(train_router)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def restore(model: GPT) -> None:
+    """Put all experts back into their stacks; everything may train again."""
+    for layer in range(model.config.n_layer):
+        model.moe(layer).put_back()
+    model.requires_grad_(True)
+
+
+def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[Place] = (), top: int = 6) -> str:
+    """Per layer, the experts the forget set engages most, e.g. `E7 0.412 -> 0.398 *`; * marks the unlearned."""
+    even = float(affinity.sum(1).mean()) / affinity.shape[1]
+    lines = [f"affinity of the forget set (equation 2), top {top} of {affinity.shape[1]} experts per layer; "
+             f"evenly spread, each would have {even:.3f}"]
+    for layer, row in enumerate(affinity):
+        cells = []
+        for e in row.argsort(descending=True)[:top].tolist():
+            cell = f"E{e:<2d} {row[e]:.3f}"
+            if after is not None:
+                cell += f" -> {after[layer, e]:.3f}"
+            cells.append(cell + (" *" if (layer, e) in chosen else "  "))
+        lines.append(f"layer {layer}:  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+@one_line_errors
+def main() -> None:
+    from eval import open_run  # only this script needs it: importing uoe must not pull evaluation in
+
+    parser = argparse.ArgumentParser(description="print the affinity table of a run's target")
+    parser.add_argument("run", help="a run folder of a mixture of experts, e.g. out/uoe")
+    parser.add_argument("--tokens", type=int, default=0, help="calibrate on this many forget tokens (0: all)")
+    args = parser.parse_args()
+    run = open_run(args.run)
+    forget = run.forget_batches()
+    before = expert_attribution(run.target, forget, args.tokens)
+    after = expert_attribution(run.model, forget, args.tokens) if isinstance(run.model, GPT) else None
+    print(affinity_table(before, after, [tuple(p) for p in run.config.get("unlearned_experts", [])]))
+
+
+if __name__ == "__main__":
+    main()
