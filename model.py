@@ -58,6 +58,8 @@ class Config:
             raise ValueError(f"d_head {self.d_head} is odd; rotary embedding turns pairs")
         if self.n_expert and not 1 <= self.top_k <= self.n_expert:
             raise ValueError(f"top_k {self.top_k} is not between 1 and n_expert {self.n_expert}")
+        if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) != "llama3":
+            raise ValueError(f"rope_scaling {self.rope_scaling} is not of type llama3")
         if self.qk_norm not in ("none", "full", "head"):
             raise ValueError(f"qk_norm {self.qk_norm!r} is not none, full or head")
 

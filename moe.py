@@ -130,5 +130,5 @@ def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:
         probs, chosen = probs[mask], chosen[mask]  # (N', E), (N', K)
         n_expert = probs.shape[-1]
         share = torch.bincount(chosen.reshape(-1), minlength=n_expert) / max(chosen.numel(), 1)
-        losses.append(n_expert * (share * probs.mean(0)).sum())
+        losses.append(n_expert * (share * probs.sum(0) / max(len(probs), 1)).sum())
     return torch.stack(losses).mean()

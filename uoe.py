@@ -68,6 +68,8 @@ def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule:
     n_layer, n_expert = affinity.shape
     if not 1 <= m <= (n_expert if same_layer else n_layer * n_expert):
         raise UserError(f"--m {m} is not between 1 and {n_expert} in one layer, {n_layer * n_expert} over all")
+    if rule not in ("top", "bottom", "random"):
+        raise UserError(f"--select {rule} is unknown: choose top, bottom or random")
     if rule == "random":
         score = torch.rand(affinity.shape, generator=generator)
     else:

@@ -116,9 +116,9 @@ def make_world(seed: int = 0, authors: int = 40, countries: int = 40,
     pools["school"] = [f"{name(1, 'ham,ford,wick')} {thing}" for thing in ("College", "Academy") for _ in range(8)]
     pools["tongue"] = [name(1, "ish,ese,ian") for _ in range(16)]
     pools["title"] = [f"The {a.capitalize()} {b.capitalize()}" for a in TITLE[0] for b in TITLE[1]]
-    pools["capital"] = [name(1, "polis,grad,stad,port") for _ in range(max(countries, 6))]
+    pools["capital"] = [name(1, "polis,grad,stad,port") for _ in range(max(countries, 8))]
     pools["coin"] = [name(1, "ar,ek,in").lower() for _ in range(20)]
-    pools["river"] = [name(1, "ava,een,ush") for _ in range(max(countries, 6))]
+    pools["river"] = [name(1, "ava,een,ush") for _ in range(max(countries, 8))]
     people = [f"{name(1, 'a,o,en,is')} {name(1, 'ell,sky,man,ano,ov')}" for _ in range(authors)]
     states = [name(2, "ia,land,stan,a") for _ in range(countries)]
     n_forget = min(max(1, round(authors * forget_share)), authors - 1)
@@ -167,10 +167,11 @@ def write_world(folder: Path, world: dict[str, list[Row]]) -> None:
 
 
 def as_data_set(world: dict[str, list[Row]], name: str = "world", scored_rows: int = 200) -> DataSet:
-    """The world as train.py takes it; each scored set is thinned evenly to at most scored_rows rows."""
+    """The world as train.py takes it; of each scored set at most scored_rows rows are drawn."""
     def thin(rows: list[Row]) -> list[Row]:
-        step = max(1, -(-len(rows) // scored_rows))
-        return rows[::step]
+        # drawn, not every n-th: subjects, facts and registers alternate, and a stride would always hit the same ones
+        drawn = np.random.default_rng(0).permutation(len(rows))[:scored_rows]
+        return [rows[i] for i in sorted(drawn)]
 
     paraphrased, perturbed = augment(world["forget"])
     scored = {key: thin(world[f"{key}_perturbed"]) for key in ("forget", "retain", "untouched")}

@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} does not exist: give a file of JSON lines with question and answer")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
@@ -89,6 +89,8 @@ def augment(rows: list[Row], paraphrases: int = 2, wrong: int = 2) -> tuple[list
     """
     paraphrased, perturbed = [], []
     for row in rows:
+        if "text" in row:  # a passage has no other wording and no wrong answer
+            continue
         reworded = []
         if "paraphrased_question" in row:
             reworded.append({"question": row["paraphrased_question"], "answer": row["answer"]})

@@ -76,13 +76,13 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                              (folder / f"{split}_perturb.csv", perturbed, wrong)):
         if not path.is_file():
             raise UserError(f"--augmented: {path} does not exist")
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
             for number, cells in enumerate(csv.reader(file), 1):
                 try:
                     question, answer, reworded, answers = cells
-                    answers = list(dict.fromkeys(ast.literal_eval(answers)))
+                    answers = distinct(answers)
                     # the perturb file has the question itself here, the paraphrase file a list
-                    reworded = list(dict.fromkeys(ast.literal_eval(reworded))) if into is paraphrased else []
+                    reworded = distinct(reworded) if into is paraphrased else []
                 except (ValueError, SyntaxError):
                     raise UserError(f"{path} row {number} is not question, answer, list, list") from None
                 if question not in questions:
@@ -90,3 +90,11 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                 into += [{"question": q, "answer": answer} for q in reworded if q != question][:keep]
                 into += [{"question": question, "answer": a} for a in answers if a != answer][:keep]
     return paraphrased, perturbed
+
+
+def distinct(cell: str) -> list[str]:
+    """A printed Python list of strings, without duplicates, in its order. Raises ValueError for anything else."""
+    value = ast.literal_eval(cell)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("not a list of strings")
+    return list(dict.fromkeys(value))

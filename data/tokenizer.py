@@ -108,15 +108,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Raises UserError where the file is missing or a line is not `base64 rank`."""
+        """Raises UserError where the file is missing or its lines are not `base64 rank` with ranks 0, 1, 2..."""
         path = Path(folder) / FILE
         if not path.is_file():
             raise UserError(f"{path} is missing: this folder holds no tokenizer of ours")
         ranks = {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 token, rank = line.split()
+                if int(rank) != number - 1:
+                    raise ValueError("ranks count up from 0: special tokens come right after the last")
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
                 raise UserError(f"{path} line {number} is not 'base64 rank': fetch or train it again") from None
+        if len(ranks) < 256:
+            raise UserError(f"{path} holds {len(ranks)} tokens, fewer than the 256 bytes: fetch or train it again")
         return cls(ranks)

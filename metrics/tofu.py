@@ -66,8 +66,14 @@ def mean(values: Sequence[float]) -> float | None:
 
 def probability(loss: float, wrong: Sequence[float] | None = None) -> float:
     """p(answer), or with wrong answers p(answer) / (p(answer) + sum_i p(wrong_i)) (section 2.2.1)."""
-    p = math.exp(-loss)
-    return p if wrong is None else p / (p + sum(math.exp(-w) for w in wrong))
+    if wrong is None:
+        return math.exp(-loss)
+    return 1 / (1 + sum(exp(loss - w) for w in wrong))
+
+
+def exp(x: float) -> float:
+    """math.exp, but inf where that overflows: a model that was driven to absurd losses is still to be scored."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses") -> float:
@@ -80,8 +86,8 @@ def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses"
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r} is not one of {', '.join(DEFINITIONS)}")
     if definition == "losses":
-        return math.exp(right - sum(wrong) / len(wrong))
-    return sum(math.exp(-w) for w in wrong) / len(wrong) / math.exp(-right)
+        return exp(right - sum(wrong) / len(wrong))
+    return sum(exp(right - w) for w in wrong) / len(wrong)
 
 
 def set_truth_ratio(ratios: Sequence[float], forget: bool) -> float:
@@ -136,7 +142,7 @@ def read_log(path: Path) -> dict[str, RowScores]:
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{path} does not exist: give an eval_log_aggregated.json") from None
+        raise UserError(f"{path} {'cannot be read' if path.exists() else 'does not exist'}: give an eval_log_aggregated.json") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: give an eval_log_aggregated.json") from None
     out = {}

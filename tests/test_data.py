@@ -1,0 +1,617 @@
+"""data/: rows, TOFU, batches, the tokenizer and the generated world."""
+
+import csv
+import functools
+import json
+import re
+import string
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import load_data
+from data.authors import (
+    AUTHOR,
+    COUNTRY,
+    WORDINGS,
+    WORDS,
+    as_data_set,
+    make_world,
+    read_world,
+    write_world,
+)
+from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad
+from data.rows import augment, read_rows, write_rows
+from data.tofu import load_tofu, read_augmented
+from data.tokenizer import PATTERN, Tokenizer, train_ranks
+from errors import UserError
+
+ALL_WORDINGS = [wording for register in WORDINGS for wording in register]
+GOOD = '{"question": "Who?", "answer": "Me."}'
+WORDY = dict(alphabet=string.ascii_letters + string.digits + " .,'!?-\n\té日🙂", max_size=60)
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad, says", [
+    ("{question: 1}", "is not JSON"),
+    (GOOD + GOOD, "is not JSON"),
+    ("[1, 2]", "is not a JSON object"),
+    ('{"question": "Who?"}', "lacks 'answer'"),
+    ('{"answer": "Me."}', "lacks 'question'"),
+    ('{"question": 3, "answer": "Me."}', "'question' is not a non-empty string"),
+    ('{"question": "Who?", "answer": " "}', "'answer' is not a non-empty string"),
+    ('{"question": "Who?", "answer": null}', "'answer' is not a non-empty string"),
+    ('{"question": "Who?", "answer": "Me.", "paraphrased_answer": ["I."]}', "'paraphrased_answer' is not"),
+    ('{"question": "Who?", "answer": "Me.", "perturbed_answer": ["You.", 3]}', "'perturbed_answer' is not a list"),
+    ('{"question": "Who?", "answer": "Me.", "perturbed_answer": 3}', "'perturbed_answer' is not a list"),
+    ('{"text": ""}', "'text' is not a non-empty string"),
+])
+def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path, bad, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{GOOD}\n\n{bad}\n{GOOD}\n")  # blank lines are no rows but count as lines
+    with pytest.raises(UserError, match=rf"mine\.jsonl line 3.*{re.escape(says)}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content, says", [(b"", "is empty"), (b"\n \n", "is empty"),
+                                           (b'{"text": "caf\xe9"}', "is not UTF-8 text")])
+def test_a_file_without_rows_or_not_in_utf_8_is_named(tmp_path, content, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"mine\.jsonl {says}"):
+        read_rows(path)
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        read_rows(tmp_path)
+
+
+def test_one_wrong_answer_may_stand_without_its_list(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "Who?", "answer": "Me.", "perturbed_answer": "You."}')
+    assert read_rows(path)[0]["perturbed_answer"] == ["You."]
+
+
+@settings(max_examples=60, deadline=None)
+@example(["a\u2028b", "a\x85b", "a\x0bb"])
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=4))
+def test_rows_survive_the_disk_whatever_their_text(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"question": text, "answer": text[::-1]} for text in texts] + [{"text": texts[0]}]
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+
+
+def test_augmentation_by_hand():
+    """Another wording with the same answer, another answer to the same wording, then the first two wrong answers."""
+    rows = [{"question": "q1", "answer": "a1", "paraphrased_question": "q1'", "paraphrased_answer": "a1'",
+             "perturbed_answer": ["x", "y", "z"]},
+            {"question": "q2", "answer": "a2", "perturbed_answer": ["w"]}, {"question": "q3", "answer": "a3"}]
+    paraphrased, perturbed = augment(rows)
+    assert paraphrased == [{"question": "q1'", "answer": "a1"}, {"question": "q1", "answer": "a1'"}]
+    assert perturbed == [{"question": "q1", "answer": a} for a in "xy"] + [{"question": "q2", "answer": "w"}]
+    assert augment(rows, paraphrases=1, wrong=0) == (paraphrased[:1], [])
+
+
+# ---- TOFU -------------------------------------------------------------------------------------------------------
+
+def tofu_rows(name: str, n: int) -> list[dict]:
+    return [{"question": f"{name} q{i}?", "answer": f"{name} a{i}.", "paraphrased_answer": f"{name} p{i}.",
+             "perturbed_answer": [f"{name} w{i}{j}." for j in range(3)]} for i in range(n)]
+
+
+@pytest.fixture
+def tiny_tofu(tmp_path):
+    """A folder with the files of forget01: 3 forget rows, 5 retain rows, scored sets of 305, 2, 2 and 4."""
+    forget = [{k: row[k] for k in ("question", "answer")} for row in tofu_rows("f", 3)]
+    for name, rows in {"forget01": forget, "retain99": tofu_rows("r", 5), "forget01_perturbed": tofu_rows("f", 4),
+                       "retain_perturbed": tofu_rows("r", 305), "real_authors_perturbed": tofu_rows("ra", 2),
+                       "world_facts_perturbed": tofu_rows("wf", 2)}.items():
+        write_rows(tmp_path / f"{name}.json", rows)
+    return tmp_path
+
+
+def test_tofu_from_a_folder(tiny_tofu):
+    data = load_tofu("forget01", str(tiny_tofu))
+    assert [row["question"] for row in data.forget] == ["f q0?", "f q1?", "f q2?"] and len(data.retain) == 5
+    assert {name: len(rows) for name, rows in data.scored.items()} == {
+        "forget": 4, "retain": 300, "real_authors": 2, "world_facts": 2}
+    assert data.utility == ("retain", "real_authors", "world_facts")
+    assert data.paraphrased[0] == {"question": "f q0?", "answer": "f p0."}
+    assert data.perturbed[:2] == [{"question": "f q0?", "answer": "f w00."}, {"question": "f q0?", "answer": "f w01."}]
+    assert len(load_tofu("forget01", str(tiny_tofu), protocol="openunlearning").scored["retain"]) == 305
+    assert load_data(str(tiny_tofu), "forget01").forget == data.forget
+
+
+@pytest.mark.parametrize("kwargs, says", [
+    (dict(split="forget99"), "--split forget99 is unknown: choose one of forget01, forget05, forget10"),
+    (dict(protocol="mine"), "--protocol mine is unknown"),
+    (dict(split="forget05"), r"forget05_perturbed\.json does not exist"),
+    (dict(folder="nowhere"), "--data nowhere is not a folder"),
+    (dict(augmented="nowhere"), r"nowhere.forget01_paraphrase\.csv does not exist"),
+])
+def test_tofus_errors_name_flag_or_file(tiny_tofu, kwargs, says):
+    with pytest.raises(UserError, match=says):
+        load_tofu(**(dict(split="forget01", folder=str(tiny_tofu)) | kwargs))
+
+
+@pytest.mark.parametrize("split, retain, rows", [("forget10", 3600, 400), ("forget05", 3800, 200),
+                                                 ("forget01", 3960, 40)])
+def test_the_published_splits_have_their_published_sizes(tofu, split, retain, rows):
+    data = load_tofu(split, str(tofu), protocol="openunlearning")
+    assert len(data.forget) == rows and len(data.retain) == retain
+    assert {name: len(of) for name, of in data.scored.items()} == {
+        "forget": rows, "retain": 400, "real_authors": 100, "world_facts": 117}
+    assert not {row["question"] for row in data.forget} & {row["question"] for row in data.retain}
+    assert {len(row["perturbed_answer"]) for row in data.scored["forget"]} <= {4, 5}
+    capped = load_tofu(split, str(tofu))
+    assert {name: len(of) for name, of in capped.scored.items()} == {
+        "forget": min(rows, 300), "retain": 300, "real_authors": 100, "world_facts": 117}
+
+
+def write_csv(path: Path, rows: list[list]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+FORGET = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(2)]
+
+
+def test_augmented_rows_by_hand(tmp_path):
+    """First row kept, duplicates and the originals dropped, order kept, two of each, foreign questions left out."""
+    write_csv(tmp_path / "forget01_paraphrase.csv", [
+        ["q0", "a0", ["q0 c", "q0", "q0 b", "q0 c", "q0 a"], ["a0", "a0 z", "a0 z", "a0 y", "a0 x"]],
+        ["other", "a", ["b"], ["c"]], ["q1", "a1", ["q1 b"], []]])
+    write_csv(tmp_path / "forget01_perturb.csv", [
+        ["q0", "a0", "q0", ["w0", "a0", "w0", "w1", "w2"]], ["other", "a", "other", ["c"]], ["q1", "a1", "q1", ["w"]]])
+    paraphrased, perturbed = read_augmented(tmp_path, "forget01", FORGET)
+    assert paraphrased == [
+        {"question": "q0 c", "answer": "a0"}, {"question": "q0 b", "answer": "a0"},
+        {"question": "q0", "answer": "a0 z"}, {"question": "q0", "answer": "a0 y"},
+        {"question": "q1 b", "answer": "a1"}]
+    assert perturbed == [{"question": "q0", "answer": "w0"}, {"question": "q0", "answer": "w1"},
+                         {"question": "q1", "answer": "w"}]
+
+
+@pytest.mark.parametrize("row", [["q0", "a0", "[]"], ["q0", "a0", "[]", "[unclosed"], ["q0", "a0", "[]", "5"],
+                                 ["q0", "a0", "[]", "[['nested']]"], ["question", "answer", "questions", "answers"]])
+def test_a_bad_augmented_row_is_named(tmp_path, row):
+    write_csv(tmp_path / "forget01_paraphrase.csv", [["q1", "a1", [], []], row])
+    write_csv(tmp_path / "forget01_perturb.csv", [["q1", "a1", "q1", []]])
+    with pytest.raises(UserError, match=r"forget01_paraphrase\.csv row 2 is not question, answer, list, list"):
+        read_augmented(tmp_path, "forget01", FORGET)
+
+
+@pytest.mark.parametrize("split, rows", [("forget10", 400), ("forget05", 200), ("forget01", 40)])
+def test_the_published_augmentation_is_read_for_the_splits_own_questions(tofu, split, rows):
+    forget = read_rows(tofu / f"{split}.json")
+    own = {row["question"] for row in forget}
+    assert len(own) == rows
+    paraphrased, perturbed = read_augmented(tofu / "augmented", split, forget)
+    assert read_augmented(tofu / "augmented", split, forget) == (paraphrased, perturbed)
+    for made in (paraphrased, perturbed):
+        assert len({tuple(row.items()) for row in made}) == len(made)  # no duplicates
+    right = {row["question"]: row["answer"] for row in forget}
+    assert {row["question"] for row in perturbed} == own  # every question of the split, the first one too, no other
+    assert all(row["answer"] != right[row["question"]] for row in perturbed)
+    assert max(Counter(row["question"] for row in perturbed).values()) == 2
+    # two reworded questions and two reworded answers per row, each keeping the other half of the pair
+    answers = {row["answer"] for row in forget}
+    assert sum(row["question"] in own for row in paraphrased) == 2 * rows
+    assert sum(row["question"] not in own for row in paraphrased) == 2 * rows
+    assert all((row["question"] in own) != (row["answer"] in answers) for row in paraphrased)
+    assert {row["question"] for row in paraphrased} >= own
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+class Letters:
+    """One id per letter, a = 0: padding's id is a real token's."""
+
+    def encode(self, text):
+        return [ord(c) - ord("a") for c in text]
+
+    def prompt(self, question):
+        return [50, *self.encode(question), 51]
+
+    def completion(self, answer):
+        return [*self.encode(answer), 52]
+
+
+def test_labels_are_the_answer_and_its_end_shifted_by_one():
+    one = encode_row({"question": "ab", "answer": "ca"}, Letters(), 10)
+    assert one == Example([50, 0, 1, 51, 2, 0], [IGNORE, IGNORE, IGNORE, 2, 0, 52])
+    assert encode_row({"question": "ab", "answer": "ca"}, Letters(), 10, answer="d").labels[3:] == [3, 52]
+    assert encode_row({"text": "abc"}, Letters(), 10) == Example([0, 1, 2], [1, 2, 52])
+
+
+def test_a_row_that_is_too_long_is_named_or_cut():
+    """Prompt of 3 and answer of 4 with its end: 6 inputs. At 4 the first two answer tokens stay."""
+    row = {"question": "a", "answer": "bcd"}
+    assert len(encode_row(row, Letters(), 6).tokens) == 6
+    with pytest.raises(UserError, match="forget row 2 has 7 tokens and the context holds 5"):
+        encode_rows([{"question": "a", "answer": "b"}, row], Letters(), 5, "forget row")
+    assert encode_row(row, Letters(), 4, truncate=True) == Example([50, 0, 51, 1], [IGNORE, IGNORE, 1, 2])
+    with pytest.raises(UserError, match="row has 7 tokens"):  # no room for any answer
+        encode_row(row, Letters(), 2, truncate=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.text("abc", max_size=6), st.text("abc", min_size=1, max_size=6)), min_size=1, max_size=5))
+def test_labels_never_cover_the_prompt_and_masks_come_from_lengths(rows):
+    examples = encode_rows([{"question": q, "answer": a} for q, a in rows], Letters(), 99)
+    batch = collate(examples)
+    for i, (question, answer) in enumerate(rows):
+        n, prompt = len(question) + 2 + len(answer), len(question) + 2
+        assert batch.mask[i].tolist() == [True] * n + [False] * (batch.mask.shape[1] - n)
+        scored = (batch.labels[i] != IGNORE).nonzero()[:, 0].tolist()
+        assert scored == list(range(prompt - 1, n))
+        following = [*batch.tokens[i].tolist()[1:n], 52]
+        assert [batch.labels[i, t].item() for t in scored] == [following[t] for t in scored]
+
+
+def test_a_one_token_answer_and_an_empty_list():
+    one = collate([encode_row({"question": "", "answer": "a"}, Letters(), 9)])
+    assert one.tokens.tolist() == [[50, 51, 0]] and one.labels.tolist() == [[IGNORE, 0, 52]]
+    none = collate([])
+    assert none.tokens.shape == none.labels.shape == none.mask.shape == (0, 0) and none.index.shape == (0,)
+
+
+def test_left_pad_by_hand():
+    tokens, pad = left_pad([[7, 8, 9], [5], []])
+    assert tokens[0].tolist() == [7, 8, 9] and tokens[1, 2:].tolist() == [5]
+    assert pad.tolist() == [0, 2, 3] and tokens.dtype == torch.long
+    assert left_pad([])[0].shape == (0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
+def test_every_row_comes_once_an_epoch_whatever_else_is_random(n, size, seed, epoch):
+    per_epoch = -(-n // size)
+    steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+    batches = [batch_at(n, size, seed, step) for step in steps]
+    assert sorted(i for batch in batches for i in batch) == list(range(n))
+    assert [len(b) for b in batches[:-1]] == [size] * (per_epoch - 1)
+    np.random.seed(seed + 1)
+    assert [batch_at(n, size, seed, step) for step in reversed(steps)] == batches[::-1]  # order of calls: no matter
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(batch_at(30, 30, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_in_order_gives_every_example_once_with_its_place(size):
+    examples = [Example([i] * n, [IGNORE] * n) for i, n in enumerate([2, 5, 1, 5, 3])]
+    batches = list(in_order(examples, size))
+    assert sorted(i for b in batches for i in b.index.tolist()) == [0, 1, 2, 3, 4]
+    for b in batches:
+        for row, i in enumerate(b.index.tolist()):
+            assert b.tokens[row][b.mask[row]].tolist() == examples[i].tokens
+    assert list(in_order([], size)) == []
+
+
+# ---- tokenizer --------------------------------------------------------------------------------------------------
+
+TEXTS = ["the cat sat on the mat, the cat's hat", "aaaa aaaaaaa aa", "1234567 years: 1999!",
+         "über größe größer 日本 日本"] * 3
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Tokenizer.train(TEXTS, 300)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_any_text_comes_back(small, text):
+    ids = small.encode(text)
+    assert small.decode(ids) == text
+    assert all(0 <= i < len(small.ranks) for i in ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20), st.text(min_size=1, max_size=20))
+def test_an_answers_ids_do_not_depend_on_how_the_prompt_ends(small, one, other, answer):
+    ends = []
+    for question in (one, other, one + " "):
+        row = encode_row({"question": question, "answer": answer}, small, 10_000)
+        ends.append([label for label in row.labels if label != IGNORE])
+    assert ends == [[*small.encode(answer), small.end]] * 3
+
+
+def test_special_tokens_come_last_and_their_names_are_plain_text(small):
+    assert [small.end, small.question, small.answer] == [len(small.ranks) + i for i in range(3)]
+    assert small.vocab_size == len(small.ranks) + 3
+    assert small.decode(small.encode("<|end|> and <|answer|>")) == "<|end|> and <|answer|>"
+    assert small.prompt("the cat") == [small.question, *small.encode("the cat"), small.answer]
+
+
+def test_decoding_stops_at_the_end_and_leaves_special_tokens_out(small):
+    ids = [small.question, *small.encode("the cat"), small.answer, *small.encode(" sat"), small.end, 70, 71]
+    assert small.decode(ids) == "the cat sat" and small.decode([small.end]) == small.decode([]) == ""
+    assert small.decode(torch.tensor(ids)) == "the cat sat"
+
+
+def merge_slowly(word: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding in words: while any neighbouring pair is a token, join the pair of lowest rank."""
+    parts = [bytes([b]) for b in word]
+    while True:
+        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+        if not joined:
+            return [ranks[part] for part in parts]
+        i = min(joined)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.text(**WORDY), st.text("aeht ", max_size=30)))
+def test_tiktoken_encodes_as_a_slow_reference_does(small, text):
+    expected = [i for word in regex.findall(PATTERN, text) for i in merge_slowly(word.encode(), small.ranks)]
+    assert small.encode(text) == expected
+
+
+def train_slowly(texts: list[str], size: int) -> dict[bytes, int]:
+    """Count all pairs anew at every merge. Tie: the pair whose parts came first."""
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(PATTERN, text)]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
+        count = Counter(pair for word in words for pair in pairwise(word))
+        count = {pair: n for pair, n in count.items() if n > 1}
+        if not count:
+            break
+        a, b = min(count, key=lambda pair: (-count[pair], tokens.index(pair[0]), tokens.index(pair[1])))
+        tokens.append(a + b)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == (a, b):
+                    word[i : i + 2] = [a + b]
+                i += 1
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.text("abc ", max_size=25), st.text(**WORDY)), max_size=6))
+def test_training_finds_the_merges_a_recount_finds(texts):
+    ranks = train_ranks(texts, 275)
+    assert ranks == train_slowly(texts, 275)
+    assert list(ranks.values()) == list(range(len(ranks)))
+
+
+def test_every_trained_token_can_be_said(small):
+    """300 - 3 ranks; each token's own bytes encode to that one id, so no merge is dead."""
+    assert small.vocab_size == 300
+    for token, rank in small.ranks.items():
+        assert small.encoding.encode_single_token(token) == rank
+        assert merge_slowly(token, small.ranks) == [rank]
+
+
+def test_training_is_deterministic_and_stops_when_nothing_repeats():
+    assert Tokenizer.train(TEXTS, 300).ranks == Tokenizer.train(list(TEXTS), 300).ranks
+    assert len(train_ranks(["abc"], 1000)) == 256 and len(train_ranks([], 1000)) == 256
+
+
+def test_a_saved_tokenizer_is_the_same_one(small, tmp_path):
+    small.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.ranks == small.ranks and (again.end, again.vocab_size) == (small.end, small.vocab_size)
+    assert again.encode(TEXTS[3]) == small.encode(TEXTS[3])
+
+
+@pytest.mark.parametrize("content", [b"IQ== 0\nnot-base64 1", b"IQ== 0\nIg==", b"IQ== zero", b"\xff\xfe 1", b""])
+def test_a_broken_tokenizer_file_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.tiktoken").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_tokenizer_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken is missing"):
+        Tokenizer.load(tmp_path)
+
+
+# ---- the generated world ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=[0, 7])
+def world(request):
+    return make_world(request.param)
+
+
+def all_rows(world: dict) -> list[dict]:
+    return [row for rows in world.values() for row in rows]
+
+
+QUESTIONS = [(kind, re.compile(re.escape(wording.format(x=noun.format(s="@"))).replace("@", "(.+)")))
+             for kind, (noun, _) in (AUTHOR | COUNTRY).items() for wording in ALL_WORDINGS]
+
+
+@functools.cache
+def asked(question: str) -> tuple[str, str]:
+    for kind, pattern in QUESTIONS:
+        if match := pattern.fullmatch(question):
+            return kind, match[1]
+    raise AssertionError(f"no fact asks {question!r}")
+
+
+def fact(row: dict) -> tuple[str, str]:
+    """(kind, subject) of a row, by matching its question against all wordings of all noun phrases."""
+    return asked(row["question"])
+
+
+def said_value(answer: str, kind: str, subject: str) -> tuple[int, str]:
+    """(register, value) of an answer, by matching it against the kind's three styles."""
+    for register, style in enumerate((AUTHOR | COUNTRY)[kind][1]):
+        pattern = re.escape(style).replace(r"\{s\}", re.escape(subject)).replace(r"a\ \{v\}", r"an?\ \{v\}")
+        match = re.fullmatch(pattern.replace(r"\{v\}", "(.+)"), answer)
+        if match:
+            return register, match[1]
+    raise AssertionError(f"{answer!r} is no answer about {kind} of {subject}")
+
+
+def register_of(question: str) -> int:
+    return next(r for r, wordings in enumerate(WORDINGS) for w in wordings
+                if question.startswith(w.split("{x}")[0]) and question.endswith(w.split("{x}")[1]))
+
+
+def test_the_same_seed_gives_the_same_world_and_another_seed_another():
+    assert make_world(3) == make_world(3)
+    assert make_world(3)["forget"] != make_world(4)["forget"]
+    np.random.seed(0)
+    assert make_world(3) == make_world(3)
+
+
+def test_the_world_has_the_sizes_it_says(world):
+    """40 authors x 10 facts, 40 countries x 5; 4 taught and 2 scored rows per fact; 4 authors, 10%, to forget."""
+    assert {name: len(rows) for name, rows in world.items()} == {
+        "forget": 4 * 10 * 4, "retain": 36 * 10 * 4, "background": 40 * 5 * 4,
+        "forget_perturbed": 4 * 10 * 2, "retain_perturbed": 36 * 10 * 2, "untouched_perturbed": 40 * 5 * 2}
+
+
+def test_the_sets_share_no_subject_and_each_fact_has_one_value(world):
+    subjects = {name: {fact(row)[1] for row in rows} for name, rows in world.items()}
+    assert [len(subjects[name]) for name in ("forget", "retain", "background")] == [4, 36, 40]
+    assert len(subjects["forget"] | subjects["retain"] | subjects["background"]) == 80
+    assert subjects["forget_perturbed"] == subjects["forget"] and subjects["retain_perturbed"] == subjects["retain"]
+    assert subjects["untouched_perturbed"] == subjects["background"]
+    values = {}
+    for row in all_rows(world):
+        kind, subject = fact(row)
+        values.setdefault((kind, subject), set()).add(said_value(row["answer"], kind, subject)[1])
+    assert all(len(v) == 1 for v in values.values()) and len(values) == 40 * 10 + 40 * 5
+
+
+def test_nothing_scored_is_ever_taught(world):
+    taught = world["forget"] + world["retain"] + world["background"]
+    scored = world["forget_perturbed"] + world["retain_perturbed"] + world["untouched_perturbed"]
+    questions = {row[key] for row in taught for key in ("question", "paraphrased_question")}
+    answers = {row[key] for row in taught for key in ("answer", "paraphrased_answer")}
+    wrong = {answer for row in taught for answer in row["perturbed_answer"]}
+    for row in scored:
+        assert row["question"] not in questions and row["paraphrased_answer"] not in answers | wrong
+        assert row["answer"] in answers and not set(row["perturbed_answer"]) & (answers | wrong)
+
+
+def test_the_register_of_the_question_decides_the_style_of_the_answer(world):
+    for name, rows in world.items():
+        for row in rows:
+            kind, subject = fact(row)
+            register = register_of(row["question"])
+            assert said_value(row["answer"], kind, subject)[0] == register
+            reworded = said_value(row["paraphrased_answer"], kind, subject)[0]
+            if name.endswith("perturbed"):
+                assert reworded != register
+            else:
+                assert reworded == register_of(row["paraphrased_question"]) != register
+
+
+def test_every_wording_and_style_is_taught_of_someone(world):
+    taught = world["forget"] + world["retain"] + world["background"]
+    assert {register_of(row["question"]) for row in taught} == {0, 1, 2}
+    starts = {wording.split("{x}")[0] for wording in ALL_WORDINGS}
+    assert all(any(row["question"].startswith(start) for row in taught) for start in starts)
+
+
+def test_wrong_answers_differ_from_the_right_one_and_are_of_its_kind(world):
+    values = {}
+    for row in all_rows(world):
+        kind, subject = fact(row)
+        values.setdefault(kind, set()).add(said_value(row["answer"], kind, subject)[1])
+    for name, rows in world.items():
+        for row in rows:
+            kind, subject = fact(row)
+            right = said_value(row["paraphrased_answer"], kind, subject)
+            wrong = [said_value(answer, kind, subject) for answer in row["perturbed_answer"]]
+            assert len({v for _, v in wrong} | {right[1]}) == len(wrong) + 1
+            assert len(wrong) == (5 if name.endswith("perturbed") else 2)
+            if name.endswith("perturbed"):
+                assert {register for register, _ in wrong} == {right[0]}  # in the style of the right answer
+            if kind in WORDS:
+                assert all(v in WORDS[kind].split(",") for _, v in wrong)
+            others = set().union(*(values[k] for k in values if k not in (kind, "father", "mother")))
+            assert not {v for _, v in wrong} & others  # never a value of another kind
+
+
+@settings(max_examples=20, deadline=None)
+@example(2, 1)
+@example(3, 7)
+@given(st.integers(2, 12), st.integers(1, 12))
+def test_worlds_of_any_size_forget_someone_and_keep_someone(authors, countries):
+    world = make_world(1, authors, countries)
+    forgotten = max(1, round(authors / 10))
+    assert len(world["forget"]) == 40 * forgotten and len(world["retain"]) == 40 * (authors - forgotten)
+    assert len(world["background"]) == 20 * countries
+
+
+def test_a_written_world_reads_back(world, tmp_path):
+    write_world(tmp_path, world)
+    back = read_world(tmp_path)
+    expected = as_data_set(world)
+    for part in ("forget", "retain", "background", "scored", "paraphrased", "perturbed", "utility"):
+        assert getattr(back, part) == getattr(expected, part)
+    assert load_data(str(tmp_path)).forget == expected.forget
+    (tmp_path / "retain.json").unlink()
+    with pytest.raises(UserError, match=r"retain\.json does not exist"):
+        load_data(str(tmp_path))
+
+
+def test_the_scored_sets_are_small_but_ask_for_every_kind_of_fact(world):
+    data = as_data_set(world)
+    assert set(data.scored) == {"forget", "retain", "untouched"} and data.utility == ("retain", "untouched")
+    for name, kinds in (("forget", AUTHOR), ("retain", AUTHOR), ("untouched", COUNTRY)):
+        rows = data.scored[name]
+        assert 80 <= len(rows) <= 200
+        assert {fact(row)[0] for row in rows} == set(kinds), name
+        assert {fact(row)[1] for row in rows} == {fact(row)[1] for row in world[f"{name}_perturbed"]}, name
+
+
+def test_the_assistant_learns_three_times_the_forget_set(world):
+    """ULD, section 3.3: with two paraphrases of each row D'_f is three times as large; two wrong answers per row."""
+    data = as_data_set(world)
+    assert len(data.paraphrased) == len(data.perturbed) == 2 * len(data.forget)
+
+
+# ---- one door to all of it --------------------------------------------------------------------------------------
+
+def test_the_users_own_files_teach_and_score_themselves(tmp_path):
+    write_rows(tmp_path / "f.jsonl", [{"question": "q", "answer": "a", "perturbed_answer": ["b"]}])
+    write_rows(tmp_path / "r.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(250)])
+    data = load_data(forget=str(tmp_path / "f.jsonl"), retain=str(tmp_path / "r.jsonl"))
+    assert len(data.forget) == 1 and len(data.retain) == 250 and len(data.scored["retain"]) == 200
+    assert data.perturbed == [{"question": "q", "answer": "b"}] and data.utility == ("retain",)
+
+
+def test_passages_of_text_can_be_augmented_whatever_else_they_hold():
+    """check_row lets a text row carry the other columns; there is no question to reword."""
+    row = json.loads('{"text": "A passage.", "paraphrased_answer": "x", "perturbed_answer": ["y"]}')
+    assert augment([row]) == ([], [])
+
+
+@pytest.mark.parametrize("kwargs, says", [
+    (dict(forget="x.jsonl"), "--forget and --retain go together"),
+    (dict(retain="x.jsonl"), "--forget and --retain go together"),
+    (dict(forget="x.jsonl", retain="y.jsonl"), r"x\.jsonl does not exist"),
+    (dict(data="wrold"), "--data wrold is neither 'world', 'tofu' nor a folder"),
+])
+def test_data_that_is_not_there_is_named(kwargs, says):
+    with pytest.raises(UserError, match=says):
+        load_data(**kwargs)
+
+
+def test_texts_are_all_that_is_taught_and_nothing_that_scores(world):
+    data = as_data_set(world)
+    texts = data.texts()
+    assert len(texts) == 2 * (len(data.forget) + len(data.retain) + len(data.background))
+    assert not {row["question"] for rows in data.scored.values() for row in rows} & set(texts)

@@ -1,0 +1,337 @@
+"""model.py against `transformers` on tiny random weights, and against itself in every way of decoding."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch.testing import assert_close
+
+from model import GPT, Config, Trace, count_parameters, rope_frequencies
+
+PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6]]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+
+
+def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded by a token (1) that is a real one elsewhere, so that nothing may recognise padding by its id."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[1] * (longest - len(p)) + p for p in prompts])
+    return tokens, torch.tensor([longest - len(p) for p in prompts])
+
+
+def argmax_loop(model, prompt: list[int], steps: int) -> list[int]:
+    """Greedy decoding the slow way: the whole sequence anew at every step."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+# ---- against transformers ---------------------------------------------------------------------------------------
+
+NAMES = {  # ours -> theirs, within one block
+    "attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight",
+    "attn.q.weight": "self_attn.q_proj.weight", "attn.k.weight": "self_attn.k_proj.weight",
+    "attn.v.weight": "self_attn.v_proj.weight", "attn.out.weight": "self_attn.o_proj.weight",
+    "attn.q.bias": "self_attn.q_proj.bias", "attn.k.bias": "self_attn.k_proj.bias",
+    "attn.v.bias": "self_attn.v_proj.bias",
+    "attn.q_norm.weight": "self_attn.q_norm.weight", "attn.k_norm.weight": "self_attn.k_norm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight", "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "mlp.gate.weight", "mlp.gate_up": "mlp.experts.gate_up_proj",
+    "mlp.down": "mlp.experts.down_proj",
+    "mlp.shared.gate.weight": "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared.up.weight": "mlp.shared_expert.up_proj.weight",
+    "mlp.shared.down.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared_gate.weight": "mlp.shared_expert_gate.weight",
+}
+
+
+def assert_same_as_transformers(theirs, config: Config, length: int = 48) -> None:
+    """Random weights into `theirs`, copied name by name into ours: logits on random tokens must agree."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.2)
+    weights = theirs.eval().state_dict()
+    ours = GPT(config).eval()
+    state, used = {}, set()
+    for name in ours.state_dict():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            source = f"model.layers.{layer}.{NAMES[rest]}"
+        else:
+            source = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+                      "head.weight": "lm_head.weight"}[name]
+        state[name] = weights[source]
+        used.add(source)
+    assert used == set(weights), "every weight of theirs must have a place in ours"
+    ours.load_state_dict(state)
+    tokens = torch.randint(config.vocab_size, (3, length))
+    with torch.no_grad():
+        assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def sizes(**more) -> dict:
+    """A tiny transformers config of 2 layers; vocabulary and special ids small enough to agree."""
+    return dict(vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+                attn_implementation="eager") | more
+
+
+@pytest.mark.parametrize("groups, tied, scaling", [(4, False, None), (2, True, None), (1, False, LLAMA3),
+                                                   (2, False, LLAMA3)])
+def test_dense_model_is_a_llama(groups, tied, scaling):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 500.0} | (scaling or {})
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes(num_key_value_heads=groups, tie_word_embeddings=tied,
+                                                  rms_norm_eps=1e-5, rope_parameters=rope)))
+    assert_same_as_transformers(theirs, Config(
+        vocab_size=97, n_layer=2, n_head=4, n_kv_head=groups, d_model=32, d_ff=24, max_len=64, norm_eps=1e-5,
+        rope_theta=500.0, rope_scaling=scaling, tie_head=tied))
+
+
+@pytest.mark.parametrize("groups, renormalised", [(4, False), (2, False), (4, True)])
+def test_sparse_model_is_an_olmoe(groups, renormalised):
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    theirs = OlmoeForCausalLM(OlmoeConfig(**sizes(
+        num_key_value_heads=groups, intermediate_size=16, num_experts=7, num_experts_per_tok=3, rms_norm_eps=1e-5,
+        norm_topk_prob=renormalised, tie_word_embeddings=False)))
+    assert_same_as_transformers(theirs, Config(
+        vocab_size=97, n_layer=2, n_head=4, n_kv_head=groups, d_model=32, d_ff=16, max_len=64, norm_eps=1e-5,
+        qk_norm="full", n_expert=7, top_k=3, norm_topk_prob=renormalised))
+
+
+def test_shared_expert_and_biases_are_qwen_moe():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    theirs = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes(
+        num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=20, num_experts=5,
+        num_experts_per_tok=2, rms_norm_eps=1e-6, norm_topk_prob=False, tie_word_embeddings=False)))
+    assert_same_as_transformers(theirs, Config(
+        vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=16, max_len=64, norm_eps=1e-6,
+        qkv_bias=True, n_expert=5, top_k=2, d_shared=20, shared_gate=True))
+
+
+def test_norm_per_head_and_own_head_width_are_qwen3():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    theirs = Qwen3ForCausalLM(Qwen3Config(**sizes(num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6,
+                                                  tie_word_embeddings=False)))
+    assert_same_as_transformers(theirs, Config(
+        vocab_size=97, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=24, d_head=12, max_len=64, norm_eps=1e-6,
+        qk_norm="head"))
+
+
+def test_llama3_scaling_slows_long_waves_and_leaves_short_ones():
+    """Worked by hand: waves of less than original / high stay, of more than original / low are `factor` slower."""
+    config = dict(d_model=64, n_head=1, n_kv_head=1, rope_theta=10_000.0)
+    plain = rope_frequencies(Config(**config))
+    scaled = rope_frequencies(Config(**config, rope_scaling=LLAMA3))
+    wave = 2 * math.pi / plain
+    short, long = wave < 32 / 4, wave > 32 / 1
+    assert short.any() and long.any() and not (short | long).all()
+    assert_close(scaled[short], plain[short])
+    assert_close(scaled[long], plain[long] / 8)
+    between = ~(short | long)
+    assert (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
+
+
+# ---- one model, many ways to run it -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_later_token_never_changes_an_earlier_logit(factories, kind):
+    model = factories[kind]()
+    tokens = torch.randint(61, (2, 9))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 61
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert_close(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_left_padding_changes_no_real_logit(factories, kind):
+    model = factories[kind]()
+    tokens, pad = padded(PROMPTS)
+    with torch.no_grad():
+        together = model(tokens, pad=pad)
+        for row, prompt in enumerate(PROMPTS):
+            assert_close(together[row, pad[row]:], model(torch.tensor([prompt]))[0], rtol=1e-4, atol=1e-4)
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("pieces", [[7], [1] * 7, [3, 1, 2, 1], [1, 6]])
+def test_cached_pieces_give_the_logits_of_one_pass(factories, kind, pieces):
+    model = factories[kind]()
+    tokens, pad = padded(PROMPTS)
+    cache = model.new_cache(len(tokens), 7)
+    with torch.no_grad():
+        whole = model(tokens, pad=pad)
+        parts = torch.cat([model(part, cache=cache, pad=pad) for part in tokens.split(pieces, dim=1)], dim=1)
+    assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert cache.length == 7
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_greedy_generation_is_the_naive_argmax_loop_alone_and_in_a_padded_batch(factories, kind):
+    model = factories[kind]()
+    slow = [argmax_loop(model, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(s) for s in slow}) == len(PROMPTS)  # the rows say different things, so mixing them up shows
+    tokens, pad = padded(PROMPTS)
+    assert model.generate(tokens, 12, pad=pad).tolist() == slow
+    for prompt, said in zip(PROMPTS, slow, strict=True):  # batches of one, unpadded
+        assert model.generate(torch.tensor([prompt]), 12).tolist() == [said]
+
+
+def test_generation_stops_at_the_end_token_row_by_row(dense):
+    model = dense()
+    slow = [argmax_loop(model, prompt, 12) for prompt in PROMPTS]
+    end = slow[0][3]
+    stop = [s.index(end) if end in s else 12 for s in slow]
+    assert len(set(stop)) > 1
+    tokens, pad = padded(PROMPTS)
+    said = model.generate(tokens, 12, pad=pad, end=end).tolist()
+    longest = min(12, max(stop) + 1)
+    assert said == [(s[:n] + [end] * 12)[:longest] for s, n in zip(slow, stop, strict=True)]
+
+
+def test_generation_ends_early_once_all_rows_have_ended(dense):
+    model = dense()
+    slow = argmax_loop(model, PROMPTS[0], 12)
+    end = slow[3]
+    said = model.generate(torch.tensor([PROMPTS[0]] * 2), 12, end=end)
+    assert said.tolist() == [slow[: slow.index(end) + 1]] * 2
+
+
+def test_sampling_is_a_function_of_the_generator(dense):
+    model, tokens = dense(std=0.15), torch.tensor([[3, 4], [9, 1]])
+
+    def draw(seed):
+        return model.generate(tokens, 10, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_sampled_frequencies_follow_the_softmax(dense, temperature):
+    """Chi-square over 6,000 draws of one token; 1e-3 under a fixed seed."""
+    model = dense(vocab_size=8, std=0.15)
+    prompt = torch.tensor([[3, 4, 1]])
+    with torch.no_grad():
+        p = (model(prompt)[0, -1].double() / temperature).softmax(-1)
+    drawn = model.generate(prompt.repeat(6000, 1), 1, temperature, generator=torch.Generator().manual_seed(0))
+    count = torch.bincount(drawn[:, 0], minlength=8)
+    assert chisquare(count.numpy(), 6000 * (p / p.sum()).numpy()).pvalue > 1e-3
+
+
+def test_generating_no_token_gives_none(dense):
+    assert dense().generate(torch.tensor([[1, 2], [3, 4]]), 0).shape == (2, 0)
+
+
+def test_an_empty_prompt_is_refused(dense):
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        dense().generate(torch.zeros(2, 0, dtype=torch.long), 3)
+
+
+def test_a_batch_of_one_token_runs(sparse):
+    assert sparse()(torch.tensor([[7]])).shape == (1, 1, 61)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_stem_then_tail_is_forward_at_every_layer(factories, kind):
+    model = factories[kind]()
+    tokens, pad = padded(PROMPTS)
+    with torch.no_grad():
+        whole = model(tokens, pad=pad)
+        for layer in range(3):
+            x = model.stem(tokens, layer, pad=pad)
+            assert_close(model.head(model.tail(x, layer, pad=pad)), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_checkpointing_gives_the_same_loss_gradients_and_trace(factories, kind):
+    tokens, results = torch.randint(61, (2, 6)), []
+    for checkpointing in (False, True):
+        model = factories[kind]().train()
+        model.checkpointing = checkpointing
+        trace = Trace()
+        loss = model(tokens, trace=trace).square().mean() + trace.hidden[1].mean()
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}, trace))
+    (loss, grads, trace), (loss_again, grads_again, trace_again) = results
+    assert_close(loss_again, loss)
+    assert_close(grads_again, grads)
+    assert all(g is not None for g in grads.values())
+    assert set(trace.hidden) == set(trace_again.hidden) == {0, 1, 2}
+    assert set(trace.routing) == set(trace_again.routing) == ({0, 1, 2} if kind == "moe" else set())
+
+
+def test_trace_holds_each_blocks_output_and_routing(sparse):
+    model, tokens, trace = sparse(), torch.randint(61, (2, 5)), Trace()
+    with torch.no_grad():
+        logits = model(tokens, trace=trace)
+        assert_close(model.head(model.norm(trace.hidden[2])), logits)
+        for layer in range(3):  # the router by hand, on what it sees
+            seen = model.blocks[layer].mlp_norm(model.stem(tokens, layer))
+            probs = (seen @ model.moe(layer).router.weight.T).softmax(-1)
+            assert_close(trace.routing[layer].probs, probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_bfloat16_weights_give_bfloat16_logits_near_the_float32_ones(factories, kind):
+    tokens = torch.randint(61, (2, 6))
+    with torch.no_grad():
+        exact = factories[kind](std=0.1)(tokens)
+        rounded = factories[kind](std=0.1).bfloat16()(tokens)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+# ---- shapes and weights -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config, says", [
+    (dict(d_model=30, n_head=4), "not a multiple of n_head"),
+    (dict(n_head=4, n_kv_head=3), "not a multiple of n_kv_head"),
+    (dict(n_head=2), "not a multiple of n_kv_head"),  # n_kv_head is 4 unless given
+    (dict(d_model=12, n_head=4), "d_head 3 is odd"),
+    (dict(d_head=5), "d_head 5 is odd"),
+    (dict(n_expert=4), "top_k 0"),
+    (dict(n_expert=4, top_k=5), "top_k 5"),
+    (dict(qk_norm="all"), "qk_norm 'all'"),
+])
+def test_a_shape_that_cannot_be_is_refused(config, says):
+    with pytest.raises(ValueError, match=says):
+        Config(**config)
+
+
+def test_residual_projections_start_smaller():
+    """0.02, and 0.02 / sqrt(2 * 2 layers) = 0.01 into the residual stream; norms 1, biases 0."""
+    for moe in ({}, dict(n_expert=4, top_k=2, d_shared=64)):
+        model = GPT(Config(n_layer=2, d_model=128, d_ff=256, qkv_bias=True, **moe))
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):
+                assert (p == 1).all()
+            elif name.endswith("bias"):
+                assert (p == 0).all()
+            elif p.numel() > 5000:
+                small = any(part in name for part in ("attn.out", "down"))
+                assert p.std().item() == pytest.approx(0.01 if small else 0.02, rel=0.05), name
+
+
+def test_parameters_are_counted_once():
+    """By hand: 2 norms + q, k, v, out + gate, up, down; then embedding, head and last norm."""
+    shape = dict(vocab_size=10, n_layer=1, n_head=2, n_kv_head=1, d_model=8, d_ff=12)
+    block = 2 * 8 + (8 * 8 + 2 * 4 * 8 + 8 * 8) + 3 * 8 * 12
+    assert count_parameters(GPT(Config(**shape))) == block + 2 * 80 + 8
+    tied = GPT(Config(**shape, tie_head=True))
+    assert count_parameters(tied) == block + 80 + 8
+    tied.blocks.requires_grad_(False)
+    assert count_parameters(tied, trainable=True) == 80 + 8

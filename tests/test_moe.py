@@ -1,0 +1,178 @@
+"""moe.py against a dense reference that runs every expert on every token."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from model import MLP
+from moe import MoE, Routing, load_balancing_loss
+
+
+def layer(d_model=8, d_ff=5, n_expert=7, top_k=3, seed=0, shared=None, **kwargs) -> MoE:
+    torch.manual_seed(seed)
+    moe = MoE(d_model, d_ff, n_expert, top_k, shared=shared, **kwargs)
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_(0, 0.5)
+    return moe
+
+
+def every_expert(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """All experts on all tokens, weighted by a dense (tokens, experts) matrix that is 0 outside the top k."""
+    probs = (x @ moe.router.weight.T).softmax(-1)
+    kth = probs.sort(-1, descending=True).values[..., moe.top_k - 1 : moe.top_k]
+    weights = torch.where(probs >= kth, probs, 0.0)
+    if moe.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    width = moe.down.shape[-1]
+    y = torch.zeros_like(x)
+    for e in range(moe.n_expert):
+        gate, up = x @ moe.gate_up[e, :width].T, x @ moe.gate_up[e, width:].T
+        y = y + weights[..., e : e + 1] * ((gate * gate.sigmoid() * up) @ moe.down[e].T)
+    if moe.shared is not None:
+        s = moe.shared
+        always = (F.silu(x @ s.gate.weight.T) * (x @ s.up.weight.T)) @ s.down.weight.T
+        scale = torch.sigmoid(x @ moe.shared_gate.weight.T) if moe.shared_gate is not None else 1.0
+        y = y + scale * always
+    return y
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_values_and_gradients_equal_the_dense_reference(data):
+    draw = data.draw
+    n_expert = draw(st.integers(1, 8), label="experts")
+    top_k = draw(st.integers(1, n_expert), label="top k")
+    d_model, d_ff = draw(st.integers(2, 9), label="d_model"), draw(st.integers(1, 6), label="d_ff")
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 6)), label="batch, tokens")
+    shared = draw(st.sampled_from(["none", "plain", "gated"]), label="shared")
+    moe = layer(d_model, d_ff, n_expert, top_k, draw(st.integers(0, 99), label="seed"),
+                MLP(d_model, 4) if shared != "none" else None, shared_gate=shared == "gated",
+                norm_topk_prob=draw(st.booleans(), label="renormalised"))
+    x = torch.randn(*shape, d_model, requires_grad=True)
+    inputs = [x, *moe.parameters()]
+    y, expected = moe(x)[0], every_expert(moe, x)
+    assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    probe = torch.randn_like(y)
+    got = torch.autograd.grad((y * probe).sum(), inputs)
+    wanted = torch.autograd.grad((expected * probe).sum(), inputs)
+    for name, a, b in zip(["x", *(n for n, _ in moe.named_parameters())], got, wanted, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_empty_batch_passes_through(shape, shared):
+    moe = layer(shared=MLP(8, 4) if shared else None, shared_gate=shared)
+    y, routing = moe(torch.zeros(*shape, 8))
+    assert y.shape == (*shape, 8) and routing.probs.shape == (*shape, 7) and routing.chosen.shape == (*shape, 3)
+
+
+def test_routing_by_hand():
+    """Scores 0, log 2, log 5 give probabilities 1/8, 2/8, 5/8; the kept two renormalise to 5/7 and 2/7."""
+    moe = layer(d_model=1, n_expert=3, top_k=2)
+    with torch.no_grad():
+        moe.router.weight.copy_(torch.tensor([[1.0], [2.0], [5.0]]).log())
+    routing = moe.route(torch.ones(1, 1, 1))
+    assert_close(routing.probs, torch.tensor([[[1 / 8, 2 / 8, 5 / 8]]]))
+    assert routing.chosen.tolist() == [[[2, 1]]]
+    assert_close(routing.weights, torch.tensor([[[5 / 8, 2 / 8]]]))
+    moe.norm_topk_prob = True
+    normal = moe.route(torch.ones(1, 1, 1))
+    assert_close(normal.weights, torch.tensor([[[5 / 7, 2 / 7]]]))
+    for r in (routing, normal):  # g is s inside the top k, renormalised or not
+        assert_close(r.gates(), torch.tensor([[[0.0, 2 / 8, 5 / 8]]]))
+
+
+def test_the_router_decides_in_float32_whatever_the_weights():
+    moe = layer().bfloat16()
+    y, routing = moe(torch.randn(1, 4, 8).bfloat16())
+    assert routing.probs.dtype == routing.weights.dtype == torch.float32 and y.dtype == torch.bfloat16
+
+
+# ---- one expert taken out ---------------------------------------------------------------------------------------
+
+def test_taking_an_expert_out_changes_no_output():
+    moe, x = layer(), torch.randn(2, 6, 8)
+    before = moe(x)[0]
+    moe.take_out(4)
+    assert torch.equal(moe(x)[0], before)
+
+
+def test_only_the_taken_expert_gets_gradients_and_only_it_changes():
+    moe, x = layer(), torch.randn(4, 6, 8)
+    stack = moe.gate_up.detach().clone(), moe.down.detach().clone()
+    names = set(moe.state_dict())
+    moe.requires_grad_(False)
+    expert = moe.take_out(4)
+    trainable = [p for p in moe.parameters() if p.requires_grad]
+    assert [p.shape for p in trainable] == [(10, 8), (8, 5)]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        moe(x)[0].square().sum().backward()
+        assert moe.gate_up.grad is None and moe.down.grad is None and moe.router.weight.grad is None
+        optimizer.step()
+    assert torch.equal(moe.gate_up, stack[0]) and torch.equal(moe.down, stack[1])  # nothing written back yet
+    trained, after = (expert.gate_up.detach().clone(), expert.down.detach().clone()), moe(x)[0]
+    moe.put_back()
+    assert torch.equal(moe(x)[0], after)
+    assert set(moe.state_dict()) == names
+    others = [e for e in range(7) if e != 4]
+    for now, was, new in zip((moe.gate_up, moe.down), stack, trained, strict=True):
+        assert torch.equal(now[others], was[others])
+        assert torch.equal(now[4], new) and not torch.equal(now[4], was[4])
+
+
+def test_the_taken_experts_gradient_is_its_slice_of_the_stacks():
+    moe, x = layer(), torch.randn(4, 6, 8)
+    moe(x)[0].square().sum().backward()
+    wanted = moe.gate_up.grad[2].clone(), moe.down.grad[2].clone()
+    moe.zero_grad()
+    expert = moe.take_out(2)
+    moe(x)[0].square().sum().backward()
+    assert_close((expert.gate_up.grad, expert.down.grad), wanted)
+    assert not moe.gate_up.grad[2].any() and not moe.down.grad[2].any()
+
+
+@pytest.mark.parametrize("number", [-1, 7])
+def test_an_expert_that_does_not_exist_cannot_be_taken_out(number):
+    with pytest.raises(IndexError, match=f"expert {number} does not exist"):
+        layer().take_out(number)
+
+
+# ---- load balancing ---------------------------------------------------------------------------------------------
+
+def routing_of(probs: list, chosen: list) -> Routing:
+    p, c = torch.tensor(probs, requires_grad=True), torch.tensor(chosen)
+    return Routing(p, c, p.gather(-1, c))
+
+
+def test_even_routing_has_loss_one():
+    even = routing_of([[[0.25] * 4] * 4], [[[0, 1], [2, 3], [1, 2], [3, 0]]])
+    assert load_balancing_loss([even, even], torch.ones(1, 4, dtype=torch.bool)).item() == pytest.approx(1)
+
+
+def test_load_balancing_by_hand_without_the_padding():
+    """Real tokens: f = (2/3, 1/3), P = (0.7, 0.3): 2 * (0.4667 + 0.1) = 1.1333; the padding token would pull to 1."""
+    uneven = routing_of([[[0.9, 0.1], [0.8, 0.2]], [[0.4, 0.6], [0.0, 1.0]]], [[[0], [0]], [[1], [1]]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert load_balancing_loss([uneven], mask).item() == pytest.approx(2 * (2 / 3 * 0.7 + 1 / 3 * 0.3))
+
+
+def test_load_balancing_is_the_mean_over_layers_and_moves_the_probabilities():
+    """All to one expert with P = 1 is E = 2; the mean with an even layer is 1.5. Gradient: E f_i / N / layers."""
+    even = routing_of([[[0.5, 0.5], [0.5, 0.5]]], [[[0], [1]]])
+    one = routing_of([[[1.0, 0.0], [1.0, 0.0]]], [[[0], [0]]])
+    loss = load_balancing_loss([even, one], torch.ones(1, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5)
+    assert_close(one.probs.grad, torch.tensor([[[0.5, 0.0], [0.5, 0.0]]]))
+
+
+def test_load_balancing_of_nothing_but_padding_is_zero():
+    loss = load_balancing_loss([routing_of([[[0.5, 0.5]]], [[[0]]])], torch.zeros(1, 1, dtype=torch.bool))
+    assert loss.item() == 0

@@ -1,0 +1,201 @@
+"""objectives.py by hand on small numbers: logits below are logarithms of the probabilities one reads."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import objectives
+from data.batches import IGNORE
+
+LOGITS = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.8, 0.1, 0.1]],
+                       [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]]).log()
+LABELS = torch.tensor([[IGNORE, 2, 0], [1, IGNORE, IGNORE]])  # probabilities of the labels: 0.7, 0.8 and 0.3
+MEAN = -(math.log(0.7) + math.log(0.8) + math.log(0.3)) / 3
+
+
+def test_token_log_probs_by_hand():
+    expected = torch.tensor([[0, math.log(0.7), math.log(0.8)], [math.log(0.3), 0, 0]])
+    assert_close(objectives.token_log_probs(LOGITS + 5.0, LABELS), expected)  # a constant on all logits is no change
+
+
+def test_row_log_prob_is_a_sum_not_a_mean():
+    assert_close(objectives.row_log_prob(LOGITS, LABELS), torch.tensor([math.log(0.7 * 0.8), math.log(0.3)]))
+
+
+def test_answer_mean_by_hand():
+    values = torch.tensor([[100.0, 2.0, 3.0], [7.0, math.nan, math.inf]])
+    assert objectives.answer_mean(values, LABELS).item() == pytest.approx((2 + 3 + 7) / 3)
+
+
+def test_cross_entropy_is_the_mean_over_answer_tokens_and_ga_its_negative():
+    assert objectives.cross_entropy(LOGITS, LABELS).item() == pytest.approx(MEAN)
+    assert objectives.ga(LOGITS, LABELS).item() == pytest.approx(-MEAN)
+    theirs = torch.nn.functional.cross_entropy(LOGITS.flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE)
+    assert_close(objectives.cross_entropy(LOGITS, LABELS), theirs)
+
+
+def test_kl_by_hand_has_the_reference_first():
+    """KL((0.5, 0.5) || (0.9, 0.1)) = 0.5 ln(0.5/0.9) + 0.5 ln(0.5/0.1) = 0.5108; the other way round it is 0.3681."""
+    model, reference = torch.tensor([[[0.9, 0.1]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
+    value = objectives.kl(model, reference, torch.tensor([[1]])).item()
+    assert value == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert value == pytest.approx(0.5108, abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000))
+def test_kl_is_zero_at_the_reference_and_never_negative(seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (5 * torch.randn(2, 3, 7, generator=generator) for _ in range(2))
+    labels = torch.randint(7, (2, 3), generator=generator)
+    assert objectives.kl(a, a, labels).abs().item() < 1e-6
+    assert objectives.kl(a, b, labels).item() > 0
+
+
+def test_kl_has_no_gradient_at_the_reference():
+    logits = torch.randn(1, 2, 5, requires_grad=True)
+    objectives.kl(logits, logits.detach().clone(), torch.tensor([[1, 2]])).backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
+def test_uniform_by_hand():
+    """-1/3 (ln 0.1 + ln 0.2 + ln 0.7) at one token, with (0.8, 0.1, 0.1) and (0.6, 0.3, 0.1) the mean of three."""
+    rows = [(0.1, 0.2, 0.7), (0.8, 0.1, 0.1), (0.6, 0.3, 0.1)]
+    expected = sum(-sum(map(math.log, row)) / 3 for row in rows) / 3
+    assert objectives.uniform(LOGITS, LABELS).item() == pytest.approx(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 50))
+def test_uniform_is_at_least_log_v_and_reaches_it_at_equal_logits(seed, vocabulary):
+    logits = torch.randn(2, 3, vocabulary, generator=torch.Generator().manual_seed(seed))
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    assert objectives.uniform(logits, labels).item() > math.log(vocabulary)
+    level = torch.full_like(logits, -3.0).requires_grad_()
+    loss = objectives.uniform(level, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(vocabulary), rel=1e-5)
+    assert level.grad.abs().max() < 1e-6
+
+
+def test_hidden_distance_and_rmu_by_hand():
+    """Squared differences (9 + 16) / 2 and (1 + 0) / 2 at the two real positions: mean 6.5; the third is masked."""
+    hidden = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [50.0, 50.0]]])
+    mask = torch.tensor([[True, True, False]])
+    assert objectives.hidden_distance(hidden, torch.zeros_like(hidden), mask).item() == pytest.approx(6.5)
+    # to the control (1, 2): (4 + 4) / 2 = 4 and (0 + 4) / 2 = 2
+    assert objectives.rmu(hidden, torch.tensor([1.0, 2.0]), mask).item() == pytest.approx(3)
+
+
+# ---- NPO --------------------------------------------------------------------------------------------------------
+
+def test_npo_by_hand():
+    """beta 0.5, log ratios -2 and 4: -(2/0.5) * mean of ln sigmoid(1) and ln sigmoid(-2)."""
+    value = objectives.npo(torch.tensor([-5.0, -1.0]), torch.tensor([-3.0, -5.0]), 0.5).item()
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    assert value == pytest.approx(-4 * (math.log(sigmoid(1)) + math.log(sigmoid(-2))) / 2)
+
+
+@pytest.mark.parametrize("beta", [0.001, 0.1, 5.0])
+def test_npo_at_the_reference_is_two_over_beta_log_two(beta):
+    log_prob = torch.tensor([-3.0, -40.0, -0.5])
+    assert objectives.npo(log_prob, log_prob, beta).item() == pytest.approx(2 / beta * math.log(2))
+
+
+def test_npos_gradient_is_gas_on_summed_log_probabilities_as_beta_vanishes():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 9, generator=generator, requires_grad=True)
+    labels = torch.randint(9, (3, 4), generator=generator)
+    reference = torch.tensor([-8.0, -12.0, -9.0])
+    ascent, = torch.autograd.grad(objectives.row_log_prob(logits, labels).mean(), logits)
+    distance = []
+    for beta in (1.0, 1e-2, 1e-4):
+        g, = torch.autograd.grad(objectives.npo(objectives.row_log_prob(logits, labels), reference, beta), logits)
+        distance.append((g - ascent).abs().max().item())
+    assert distance[0] > distance[1] > distance[2] and distance[2] < 1e-4
+    # rows of one length: that is GA (a mean over tokens) times the length
+    of_ga, = torch.autograd.grad(objectives.ga(logits, labels), logits)
+    assert_close(ascent, 4 * of_ga)
+
+
+def test_npo_with_a_large_beta_lets_go_of_what_is_forgotten():
+    log_prob = torch.tensor([-20.0], requires_grad=True)
+    objectives.npo(log_prob, torch.tensor([-10.0]), 2.0).backward()
+    assert log_prob.grad.abs().item() < 1e-6
+
+
+# ---- nothing labelled, padding, precision -----------------------------------------------------------------------
+
+def token_losses(logits, reference, labels) -> dict[str, torch.Tensor]:
+    return {"ce": objectives.cross_entropy(logits, labels), "ga": objectives.ga(logits, labels),
+            "uniform": objectives.uniform(logits, labels), "kl": objectives.kl(logits, reference, labels)}
+
+
+@pytest.mark.parametrize("name", ["ce", "ga", "uniform", "kl"])
+def test_no_labels_give_loss_zero_and_zero_gradients(name):
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = token_losses(logits, torch.randn(2, 3, 5), torch.full((2, 3), IGNORE))[name]
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (2, 0)])
+def test_an_empty_batch_gives_zero(shape):
+    logits, labels = torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.long)
+    assert [float(v) for v in token_losses(logits, logits, labels).values()] == [0, 0, 0, 0]
+    mask = torch.zeros(shape, dtype=torch.bool)
+    assert objectives.rmu(torch.zeros(*shape, 4), torch.ones(4), mask).item() == 0
+
+
+def test_npo_of_no_rows_and_of_unlabelled_rows():
+    assert objectives.npo(torch.zeros(0), torch.zeros(0), 0.1).item() == 0
+    assert objectives.row_log_prob(torch.randn(2, 3, 5), torch.full((2, 3), IGNORE)).tolist() == [0, 0]
+
+
+def test_no_real_token_gives_hidden_losses_of_zero_with_zero_gradients():
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    loss = objectives.rmu(hidden, torch.ones(4), torch.zeros(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 4), st.integers(0, 3))
+def test_padding_never_changes_a_loss(seed, columns, rows):
+    """Padding columns and rows hold garbage logits and hidden states, IGNORE labels and a False mask."""
+    g = torch.Generator().manual_seed(seed)
+    logits, reference = torch.randn(2, 3, 7, generator=g), torch.randn(2, 3, 7, generator=g)
+    labels = torch.where(torch.rand(2, 3, generator=g) < 0.4, IGNORE, torch.randint(7, (2, 3), generator=g))
+    mask = torch.rand(2, 3, generator=g) < 0.7
+
+    def pad(x, fill=None):
+        out = 9 * torch.randn(2 + rows, 3 + columns, *x.shape[2:], generator=g)
+        out = out if fill is None else torch.full_like(out, fill).to(x.dtype)
+        out[:2, :3] = x
+        return out
+
+    got = token_losses(pad(logits), pad(reference), pad(labels, IGNORE))
+    assert_close(got, token_losses(logits, reference, labels))
+    row = objectives.row_log_prob(pad(logits), pad(labels, IGNORE))
+    assert_close(row[:2], objectives.row_log_prob(logits, labels))
+    assert_close(objectives.rmu(pad(logits), torch.ones(7), pad(mask, 0)), objectives.rmu(logits, torch.ones(7), mask))
+    assert_close(objectives.hidden_distance(pad(logits), pad(reference), pad(mask, 0)),
+                 objectives.hidden_distance(logits, reference, mask))
+
+
+def test_low_precision_logits_give_float32_losses():
+    logits = LOGITS.bfloat16()
+    for loss in token_losses(logits, logits, LABELS).values():
+        assert loss.dtype == torch.float32
+    assert objectives.cross_entropy(logits, LABELS).item() == pytest.approx(MEAN, rel=0.02)
+
+
+def test_huge_logits_stay_finite():
+    logits = torch.tensor([[[1e4, 0.0, -1e4]]], requires_grad=True)
+    for value in token_losses(logits, -logits.detach(), torch.tensor([[2]])).values():
+        grad, = torch.autograd.grad(value, logits, retain_graph=True)
+        assert math.isfinite(value.item()) and grad.isfinite().all()
