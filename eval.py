@@ -84,17 +84,20 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
     with tqdm(total=total, desc=f"score {what}", mininterval=0.5) as bar:
         for name, rows in data.scored.items():
             # one list of pairs for the whole set: answer, right answer and wrong ones share batches
-            pairs = [(row, row["answer"]) for row in rows]
-            pairs += [(row, row["answer"] if name in OPTIONS else row.get("paraphrased_answer", row["answer"]))
-                      for row in rows]
+            answers = [row.get("answer", "") for row in rows]  # a {"text": ...} row is scored as a whole
+            pairs = list(zip(rows, answers, strict=True))
+            pairs += [(row, answer if name in OPTIONS else row.get("paraphrased_answer", answer))
+                      for row, answer in pairs]
             wrong = [row.get("perturbed_answer", []) for row in rows]
             pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
             losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row")
             n, rest = len(rows), iter(losses[2 * len(rows):])
-            said = greedy_answers(model, tokenizer, [row["question"] for row in rows], bar=bar)
+            asked = [row for row in rows if "question" in row]
+            right = [row["answer"] for row in asked]
+            said = greedy_answers(model, tokenizer, [row["question"] for row in asked], bar=bar)
             out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
-                                  rouge_l_recall([row["answer"] for row in rows], said),
-                                  [a.strip() == row["answer"].strip() for a, row in zip(said, rows, strict=True)])
+                                  rouge_l_recall(right, said),
+                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)])
     return out
 
 
@@ -106,7 +109,7 @@ def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float
         traces = []
         for m in (before, model):
             trace = Trace()
-            m.tail(m.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+            m.hidden(batch.tokens, trace=trace)
             traces.append(trace)
         for layer, values in enumerate(same):
             values.append(overlap(traces[1].routing[layer].chosen, traces[0].routing[layer].chosen, batch.mask))
@@ -119,7 +122,7 @@ def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
     traces = []
     for batch in batches:
         trace = Trace()
-        model.tail(model.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+        model.hidden(batch.tokens, trace=trace)
         traces.append((trace, batch.mask))
     return [(sum(expert_share(t.routing[layer].chosen, mask, model.config.n_expert) * mask.sum() for t, mask in traces)
              / sum(mask.sum() for _, mask in traces)).tolist() for layer in range(model.config.n_layer)]
@@ -208,7 +211,8 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     metrics = summarise(scores, data)
     shares = None
     if isinstance(model, GPT) and model.is_moe:
-        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64, model.device))
+        examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
+        batches = list(in_order(examples, 64, model.device))
         layers = routing_overlap(target, model, batches)
         metrics["unlearned"] |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}
         shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
@@ -248,10 +252,10 @@ def table(metrics: dict) -> str:
     lines += [f"{label:<30}" + "".join(f"{number(v):>13}" for v in values) for label, values in rows_of(metrics, roles)]
     run, n = metrics["run"], metrics["unlearned"]["forget_quality_n"]
     if n:
-        lines.append(f"(forget quality: two-sample KS test of truth ratios against the reference, n = {n}; p falls with n, "
-                     "compare it only at one n)")
-    lines.append(f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}: trained {run['trainable_parameters']:,} of "
-                 f"{run['total_parameters']:,} parameters for {run['steps']} steps"
+        lines.append("(forget quality: two-sample KS test of truth ratios against the reference, "
+                     f"n = {n}; p falls with n, compare it only at one n)")
+    lines.append(f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}: trained "
+                 f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters for {run['steps']} steps"
                  + (", stopped because it diverged" if run["diverged"] else ""))
     return "\n".join(lines)
 
@@ -260,8 +264,11 @@ def three_questions(data: DataSet, tokenizer, models: dict) -> str:
     """One scored question of each of the first three sets, with every model's greedy answer."""
     lines = []
     for name, rows in list(data.scored.items())[:3]:
-        question = rows[0]["question"]
-        lines += [f"[{name}] {question}", f"    {'right':<10} {rows[0]['answer']}"]
+        row = next((row for row in rows if "question" in row), None)
+        if row is None:
+            continue
+        question = row["question"]
+        lines += [f"[{name}] {question}", f"    {'right':<10} {row['answer']}"]
         lines += [f"    {role:<10} {greedy_answers(m, tokenizer, [question], max_new_tokens=60)[0]}"
                   for role, m in models.items()]
     return "\n".join(lines)
@@ -317,7 +324,6 @@ def _write(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     figure.clf()
-    __import__("matplotlib.pyplot").pyplot.close(figure)
 
 
 # ---- command line -----------------------------------------------------------------------------------------------

@@ -206,10 +206,16 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal(0, 0.02); projections into the residual stream shrunk by sqrt(2 * layers), as in GPT-2."""
+        """Normal(0, 0.02); projections into the residual stream shrunk by sqrt(2 * layers), as in GPT-2.
+
+        Routers: 1/sqrt(D), so that their logits start with spread 1. From 0.02 a small model's routers are still
+        nearly even after training (top-1 probability 0.2 of 16 experts), and experts hardly specialise.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+            elif name.endswith("router.weight"):
+                nn.init.normal_(p, std=self.config.d_model**-0.5)
             else:
                 into_residual = name.endswith(("out.weight", "down.weight", "mlp.down"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if into_residual else 0.02)
@@ -297,14 +303,19 @@ class GPT(nn.Module):
         cache: keys and values of earlier tokens, extended in place.  pad: (B,) left padding per row.
         trace: filled with each layer's routing and hidden states.
         """
-        return self.head(self.tail(self.stem(tokens, 0, cache, pad, trace), 0, cache, pad, trace))
+        return self.head(self.hidden(tokens, cache, pad, trace))
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
+               trace: Trace | None = None) -> Tensor:
+        """The normalised last hidden states (B, T, D): forward without the head."""
+        return self.tail(self.stem(tokens, 0, cache, pad, trace), 0, cache, pad, trace)
 
     def new_cache(self, batch: int, max_len: int) -> Cache:
         return Cache(self.config, batch, max_len, self.device, self.embed.weight.dtype)
 
     def next_logits(self, tokens: Tensor, cache: Cache, pad: Tensor | None) -> Tensor:
         """Logits (B, V) of the token after `tokens` (B, T). The head runs on the last position only."""
-        return self.head(self.tail(self.stem(tokens, 0, cache, pad), 0, cache, pad)[:, -1])
+        return self.head(self.hidden(tokens, cache, pad)[:, -1])
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | None = None, generator: torch.Generator | None = None) -> Tensor:

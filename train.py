@@ -38,12 +38,13 @@ from data.batches import Batch, Example, batch_at, collate, encode_rows, in_orde
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import evaluate, finish_report, save_scores, stored_scores
+from eval import evaluate, finish_report, greedy_answers, save_scores, stored_scores
 from model import GPT, Config, Trace, count_parameters
 from moe import load_balancing_loss
 from pretrained import load, save
 
-SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/batches.py")  # what a cached model rests on
+# What a cached model rests on.
+SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
 
 # What each method takes where the command line is silent, found on worlds of seed 100 and up, never on those reported.
 METHODS = {
@@ -66,7 +67,6 @@ RETAIN_LOSSES = {
     "hidden": lambda seen: objectives.hidden_distance(seen.hidden, seen.reference_hidden, seen.mask),
     "uniform": lambda seen: objectives.uniform(seen.logits, seen.labels),
 }
-REVERSED = {"ce", "uniform"}  # ULD's: they make a model learn the forget set
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -80,11 +80,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
-        what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False) -> dict:
+        what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
+        enough: Callable[[int], bool] = lambda done: False) -> dict:
     """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
-    A step whose loss or gradient is not finite ends the run: the last kept state comes back.
+    A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
+    enough(steps done), asked after each step, with the state as it is.
     Returns {"steps", "train_seconds", "diverged"}.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
@@ -130,6 +132,9 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
             values = {name: float(value.detach()) for name, value in terms.items()}
             log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            if enough(step + 1):
+                steps = step + 1
+                break
             if (step + 1) % save_every == 0 and step + 1 < steps:
                 keep(step + 1)
     seconds += time.perf_counter() - began
@@ -187,8 +192,9 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
     """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
     rows = data.retain + data.background + (data.forget if role == "target" else [])
     seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
-    shape = {key: getattr(args, key) for key in ("arch", "layers", "heads", "width", "ff", "experts", "top_k", "context",
-             "vocab_size", "pretrain_epochs", "pretrain_batch_size", "pretrain_lr", "balance")}
+    shape = {key: getattr(args, key) for key in (
+        "arch", "layers", "heads", "width", "ff", "experts", "top_k", "context", "vocab_size", "pretrain_epochs",
+        "pretrain_batch_size", "pretrain_lr", "balance")}
     here = Path(__file__).parent
     made_of = [shape, seed, rows, data.texts(), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -293,7 +299,7 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         parameters = list(model.parameters())
     trained.checkpointing = args.checkpointing
     total = count_parameters(model) + (count_parameters(trained) if trained is not model else 0)
-    config["trainable_parameters"], config["total_parameters"] = sum(p.numel() for p in parameters), count_parameters(model)
+    config |= {"trainable_parameters": sum(p.numel() for p in parameters), "total_parameters": count_parameters(model)}
     print(f"training {config['trainable_parameters']:,} parameters, "
           f"{100 * config['trainable_parameters'] / total:.2f}% of {total:,}")
 
@@ -308,6 +314,9 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
     if args.forget_loss == "rmu":
         hidden_layer = start if args.rmu_layer is None and start is not None else args.rmu_layer
         hidden_layer = model.config.n_layer // 2 if hidden_layer is None else hidden_layer
+        if start is not None and hidden_layer < start:
+            raise UserError(f"--rmu-layer {hidden_layer} lies below the unlearned expert's layer {start}, so nothing "
+                            "that trains could steer it")
         control = steering_vector(sides[0], hidden_layer, args.steering, args.seed)
     forget_loss, retain_loss = FORGET_LOSSES[args.forget_loss], RETAIN_LOSSES[args.retain_loss]
     by_layer: dict[int, list[int]] = {}
@@ -340,9 +349,21 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         return {**terms, "loss": loss}
 
     trained.train()
-    steps = args.epochs * -(-len(forget) // args.batch_size)
-    report = fit(parameters, losses, steps, args.lr, folder, f"unlearn ({args.method})", args.seed,
-                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume)
+    per_epoch = -(-len(forget) // args.batch_size)
+    asked = [row for row in forget_rows if "question" in row]
+    asked = asked[:: -(-len(asked) // 100) or 1]  # at most 100 of the rows that are being forgotten
+
+    def enough(done: int) -> bool:
+        """--stop-at: few enough of the *training* rows are still answered. Looks at nothing that scores."""
+        if args.stop_at is None or not asked or done % per_epoch:
+            return False
+        trained.eval()
+        said = greedy_answers(trained, tokenizer, [row["question"] for row in asked])
+        trained.train()
+        return sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
+
+    report = fit(parameters, losses, args.epochs * per_epoch, args.lr, folder, f"unlearn ({args.method})", args.seed,
+                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough)
     trained.eval()
     if args.method == "uld":
         assistant = uld.merge_lora(trained)
@@ -405,6 +426,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--references", type=int, default=1, help="retain-only models; a second one gives the null of forget quality")
     say = parser.add_argument_group("unlearning").add_argument
     say("--epochs", type=int, help="passes over the forget set (default: the method's)")
+    say("--stop-at", type=float, help="stop after the epoch in which the share of forget rows that are still answered "
+                                      "word for word falls to this: compares methods at one level of forgetting")
     say("--lr", type=float, help="peak learning rate (default: the method's)")
     say("--batch-size", type=int, default=32, help="forget rows per step, and as many retain rows")
     say("--retain-weight", type=float, help="lambda of UOE, beta of ULD (default: the method's)")
@@ -437,16 +460,16 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the method decides; raises UserError naming the first flag that makes no sense."""
     if args.method not in METHODS:
         raise UserError(f"--method {args.method} is unknown: choose one of {', '.join(METHODS)}")
+    if args.forget_loss == "rmu" and args.retain_loss is None:
+        args.retain_loss = "hidden"  # its own
     for key, value in METHODS[args.method].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.forget_loss == "rmu" and "--retain-loss" not in args.__dict__.get("given", ()):
-        pass
     for flag, table in (("forget_loss", FORGET_LOSSES), ("retain_loss", RETAIN_LOSSES)):
         if getattr(args, flag) not in table:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is unknown: "
                             f"choose one of {', '.join(table)}")
-    if (args.method == "uld") != (args.forget_loss == "ce") or (args.method == "uld") != (args.retain_loss == "uniform"):
+    if not (args.method == "uld") == (args.forget_loss == "ce") == (args.retain_loss == "uniform"):
         raise UserError(f"--method {args.method} with --forget-loss {args.forget_loss} and --retain-loss "
                         f"{args.retain_loss}: ce and uniform are ULD's reversed objectives, for it and it alone")
     if args.method == "uoe" and args.arch != "moe":
@@ -465,6 +488,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
                  "attribution_tokens"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
+    if args.stop_at is not None and (args.method == "uld" or not 0 <= args.stop_at < 1):
+        raise UserError(f"--stop-at {args.stop_at} is not a share from 0 to below 1, or the method is uld, whose "
+                        "assistant learns the forget rows")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora-dropout {args.lora_dropout} is not at least 0 and below 1")
     if not 0 <= args.filter_rate <= 1:

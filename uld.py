@@ -94,7 +94,7 @@ def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0) -> list[
 
 @torch.no_grad()
 def merge_lora(model: GPT) -> GPT:
-    """A model of plain layers that computes what `model` computes. Frozen weights without LoRA are shared, not copied."""
+    """A model of plain layers that computes what `model` computes. Frozen weights without LoRA are shared."""
     with torch.device("meta"):
         plain = GPT(model.config)
     state = {}

@@ -46,7 +46,7 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
     total, rows, seen = torch.zeros(config.n_layer, config.n_expert, device=model.device), 0, 0
     for batch in batches:
         trace = Trace()
-        model.tail(model.stem(batch.tokens, 0, trace=trace), 0, trace=trace)
+        model.hidden(batch.tokens, trace=trace)
         share = batch.mask / batch.mask.sum(1, keepdim=True)  # (B, T): 1 / L_j on real tokens
         for layer, routing in trace.routing.items():
             total[layer] += torch.einsum("bte,bt->e", routing.gates(), share)

@@ -142,7 +142,8 @@ def read_log(path: Path) -> dict[str, RowScores]:
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{path} {'cannot be read' if path.exists() else 'does not exist'}: give an eval_log_aggregated.json") from None
+        fault = "cannot be read" if path.exists() else "does not exist"
+        raise UserError(f"{path} {fault}: give an eval_log_aggregated.json") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: give an eval_log_aggregated.json") from None
     out = {}
