@@ -296,16 +296,16 @@ def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
         axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)", yscale="symlog")
         axis.legend(frameon=False)
         _write(figure, folder / "figures" / "training.png")
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    for (role, of), (shade, line) in zip(scores.items(), styles, strict=False):
-        ratios = sorted(of["forget"].truth_ratios())
-        if ratios:
-            axis.step(ratios, [(i + 1) / len(ratios) for i in range(len(ratios))], line, color=shade, label=role,
+    ratios = {role: sorted(of["forget"].truth_ratios()) for role, of in scores.items()}
+    if all(ratios.values()):
+        figure, axis = plt.subplots(figsize=(6, 3.5))
+        for (role, values), (shade, line) in zip(ratios.items(), styles, strict=False):
+            axis.step(values, [(i + 1) / len(values) for i in range(len(values))], line, color=shade, label=role,
                       where="post")
-    axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
-    axis.axvline(1, color="0.85", zorder=0)
-    axis.legend(frameon=False)
-    _write(figure, folder / "figures" / "truth_ratio.png")
+        axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
+        axis.axvline(1, color="0.85", zorder=0)
+        axis.legend(frameon=False)
+        _write(figure, folder / "figures" / "truth_ratio.png")
     if shares:
         layers = len(shares["target"])
         figure, axes = plt.subplots(1, layers, figsize=(3 * layers, 2.8), sharey=True, squeeze=False)
@@ -321,9 +321,11 @@ def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
 
 
 def _write(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    figure.clf()
+    plt.close(figure)
 
 
 # ---- command line -----------------------------------------------------------------------------------------------

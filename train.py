@@ -17,6 +17,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -76,7 +77,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * np.cos(np.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,

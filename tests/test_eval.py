@@ -1,0 +1,164 @@
+"""Scoring: losses and answers against a plain loop, published logs, runs scored again and compared."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as scoring
+import train
+from data.authors import make_world, write_world
+from data.rows import DataSet
+from errors import UserError
+from metrics.routing import overlap
+from model import Trace
+
+TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --vocab-size 320 --context 128 --pretrain-epochs 1 "
+        "--pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
+ROWS = [{"question": "Who was it?", "answer": "It was Ana.", "paraphrased_answer": "Ana it was.",
+         "perturbed_answer": ["It was Bo.", "It was Cy, they say."]},
+        {"question": "And where did all of this happen?", "answer": "In Orsk.", "perturbed_answer": ["In Ulm."]}]
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer):
+    from tests.conftest import random_model
+    return random_model(vocab_size=tokenizer.vocab_size, max_len=128)
+
+
+def plain_loss(model, tokenizer, question: str, answer: str) -> float:
+    """Mean negative log-likelihood per answer token, one token at a time."""
+    ids, total = tokenizer.prompt(question), 0.0
+    new = tokenizer.completion(answer)
+    for token in new:
+        total -= float(model(torch.tensor([ids]))[0, -1].log_softmax(-1)[token])
+        ids = [*ids, token]
+    return total / len(new)
+
+
+def test_losses_of_every_kind_of_answer_are_those_of_a_plain_loop(small, tokenizer):
+    data = DataSet("mine", ROWS, ROWS, scored={"forget": ROWS, "world_facts": ROWS})
+    with torch.no_grad():
+        scores = scoring.evaluate(small, tokenizer, data)
+        for name, of in scores.items():
+            for i, row in enumerate(ROWS):
+                right = row["answer"] if name == "world_facts" else row.get("paraphrased_answer", row["answer"])
+                q = row["question"]
+                assert of.loss[i] == pytest.approx(plain_loss(small, tokenizer, q, row["answer"]), rel=1e-4)
+                assert of.right[i] == pytest.approx(plain_loss(small, tokenizer, q, right), rel=1e-4)
+                assert of.wrong[i] == pytest.approx([plain_loss(small, tokenizer, q, w)
+                                                     for w in row["perturbed_answer"]], rel=1e-4)
+
+
+def test_greedy_answers_are_those_of_one_prompt_at_a_time(small, tokenizer):
+    questions = ["Who?", "Where was the third of them born, and when?", "Why so?"]
+    together = scoring.greedy_answers(small, tokenizer, questions, batch_size=2, max_new_tokens=12)
+    for question, answer in zip(questions, together, strict=True):
+        ids = tokenizer.prompt(question)
+        start = len(ids)
+        for _ in range(12):
+            with torch.no_grad():
+                ids.append(int(small(torch.tensor([ids]))[0, -1].argmax()))
+        assert tokenizer.decode(ids[start:]) == answer
+
+
+def test_a_prompt_longer_than_the_context_is_refused(small, tokenizer):
+    with pytest.raises(UserError, match=r"question 'why why .* the context holds 128"):
+        scoring.greedy_answers(small, tokenizer, ["why " * 130])
+
+
+def test_exact_and_rouge_are_one_where_the_model_says_the_answer(small, tokenizer, monkeypatch):
+    monkeypatch.setattr(scoring, "greedy_answers", lambda m, t, questions, **_: ["It was Ana.", "In Ulm."])
+    of = scoring.evaluate(small, tokenizer, DataSet("mine", ROWS, ROWS, scored={"forget": ROWS}))["forget"]
+    assert of.exact == [True, False] and of.rougeL == [1.0, 0.5]
+
+
+def test_passages_are_scored_as_a_whole(small, tokenizer):
+    rows = [{"text": "A passage about trees."}]
+    of = scoring.evaluate(small, tokenizer, DataSet("mine", rows, rows, scored={"forget": rows}))["forget"]
+    ids = tokenizer.completion("A passage about trees.")
+    with torch.no_grad():
+        log_p = small(torch.tensor([ids]))[0].log_softmax(-1)
+    expected = -sum(float(log_p[i, ids[i + 1]]) for i in range(len(ids) - 1)) / (len(ids) - 1)
+    assert of.loss[0] == pytest.approx(expected, rel=1e-4) and of.exact == [] and of.truth_ratios() == []
+
+
+def test_routing_overlap_is_one_with_itself_and_by_hand_with_another(sparse, tokenizer):
+    from data.batches import encode_rows, in_order
+    a, b = sparse(vocab_size=tokenizer.vocab_size), sparse(1, vocab_size=tokenizer.vocab_size)
+    batches = list(in_order(encode_rows(ROWS, tokenizer, 64), 1))
+    assert scoring.routing_overlap(a, a, batches) == [1.0] * 3
+    by_hand = []
+    for batch in batches:
+        traces = [Trace(), Trace()]
+        for model, trace in zip((a, b), traces, strict=True):
+            model(batch.tokens, trace=trace)
+        by_hand.append(overlap(traces[1].routing[2].chosen, traces[0].routing[2].chosen, batch.mask))
+    assert scoring.routing_overlap(a, b, batches)[2] == pytest.approx(float(torch.cat(by_hand).mean()))
+    for shares in scoring.expert_shares(a, batches):
+        assert sum(shares) == pytest.approx(1.0)
+
+
+def test_the_command_line_prints_the_published_numbers(tofu, capsys):
+    """1.834e-21 and 0.6203 are what the official code prints for these logs; 0.6227 and 0.5859: papers' targets."""
+    logs = tofu / "logs"
+    reference = str(logs / "llama2-7b_retain90.json")
+    scoring.main(["--tofu-log", str(logs / "llama2-7b_full.json"), "--reference", reference, "--json"])
+    target = json.loads(capsys.readouterr().out)
+    assert target["forget_quality"] == pytest.approx(1.834066410994743e-21, rel=1e-10)
+    assert round(target["model_utility"], 4) == 0.6227
+    assert round(target["model_utility_mean_of_probabilities"], 4) == 0.5859
+    scoring.main(["--tofu-log", str(logs / "llama2-7b_retain90_uld.json"), "--reference", reference, "--json"])
+    assert json.loads(capsys.readouterr().out)["model_utility"] == pytest.approx(0.6203436494291608, rel=1e-10)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """Two seeds of one small run."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
+    for seed in ("0", "1"):
+        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--name", f"r{seed}"])
+    return [folder / "r0", folder / "r1"]
+
+
+def test_a_run_scored_again_gives_its_own_numbers(runs, capsys):
+    scoring.main([str(runs[0]), "--json"])
+    again, written = json.loads(capsys.readouterr().out), json.loads((runs[0] / "metrics.json").read_text())
+    for role in ("target", "reference", "unlearned"):
+        for key, value in written[role].items():
+            assert again[role][key] == (pytest.approx(value) if value is not None else None)
+
+
+def test_compare_prints_mean_and_standard_deviation(runs, capsys):
+    scoring.main(["--compare", *map(str, runs)])
+    printed = capsys.readouterr().out
+    values = [json.loads((r / "metrics.json").read_text())["unlearned"]["routing_overlap"] for r in runs]
+    mean, spread = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
+    assert "(2 runs)" in printed
+    assert f"{scoring.number(mean)} ± {scoring.number(spread)}" in printed
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ([], "nothing to score"), (["nowhere"], "nowhere is not a run folder"),
+    (["--compare", "nowhere"], "metrics.json is missing"), (["--tofu-log", "nowhere.json"], "nowhere.json"),
+])
+def test_a_wrong_argument_is_one_line_and_exit_2(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        scoring.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_a_run_folder_without_weights_is_named(runs, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((runs[0] / "config.json").read_text())
+    with pytest.raises(SystemExit):
+        scoring.main([str(tmp_path)])
+    assert "model is missing, so the run has no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "printed"), [(None, "-"), (0.0, "0.000"), (0.1234, "0.123"), (2e-21, "2e-21")])
+def test_numbers_are_printed_short(value, printed):
+    assert scoring.number(value) == printed

@@ -1,0 +1,222 @@
+"""Every method end to end on a tiny world, the promises of the loop, and what bad input prints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data.authors import make_world, write_world
+from errors import UserError
+from eval import open_run
+from pretrained import load
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --vocab-size 320 --context 128 --pretrain-epochs 1 "
+        "--pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A world of 4 authors, one of them to be forgotten, cut down to a few rows per set."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, {name: rows[:24] for name, rows in make_world(0, authors=4, countries=8).items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Shared by the module, so that target and reference of a kind are trained once."""
+    return tmp_path_factory.mktemp("out")
+
+
+def run(world: Path, out: Path, *options: str, name: str = "run") -> Path:
+    train.main([*TINY, "--data", str(world), "--out", str(out), "--name", name, *options])
+    return out / name
+
+
+METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "--method uoe --forget-loss rmu",
+           "--method uoe --forget-loss ga --retain-loss kl --m 3", "--method uoe --m 2 --same-layer --freeze-router",
+           "--method uoe --select random --attribution-tokens 50", "--method uoe --expert 1,2 --forget-loss npo",
+           "--method uld", "--method uld --arch moe", "--method full --forget-loss ga --retain-loss none",
+           "--method full --forget-loss ga", "--method full", "--method full --forget-loss rmu --arch gpt",
+           "--method full --arch gpt --retain-loss kl --checkpointing"]
+
+
+@pytest.mark.parametrize("options", METHODS)
+def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options, capsys):
+    folder = run(world, out, *options.split())
+    printed = capsys.readouterr().out
+    for word in ("target", "reference", "unlearned", "exact answers", "model utility", "forget quality", "[forget]",
+                 "[retain]", "[untouched]"):
+        assert word in printed
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"target", "reference", "unlearned", "run"}
+    assert metrics["reference"]["forget_quality"] is None and 0 <= metrics["unlearned"]["forget_quality"] <= 1
+    for name in ("forget", "retain", "untouched"):
+        assert {"probability", "rougeL_recall", "truth_ratio", "exact"} <= set(metrics["unlearned"][name])
+    assert metrics["run"]["trainable_parameters"] > 0 and not metrics["run"]["diverged"]
+    assert ("routing_overlap" in metrics["unlearned"]) == ("uld" not in options and "gpt" not in options)
+    assert metrics["run"]["steps"] == len((folder / "log.jsonl").read_text().splitlines())
+    assert (folder / "figures" / "training.png").stat().st_size > 1000
+    assert not (out / "run.partial").exists() and not list(folder.glob("state*"))
+    # and it opens again, as eval.py, uoe.py and uld.py open it
+    tokens = torch.tensor([[1, 2, 3]])
+    assert open_run(folder).model(tokens).shape == (1, 3, open_run(folder).target.config.vocab_size)
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load(folder)[0].state_dict()
+
+
+def test_uoe_changes_one_expert_and_its_router_and_not_one_other_bit(world, out):
+    folder = run(world, out, "--method", "uoe", "--expert", "1,2", "--lr", "0.01")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["unlearned_experts"] == [[1, 2]]
+    before, after = weights(Path(config["target"]) / "model"), weights(folder / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
+    for part in ("gate_up", "down"):
+        same = (before[f"blocks.1.mlp.{part}"] == after[f"blocks.1.mlp.{part}"]).flatten(1).all(1)
+        assert same.tolist() == [True, True, False, True]
+    expert = before["blocks.1.mlp.gate_up"][0].numel() + before["blocks.1.mlp.down"][0].numel()
+    assert config["trainable_parameters"] == expert + before["blocks.1.mlp.router.weight"].numel()
+
+
+def test_uld_leaves_the_target_and_all_but_the_blocks_of_the_assistant_alone(world, out):
+    folder = run(world, out, "--method", "uld", "--assistant-layers", "1", "--lr", "0.01")
+    config = json.loads((folder / "config.json").read_text())
+    target, assistant = weights(Path(config["target"]) / "model"), weights(folder / "assistant")
+    changed = {name for name in assistant if not torch.equal(target[name], assistant[name])}
+    linears = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+    assert changed == {f"blocks.0.{part}.weight" for part in linears}
+    assert not any(name.startswith("blocks.1") for name in assistant)
+
+
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, out):
+    first = weights(run(world, out, "--method", "uoe") / "model")
+    again = weights(run(world, out, "--method", "uoe", name="again") / "model")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = weights(run(world, out, "--method", "uoe", "--seed", "1", name="other") / "model")
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def fit_toy(folder: Path, steps: int, breaks_at: int | None = None, **options):
+    torch.manual_seed(0)
+    weight = torch.randn(5, requires_grad=True)
+
+    def losses(step: int):
+        if step == breaks_at:
+            raise KeyboardInterrupt
+        return {"loss": (torch.nn.functional.dropout(weight, 0.5) - step % 3).square().sum()}
+
+    report = train.fit([weight], losses, steps, 0.1, folder, "toy", seed=3, save_every=4, **options)
+    return weight.detach(), report
+
+
+def test_a_killed_run_resumes_to_the_very_same_bits(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole, _ = fit_toy(tmp_path / "a", 20)
+    with pytest.raises(KeyboardInterrupt):
+        fit_toy(tmp_path / "b", 20, breaks_at=13)
+    resumed, report = fit_toy(tmp_path / "b", 20, resume=True)
+    assert torch.equal(whole, resumed) and report["steps"] == 20
+    assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
+
+
+def test_a_diverging_run_goes_back_to_its_last_kept_state_and_says_so(tmp_path):
+    weight = torch.zeros(2, requires_grad=True)
+    seen = []
+
+    def losses(step: int):
+        seen.append(weight.detach().clone())
+        return {"loss": weight.sum() * (float("nan") if step == 7 else 1.0)}
+
+    report = train.fit([weight], losses, 20, 0.1, tmp_path, "toy", seed=0, save_every=5)
+    assert report["diverged"] and report["steps"] == 5
+    assert torch.equal(weight.detach(), seen[5])
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
+
+
+def test_fit_stops_once_it_is_enough(tmp_path):
+    _, report = fit_toy(tmp_path, 20, enough=lambda done: done >= 6)
+    assert report["steps"] == 6 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_stop_at_ends_with_the_first_epoch_that_has_forgotten_enough(world, out):
+    folder = run(world, out, "--method", "full", "--epochs", "5", "--stop-at", "0.99")
+    assert json.loads((folder / "metrics.json").read_text())["run"]["steps"] == 2  # an untrained target knows nothing
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(2.0 / 5) and max(rates) == 2.0 == rates[4]
+    assert rates[-1] == pytest.approx(0.2, rel=0.01) and all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
+    (tmp_path / "forget.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
+    (tmp_path / "retain.jsonl").write_text('{"question": "What is it?", "answer": "It is a tree."}\n'
+                                           '{"text": "A passage about trees, which stand."}\n')
+    for method in ("uoe", "uld", "full"):
+        train.main([*TINY, "--method", method, "--out", str(out), "--name", "own", "--forget",
+                    str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")])
+        metrics = json.loads((out / "own" / "metrics.json").read_text())
+        assert metrics["target"]["forget"]["truth_ratio"] is None and metrics["unlearned"]["forget_quality"] is None
+
+
+# ---- bad input: one line that names the thing, exit 2, nothing half-written --------------------------------------
+
+@pytest.mark.parametrize(("options", "says"), [
+    ("--method frobnicate", r"--method frobnicate .*uoe"),
+    ("--method uoe --forget-loss dpo", r"--forget-loss dpo .*npo"),
+    ("--method uoe --retain-loss some", r"--retain-loss some .*gd"),
+    ("--method uoe --arch gpt", r"--method uoe needs a mixture"),
+    ("--method uld --forget-loss npo", r"ce and uniform are ULD's"),
+    ("--method full --forget-loss ce", r"ce and uniform are ULD's"),
+    ("--data tofu --split forget99", r"--split forget99 .*forget10"),
+    ("--data nowhere", r"--data nowhere"),
+    ("--protocol mine --data .", r"--protocol mine .*openunlearning"),
+    ("--expert 99,0", r"--expert 99,0 does not exist"),
+    ("--expert 0,99", r"--expert 0,99 does not exist"),
+    ("--expert one", r"--expert one"),
+    ("--m 0", r"--m 0"), ("--m 99", r"--m 99"), ("--lr 0", r"--lr 0"), ("--batch-size -1", r"--batch-size -1"),
+    ("--filter-rate 2", r"--filter-rate 2"), ("--method uld --assistant-layers 9", r"--assistant-layers 9"),
+    ("--method uld --stop-at 0.1", r"--stop-at"), ("--stop-at 1.5", r"--stop-at 1.5"),
+    ("--forget-loss rmu --rmu-layer 9", r"--rmu-layer 9"),
+    ("--forget-loss rmu --expert 1,0 --rmu-layer 0", r"--rmu-layer 0 lies below"),
+    ("--width 15", r"d_model 15"), ("--top-k 9", r"top_k 9"), ("--vocab-size 100", r"--vocab-size 100"),
+    ("--device quantum", r"--device quantum"), ("--name a/b", r"--name a/b"), ("--resume", r"--resume"),
+    ("--forget x.jsonl", r"--forget and --retain go together"), ("--context 8", r"context holds 8"),
+])
+def test_a_wrong_option_is_one_line_and_exit_2(world, out, options, says, capsys):
+    base = [] if "--data" in options or "--forget " in options else ["--data", str(world)]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *base, "--out", str(out), "--name", "bad", *options.split()])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1
+    import re
+    assert re.search(says, error[0]), error[0]
+    assert not (out / "bad").exists()
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ('{"question": "Q", "answer": "A"}\nnot json\n', "line 2 is not JSON"),
+    ('{"question": "Q"}\n', "line 1 lacks 'answer'"), ("", "is empty"), ("\n\n", "is empty"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, says):
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(UserError, match=rf"mine\.jsonl {says}"):
+        train.load_data(forget=str(tmp_path / "mine.jsonl"), retain=str(tmp_path / "mine.jsonl"))
+
+
+def test_the_process_itself_exits_2_with_one_line_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--method", "nope", "--out", tmp_path],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --method nope") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
