@@ -1,0 +1,223 @@
+"""A public checkpoint's own tokenizer (`tokenizer.json`) and chat template, with the surface of data/tokenizer.py.
+
+    tok = HubTokenizer.load(folder)                     # template="llama2": instead of what the folder points to
+    prompt = tok.prompt("Where was Ana Vell born?"); answer = tok.completion("Ana Vell was born in Orsk.")
+
+A row is  before + question + between | lead + answer + end : the prompt ends at the bar. The answer is encoded as it
+stands behind `between`, which is the same for all rows, so its ids never depend on the question; and they are what
+the whole conversation, encoded at once, has there.
+
+Which template, in this order: the one asked for; the one a folder saved by this project names; TOFU's for Llama-2-chat
+and Llama-3.x-Instruct, told by their chat template's markers; the checkpoint's own chat template, read off by
+rendering it once; without one, that of the end-of-turn token; else `plain`.
+
+Special tokens spelled out in a row's text become special tokens, as in transformers; data/tokenizer.py never does so.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+
+from errors import UserError
+
+# What is kept beside the weights, so that a saved folder tokenizes as the original did.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+         "generation_config.json")
+OURS = "nanounlearn_template"  # key in tokenizer_config.json: the template a model was trained with, where asked for
+
+
+class Template(NamedTuple):
+    """Texts around question and answer. begin: token in front, None: what the tokenizer itself puts in front."""
+
+    before: str
+    between: str
+    end: str | None  # the token that ends the answer, None: the checkpoint's end-of-text token
+    lead: str = ""  # stands before the answer and is scored with it
+    begin: str | None = ""
+    strip: bool = False  # the template drops white space around question and answer
+
+
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TEMPLATES = {
+    # arXiv 2401.06121 and open-unlearning: no space before the answer, no system prompt
+    "llama2": Template("[INST] ", " [/INST]", "</s>", begin="<s>"),
+    # open-unlearning: a system prompt of its own and a fixed date, so that scores do not move with the calendar
+    "llama3": Template("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+                       "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|>"
+                       "<|start_header_id|>user<|end_header_id|>\n\n",
+                       "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>",
+                       begin="<|begin_of_text|>", strip=True),
+    "smollm2": Template(f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+                        "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    # arXiv 2401.06121's for base models (phi-1.5). The space goes with the answer, as it does in running text.
+    "plain": Template("Question: ", "\nAnswer:", None, lead=" ", begin=None),
+}
+
+
+class HubTokenizer:
+    """Text <-> ids through the `tokenizers` library, and the ids of prompt and answer in one template."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: dict[str, bytes], template: Template, begin: int | None,
+                 end: int, stops: set[int]):
+        self.backend, self.files, self.template = backend, files, template
+        self.begin, self.end, self.stops = begin, end, stops | {end}  # chat models may have several ends
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.between = self.encode(template.between)
+        self.before = [backend.token_to_id(template.begin)] if template.begin else []
+        if template.begin is None and begin is not None and backend.encode("a").ids[0] == begin:
+            self.before = [begin]
+
+    @classmethod
+    def load(cls, folder: Path, template: str | None = None) -> "HubTokenizer":
+        """Raises UserError for a damaged file, an unknown template, or one whose tokens this vocabulary lacks."""
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if "tokenizer.json" not in files:
+            raise UserError(f"{folder / 'tokenizer.json'} is missing")
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from None
+        backend.no_padding()
+        backend.no_truncation()
+        if template is not None:
+            settings = parse(files, "tokenizer_config.json", folder) | {OURS: template}
+            files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
+        tokens = special_tokens(files, folder, backend)
+        chosen = choose(files, folder, tokens)
+        name = f"template {template!r}" if template else f"{folder}: its chat template"
+        for token in (chosen.begin, chosen.end):
+            if token and backend.token_to_id(token) is None:
+                raise UserError(f"{name} needs the token {token}, which this tokenizer lacks: choose another of "
+                                f"{', '.join(TEMPLATES)}")
+        end = chosen.end or tokens["eos_token"]
+        if end is None:
+            raise UserError(f"{folder}: no file names an end-of-text token; add eos_token to tokenizer_config.json")
+        begin = tokens["bos_token"] and backend.token_to_id(tokens["bos_token"])
+        ends = parse(files, "generation_config.json", folder).get("eos_token_id") or []
+        return cls(backend, files, chosen, begin, backend.token_to_id(end),
+                   set(ends if isinstance(ends, list) else [ends]))
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first token that ends a turn or text; special tokens are left out."""
+        kept = []
+        for i in ids:
+            if int(i) in self.stops:
+                break
+            kept.append(int(i))
+        return self.backend.decode(kept, skip_special_tokens=True)
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids up to where the answer begins: what the model is given."""
+        t = self.template
+        question = question.strip() if t.strip else question
+        return [*self.before, *self.encode(t.before + question + t.between)]
+
+    def completion(self, answer: str) -> list[int]:
+        """Ids of the answer and the end token: what it is to say."""
+        t = self.template
+        answer = t.lead + (answer.strip() if t.strip else answer)
+        ids = self.encode(t.between + answer)
+        joined = ids[: len(self.between)] == self.between  # false where the two would merge into one token
+        return [*(ids[len(self.between):] if joined else self.encode(answer)), self.end]
+
+
+class NoTokenizer:
+    """Stands for the tokenizer of a folder without one; whatever asks it for anything raises UserError."""
+
+    def __init__(self, folder: Path):
+        self.__dict__["folder"] = folder
+
+    def save(self, folder: Path) -> None:
+        """Nothing to write."""
+
+    def __getattr__(self, name: str):
+        if name in ("begin", "end") or name.startswith("__"):  # asked for only if there
+            raise AttributeError(name)
+        raise UserError(f"{self.folder} has no tokenizer.json: put the model's own beside the weights (from "
+                        "tokenizer.model: transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))")
+
+
+def parse(files: dict[str, bytes], name: str, folder: Path) -> dict:
+    """One of a checkpoint's JSON files, {} where absent. Raises UserError where it is not a JSON object."""
+    try:
+        out = json.loads(files.get(name, b"{}"))
+    except ValueError:
+        out = None
+    if not isinstance(out, dict):
+        raise UserError(f"{folder / name} is not a JSON object: download it again")
+    return out
+
+
+def special_tokens(files: dict[str, bytes], folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str | None]:
+    """bos_token and eos_token as texts, from whichever of the checkpoint's files names them; None where none does."""
+    named = parse(files, "special_tokens_map.json", folder) | parse(files, "tokenizer_config.json", folder)
+    ids = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    ids |= parse(files, "generation_config.json", folder)
+    out = {}
+    for kind in ("bos_token", "eos_token"):
+        token, number = named.get(kind), ids.get(f"{kind}_id")
+        token = token["content"] if isinstance(token, dict) else token
+        number = number[0] if isinstance(number, list) and number else number
+        if token is None and isinstance(number, int):
+            token = backend.id_to_token(number)
+        out[kind] = token if token and backend.token_to_id(token) is not None else None
+    return out
+
+
+def choose(files: dict[str, bytes], folder: Path, tokens: dict[str, str | None]) -> Template:
+    """See the top of this file. Raises UserError for an unknown name or a chat template that cannot be read off."""
+    settings = parse(files, "tokenizer_config.json", folder)
+    if OURS in settings:
+        if settings[OURS] not in TEMPLATES:
+            raise UserError(f"template {settings[OURS]!r} is unknown: choose one of {', '.join(TEMPLATES)}")
+        return TEMPLATES[settings[OURS]]
+    chat = settings.get("chat_template")
+    if isinstance(chat, list):  # several by name
+        chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
+    chat = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else chat
+    if chat is None:
+        of_end = {"<|im_end|>": "smollm2", "<|eot_id|>": "llama3"}  # no base model ends its texts so
+        return TEMPLATES[of_end.get(tokens["eos_token"], "plain")]
+    if "Cutting Knowledge Date" in chat:
+        return TEMPLATES["llama3"]
+    if "<<SYS>>" in chat:
+        return TEMPLATES["llama2"]
+    try:
+        return read_off(chat, tokens)
+    except Exception as error:  # a template is a program: many kinds
+        raise UserError(f"{folder}: its chat template cannot be followed ({error}): choose one of "
+                        f"{', '.join(TEMPLATES)}") from None
+
+
+def read_off(chat: str, tokens: dict[str, str | None]) -> Template:
+    """A checkpoint's chat template (jinja) as a Template, by rendering one question and one answer with it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str):
+        raise ValueError(message)
+
+    page = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat)
+    marks = {"user": " QUESTION ", "assistant": " ANSWER "}
+    turns = [{"role": role, "content": mark} for role, mark in marks.items()]
+    names = {**{name: text or "" for name, text in tokens.items()}, "raise_exception": refuse}
+    prompt = page.render(messages=turns[:1], add_generation_prompt=True, **names)
+    whole = page.render(messages=turns, add_generation_prompt=False, **names)
+    strip = marks["user"] not in prompt
+    before, between = prompt.split(marks["user"].strip() if strip else marks["user"])
+    if not whole.startswith(prompt):
+        raise ValueError("a conversation does not begin with its prompt")
+    said = whole[len(prompt):]
+    lead, after = said.split(marks["assistant"] if marks["assistant"] in said else marks["assistant"].strip())
+    end = after.strip().split("\n")[0]  # ChatML goes on with a new line
+    return Template(before, between, end or None, lead, strip=strip)
