@@ -234,15 +234,15 @@ def check_device(dtype: torch.dtype, device: str | torch.device) -> None:
     """Raises UserError unless a tiny model runs on device in dtype: the answer comes from the device itself."""
     name = str(dtype).removeprefix("torch.")
     try:
-        native = (torch.device(device).type != "cuda" or dtype != torch.bfloat16
-                  or torch.cuda.is_bf16_supported(including_emulation=False))
-        if native:
+        emulated = (torch.device(device).type == "cuda" and torch.cuda.is_available() and dtype == torch.bfloat16
+                    and not torch.cuda.is_bf16_supported(including_emulation=False))
+        if not emulated:
             tiny = GPT(Config(vocab_size=2, n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8)).to(device, dtype)
             tiny(torch.zeros(1, 1, dtype=torch.long, device=device))
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"{name} on {device} does not work here ({str(error).splitlines()[0][:80]}): "
                         "choose --dtype float32 or another --device") from None
-    if not native:
+    if emulated:
         raise UserError(f"{device} has no {name} arithmetic: choose --dtype float32 or float16")
 
 

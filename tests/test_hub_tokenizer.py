@@ -51,7 +51,7 @@ TULU = """{{ bos_token }}{% for message in messages %}
 {{ '<|assistant|>\n'  + message['content'] + eos_token }}
 {% endif %}
 {% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>\n' }}
+{{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}"""
 MISTRAL = ("{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
