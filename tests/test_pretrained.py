@@ -459,14 +459,14 @@ def test_smollm2_perplexity_on_world_facts(smollm2):
     model, tokenizer = load(smollm2)
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     total, n = torch.zeros(2, dtype=torch.float64), 0
-    for row in tofu("world_facts", 1):
+    for row in tofu("world_facts", 3):
         tokens, labels = map(torch.tensor, encode_row(row, tokenizer, 1000))
         for i, logits in enumerate((model(tokens[None])[0], theirs(tokens[None]).logits[0])):
             total[i] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         n += int((labels >= 0).sum())
     a, b = (total / n).exp().tolist()
     assert f"{a:.4g}" == f"{b:.4g}" and abs(a / b - 1) < 1e-5
-    assert 1 < a < 100
+    assert 1 < a < 1000
 
 
 def test_hub_names_and_ours_are_one_to_one():
