@@ -49,11 +49,15 @@ SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/bat
 
 # What each method takes where the command line is silent, found on worlds of seed 100 and up, never on those reported.
 METHODS = {
-    "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-3, "epochs": 10, "retain_weight": 1.0},
-    "uld": {"arch": "gpt", "forget_loss": "ce", "retain_loss": "uniform", "lr": 1e-3, "epochs": 10,
+    # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
+    "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 2e-3, "epochs": 12,
+            "retain_weight": 40.0},
+    "uld": {"arch": "gpt", "forget_loss": "ce", "retain_loss": "uniform", "lr": 3e-3, "epochs": 20,
             "retain_weight": 6.5},
-    "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 10, "retain_weight": 1.0},
+    "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 12,
+             "retain_weight": 40.0},
 }
+PRETRAIN_EPOCHS = {"moe": 8, "gpt": 7}  # enough for every held-out wording; more only makes a target surer of itself
 FORGET_LOSSES = {  # name -> loss of what the model made of a batch of forget rows
     "ga": lambda seen, args: objectives.ga(seen.logits, seen.labels),
     "npo": lambda seen, args: objectives.npo(objectives.row_log_prob(seen.logits, seen.labels),
@@ -151,7 +155,7 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
     moe = dict(n_expert=args.experts, top_k=args.top_k, qk_norm="full") if args.arch == "moe" else {}
     try:
         return Config(vocab_size=vocab_size, n_layer=args.layers, n_head=args.heads, n_kv_head=args.heads,
-                      d_model=args.width, d_ff=args.ff or (96 if moe else 384), max_len=args.context, **moe)
+                      d_model=args.width, d_ff=args.ff or (64 if moe else 384), max_len=args.context, **moe)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -288,7 +292,8 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         affinity = uoe.expert_attribution(model, in_order(forget, 64, args.device), args.attribution_tokens)
         generator = torch.Generator().manual_seed(args.seed)
         places = ([uoe.check_place(model, args.expert)] if args.expert else
-                  uoe.select_experts(affinity.cpu(), args.m, args.same_layer, args.select, generator))
+                  uoe.select_experts(affinity.cpu(), args.m, args.same_layer, args.select, generator,
+                                     uoe_layer(args, model)))
         config["unlearned_experts"] = [list(place) for place in places]
         print(uoe.affinity_table(affinity, chosen=places))
         parameters = uoe.isolate(model, places, not args.freeze_router)
@@ -374,6 +379,13 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
     return model, model, report
 
 
+def uoe_layer(args: argparse.Namespace, model: GPT) -> int | None:
+    """The layer that --layer restricts the choice of experts to; None: no layer in particular."""
+    if args.layer == "all" or args.same_layer:
+        return None
+    return model.config.n_layer // 2 if args.layer == "middle" else int(args.layer)
+
+
 @torch.no_grad()
 def steering_vector(side: Side, layer: int, coefficient: float, seed: int) -> Tensor:
     """RMU's control vector: a random direction, `coefficient` times as long as the mean hidden state there, (D,).
@@ -415,12 +427,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--layers", type=int, default=4)
     say("--heads", type=int, default=4)
     say("--width", type=int, default=128, help="of the residual stream")
-    say("--ff", type=int, default=0, help="width of an MLP or expert; 0: 384 dense, 96 per expert")
+    say("--ff", type=int, default=0, help="width of an MLP or expert; 0: 384 dense, 64 per expert")
     say("--experts", type=int, default=16, help="per layer")
-    say("--top-k", type=int, default=2, help="experts per token")
+    say("--top-k", type=int, default=4, help="experts per token")
     say("--context", type=int, default=0, help="longest sequence; 0: 64 for the world, 256 otherwise")
     say("--vocab-size", type=int, default=0, help="of the tokenizer; 0: 1024 for the world, 4096 otherwise")
-    say("--pretrain-epochs", type=int, default=12)
+    say("--pretrain-epochs", type=int, default=0, help="0: " + ", ".join(f"{n} for {a}" for a, n in
+                                                                          PRETRAIN_EPOCHS.items()))
     say("--pretrain-batch-size", type=int, default=32)
     say("--pretrain-lr", type=float, default=3e-3)
     say("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
@@ -440,7 +453,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--save-every", type=int, default=100, help="steps between states that --resume can go on from")
     say = parser.add_argument_group("UOE").add_argument
     say("--m", type=int, default=1, help="how many experts to unlearn")
-    say("--same-layer", action="store_true", help="all of them from one layer")
+    say("--layer", default="middle", help="choose within this layer (a number or 'middle'), or 'all'")
+    say("--same-layer", action="store_true", help="all of them from the layer with the highest affinity")
     say("--select", choices=("top", "random", "bottom"), default="top", help="by affinity")
     say("--expert", help="layer,expert by hand, both counted from 0")
     say("--anchor-weight", type=float, default=1.0, help="alpha of equation 4")
@@ -481,6 +495,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         except ValueError:
             raise UserError(f"--expert {args.expert} is not layer,expert: two whole numbers, as in 2,7") from None
         args.expert = (layer, expert)
+    if args.layer not in ("middle", "all") and not args.layer.isdigit():
+        raise UserError(f"--layer {args.layer} is not a layer's number, 'middle' or 'all'")
+    args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 0)
     for flag in ("layers", "heads", "width", "experts", "top_k", "pretrain_epochs", "pretrain_batch_size", "epochs",
                  "batch_size", "references", "m", "save_every", "lr", "pretrain_lr", "npo_beta"):
         if not getattr(args, flag) > 0:

@@ -13,6 +13,8 @@ Departures from the paper
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
     What lies below the chosen layer is frozen and never changes, so it is computed once (train.py).
+    By default the expert is the top one of the middle layer, not of all layers (`--layer all`). Small models see no
+    topic in layer 0, only words; where its top expert wins, as on some seeds, unlearning it costs the retain set.
 
 Shapes: B batch   T tokens   E experts   L layers
 """
@@ -59,13 +61,19 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
 
 
 def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
-                   generator: torch.Generator | None = None) -> list[Place]:
+                   generator: torch.Generator | None = None, layer: int | None = None) -> list[Place]:
     """The M experts to unlearn, (layer, expert) each, most wanted first. affinity: (L, E).
 
     rule: top (highest affinity), bottom (lowest) or random (drawn with `generator`).
-    same_layer: all M from the layer that holds the first; else over all layers (Table 2 of the paper).
+    layer: all M from this layer.  same_layer: all M from the layer that holds the first.  Neither: over all layers
+    (Table 2 of the paper has both).
     """
     n_layer, n_expert = affinity.shape
+    if layer is not None:
+        if not 0 <= layer < n_layer:
+            raise UserError(f"--layer {layer} does not exist: layers go from 0 to {n_layer - 1}")
+        within = select_experts(affinity[layer : layer + 1], m, True, rule, generator)
+        return [(layer, expert) for _, expert in within]
     if not 1 <= m <= (n_expert if same_layer else n_layer * n_expert):
         raise UserError(f"--m {m} is not between 1 and {n_expert} in one layer, {n_layer * n_expert} over all")
     if rule not in ("top", "bottom", "random"):

@@ -15,8 +15,8 @@ from errors import UserError
 from metrics.routing import overlap
 from model import Trace
 
-TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --vocab-size 320 --context 128 --pretrain-epochs 1 "
-        "--pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
+TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "
+        "--pretrain-epochs 1 --pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
 ROWS = [{"question": "Who was it?", "answer": "It was Ana.", "paraphrased_answer": "Ana it was.",
          "perturbed_answer": ["It was Bo.", "It was Cy, they say."]},
         {"question": "And where did all of this happen?", "answer": "In Orsk.", "perturbed_answer": ["In Ulm."]}]
