@@ -50,14 +50,14 @@ SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/bat
 # What each method takes where the command line is silent, found on worlds of seed 100 and up, never on those reported.
 METHODS = {
     # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
-    "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 2e-3, "epochs": 12,
-            "retain_weight": 40.0},
+    "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 4e-3, "epochs": 32,
+            "retain_weight": 20.0, "stop_at": 0.1},
     "uld": {"arch": "gpt", "forget_loss": "ce", "retain_loss": "uniform", "lr": 3e-3, "epochs": 20,
             "retain_weight": 6.5},
-    "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 12,
-             "retain_weight": 40.0},
+    "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 24,
+             "retain_weight": 20.0, "stop_at": 0.1},
 }
-PRETRAIN_EPOCHS = {"moe": 8, "gpt": 7}  # enough for every held-out wording; more only makes a target surer of itself
+PRETRAIN_EPOCHS = {"moe": 8, "gpt": 6}  # enough for every held-out wording; more only makes a target surer of itself
 FORGET_LOSSES = {  # name -> loss of what the model made of a batch of forget rows
     "ga": lambda seen, args: objectives.ga(seen.logits, seen.labels),
     "npo": lambda seen, args: objectives.npo(objectives.row_log_prob(seen.logits, seen.labels),
@@ -86,15 +86,19 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
         what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
-        enough: Callable[[int], bool] = lambda done: False) -> dict:
+        enough: Callable[[int], bool] = lambda done: False, slow: tuple[Tensor, ...] = (),
+        slow_factor: float = 1.0) -> dict:
     """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
     A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
-    enough(steps done), asked after each step, with the state as it is.
+    enough(steps done), asked after each step, with the state as it is. Parameters in `slow` learn at slow_factor * lr.
     Returns {"steps", "train_seconds", "diverged"}.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    groups = [{"params": [p for p in parameters if not any(p is q for q in slow)], "factor": 1.0}]
+    if slow:
+        groups.append({"params": list(slow), "factor": slow_factor})
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
     start, seconds, log = 0, 0.0, ""
 
@@ -121,7 +125,7 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
         for step in bar:
             torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
+                group["lr"] = group["factor"] * learning_rate(step, steps, lr)
             terms = losses(step)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
@@ -287,7 +291,7 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
     retain = encode_rows(retain_rows, tokenizer, args.context, "retain row", truncate=True)
 
     torch.manual_seed(args.seed)
-    places, start, trained = [], None, model
+    places, start, trained, routers = [], None, model, ()
     if args.method == "uoe":
         affinity = uoe.expert_attribution(model, in_order(forget, 64, args.device), args.attribution_tokens)
         generator = torch.Generator().manual_seed(args.seed)
@@ -298,6 +302,8 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         print(uoe.affinity_table(affinity, chosen=places))
         parameters = uoe.isolate(model, places, not args.freeze_router)
         start = min(layer for layer, _ in places)
+        routers = () if args.freeze_router else tuple({layer: model.moe(layer).router.weight for layer, _ in places}
+                                                      .values())
     elif args.method == "uld":
         trained = uld.build_assistant(model, args.assistant_layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
         parameters = [p for p in trained.parameters() if p.requires_grad]
@@ -369,7 +375,8 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         return sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
 
     report = fit(parameters, losses, args.epochs * per_epoch, args.lr, folder, f"unlearn ({args.method})", args.seed,
-                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough)
+                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough,
+                 slow=routers, slow_factor=args.router_lr)
     trained.eval()
     if args.method == "uld":
         assistant = uld.merge_lora(trained)
@@ -441,7 +448,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say = parser.add_argument_group("unlearning").add_argument
     say("--epochs", type=int, help="passes over the forget set (default: the method's)")
     say("--stop-at", type=float, help="stop after the epoch in which the share of forget rows that are still answered "
-                                      "word for word falls to this: compares methods at one level of forgetting")
+                                      "word for word falls to this, so that methods compare at one level of "
+                                      "forgetting; -1: never (default: the method's)")
     say("--lr", type=float, help="peak learning rate (default: the method's)")
     say("--batch-size", type=int, default=32, help="forget rows per step, and as many retain rows")
     say("--retain-weight", type=float, help="lambda of UOE, beta of ULD (default: the method's)")
@@ -459,14 +467,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--expert", help="layer,expert by hand, both counted from 0")
     say("--anchor-weight", type=float, default=1.0, help="alpha of equation 4")
     say("--attribution-tokens", type=int, default=0, help="calibrate on so many forget tokens; 0: all")
+    say("--router-lr", type=float, default=0.5, help="the router's learning rate, as a multiple of --lr")
     say("--freeze-router", action="store_true", help="train the expert alone")
     say = parser.add_argument_group("ULD").add_argument
-    say("--assistant-layers", type=int, default=2, help="K")
+    say("--assistant-layers", type=int, default=3, help="K")
     say("--lora-rank", type=int, default=32)
     say("--lora-alpha", type=float, default=32.0)
     say("--lora-dropout", type=float, default=0.05)
-    say("--subtract", type=float, default=0.75, help="alpha of equation 2")
-    say("--filter-rate", type=float, default=1e-2, help="tokens below this share of the likeliest stay as they are")
+    say("--subtract", type=float, default=0.7, help="alpha of equation 2")
+    say("--filter-rate", type=float, default=0.0, help="tokens less likely than this share of the likeliest are out "
+                                                            "of the assistant's reach; 0: none are")
     args = parser.parse_args(argv)
     return check(args)
 
@@ -499,16 +509,17 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--layer {args.layer} is not a layer's number, 'middle' or 'all'")
     args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 0)
     for flag in ("layers", "heads", "width", "experts", "top_k", "pretrain_epochs", "pretrain_batch_size", "epochs",
-                 "batch_size", "references", "m", "save_every", "lr", "pretrain_lr", "npo_beta"):
+                 "batch_size", "references", "m", "save_every", "lr", "pretrain_lr",
+                 "npo_beta", "router_lr"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
     for flag in ("seed", "ff", "context", "vocab_size", "balance", "retain_weight", "weight_decay", "anchor_weight",
                  "attribution_tokens"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
-    if args.stop_at is not None and (args.method == "uld" or not 0 <= args.stop_at < 1):
-        raise UserError(f"--stop-at {args.stop_at} is not a share from 0 to below 1, or the method is uld, whose "
-                        "assistant learns the forget rows")
+    if args.stop_at is not None and (args.method == "uld" or not -1 <= args.stop_at < 1):
+        raise UserError(f"--stop-at {args.stop_at} is not a share below 1 (-1: never stop), or the method is uld, "
+                        "whose assistant learns the forget rows")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora-dropout {args.lora_dropout} is not at least 0 and below 1")
     if not 0 <= args.filter_rate <= 1:

@@ -13,6 +13,8 @@ Departures from the paper
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
     What lies below the chosen layer is frozen and never changes, so it is computed once (train.py).
+    The router learns at half the expert's rate. The anchor pulls forget tokens to the expert that were never
+    routed there, so it shifts the very selection it is to hold; at full rate, overlap in that layer falls to a half.
     By default the expert is the top one of the middle layer, not of all layers (`--layer all`). Small models see no
     topic in layer 0, only words; where its top expert wins, as on some seeds, unlearning it costs the retain set.
 
