@@ -51,11 +51,11 @@ SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/bat
 METHODS = {
     # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
     "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 4e-3, "epochs": 32,
-            "retain_weight": 20.0, "stop_at": 0.1},
+            "retain_weight": 40.0, "stop_at": 0.1},
     "uld": {"arch": "gpt", "forget_loss": "ce", "retain_loss": "uniform", "lr": 3e-3, "epochs": 20,
             "retain_weight": 6.5},
     "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 24,
-             "retain_weight": 20.0, "stop_at": 0.1},
+             "retain_weight": 40.0, "stop_at": 0.1},
 }
 PRETRAIN_EPOCHS = {"moe": 8, "gpt": 6}  # enough for every held-out wording; more only makes a target surer of itself
 FORGET_LOSSES = {  # name -> loss of what the model made of a batch of forget rows
