@@ -293,7 +293,7 @@ def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
                                                strict=False):
             if key in log[0]:
                 axis.plot([e["step"] for e in log], [e[key] for e in log], line, color=shade, label=label)
-        axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)", yscale="symlog")
+        axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)")
         axis.legend(frameon=False)
         _write(figure, folder / "figures" / "training.png")
     ratios = {role: sorted(of["forget"].truth_ratios()) for role, of in scores.items()}
@@ -342,7 +342,7 @@ def compare(folders: list[str]) -> str:
         kinds.setdefault(kind, []).append(json.loads(path.read_text()))
     lines = []
     for kind, runs in kinds.items():
-        roles = [role for role in runs[0] if role != "run"]
+        roles = [role for role in runs[0] if role != "run" and all(role in run for run in runs)]
         lines += [f"{kind} ({len(runs)} runs)", f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
         for i, (label, _) in enumerate(rows_of(runs[0], roles)):
             cells = []
