@@ -305,7 +305,8 @@ def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, fold
         routers = () if args.freeze_router else tuple({layer: model.moe(layer).router.weight for layer, _ in places}
                                                       .values())
     elif args.method == "uld":
-        trained = uld.build_assistant(model, args.assistant_layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        layers = args.assistant_layers or max(1, 3 * model.config.n_layer // 4)
+        trained = uld.build_assistant(model, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
         parameters = [p for p in trained.parameters() if p.requires_grad]
     else:
         parameters = list(model.parameters())
@@ -470,7 +471,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--router-lr", type=float, default=0.5, help="the router's learning rate, as a multiple of --lr")
     say("--freeze-router", action="store_true", help="train the expert alone")
     say = parser.add_argument_group("ULD").add_argument
-    say("--assistant-layers", type=int, default=3, help="K")
+    say("--assistant-layers", type=int, default=0, help="K; 0: three quarters of the target's")
     say("--lora-rank", type=int, default=32)
     say("--lora-alpha", type=float, default=32.0)
     say("--lora-dropout", type=float, default=0.05)
