@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="at most this many tokens")
     args = parser.parse_args()
     run = open_run(args.run)
-    if not isinstance(run.model, LogitDifference):
+    if run.config["method"] != "uld":
         raise UserError(f"{args.run} is a run of --method {run.config['method']}: this prints runs of --method uld")
     question = args.prompt or run.data.forget[0]["question"]
     needed = len(run.tokenizer.prompt(question)) + args.steps
