@@ -47,7 +47,7 @@ from pretrained import load, save
 # What a cached model rests on.
 SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
 
-# What each method takes where the command line is silent, found near settings tried on worlds 100 and 101 (README, limits).
+# What each method takes where the command line is silent; how it was found: README, "Honest limits".
 METHODS = {
     # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
     "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 4e-3, "epochs": 32,
