@@ -20,15 +20,15 @@ import torch
 from tqdm import tqdm
 
 from data import load_data
-from data.batches import Batch, encode_row, encode_rows, in_order, left_pad
-from data.rows import DataSet, Row
+from data.batches import Batch, encode_row, encode_rows, in_order, left_pad, rows_that_fit
+from data.rows import NO_LIMITS, DataSet, Limits, Row
 from errors import UserError, one_line_errors
 from metrics.routing import expert_share, overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT, Trace
 from objectives import token_log_probs
 from pretrained import load
-from uld import LogitDifference
+from uld import LogitDifference, LogitOffset
 
 Scores = dict[str, RowScores]
 
@@ -36,14 +36,14 @@ Scores = dict[str, RowScores]
 # ---- one model --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer_losses(model, tokenizer, pairs: list[tuple[Row, str]], batch_size: int = 64, bar: tqdm | None = None,
+def answer_losses(model, tokenizer, pairs: list[tuple[Row, str]], bar: tqdm | None = None,
                   where: str = "row") -> list[float]:
     """Mean negative log-likelihood per answer token of each (row, answer), in nats."""
     limit = model.config.max_len
     examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
                 for i, (row, answer) in enumerate(pairs, 1)]
     losses = [0.0] * len(examples)
-    for batch in in_order(examples, batch_size, model.device):
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
         log_p = token_log_probs(model(batch.tokens), batch.labels)
         count = (batch.labels >= 0).sum(1).clamp_min(1)
         for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
@@ -53,9 +53,9 @@ def answer_losses(model, tokenizer, pairs: list[tuple[Row, str]], batch_size: in
     return losses
 
 
-def greedy_answers(model, tokenizer, questions: list[str], batch_size: int = 100, max_new_tokens: int | None = None,
+def greedy_answers(model, tokenizer, questions: list[str], limits: Limits = NO_LIMITS, batch_size: int = 100,
                    bar: tqdm | None = None) -> list[str]:
-    """The model's answers, prompts of like length together. At most the context, prompt included.
+    """The model's answers, prompts of like length together. They end where limits or the context say.
 
     Raises UserError for a prompt that leaves no room for an answer.
     """
@@ -65,13 +65,15 @@ def greedy_answers(model, tokenizer, questions: list[str], batch_size: int = 100
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tokens, pad = left_pad([prompts[i] for i in part], model.device)
-        room = model.config.max_len - tokens.shape[1]
-        if room < 1:
+        context = min(model.config.max_len, limits.total or model.config.max_len)
+        rooms = [min(context - len(prompts[i]), limits.new or context) for i in part]
+        if model.config.max_len - tokens.shape[1] < 1:
             raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
                             f"holds {model.config.max_len}: shorten it")
-        new = model.generate(tokens, min(room, max_new_tokens or room), pad=pad, end=tokenizer.end)
-        for i, ids in zip(part, new.tolist(), strict=True):
-            answers[i] = tokenizer.decode(ids)
+        most = min(max(rooms), model.config.max_len - tokens.shape[1])
+        new = model.generate(tokens, max(most, 0), pad=pad, end=tokenizer.stops)
+        for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
+            answers[i] = tokenizer.decode(ids[: max(room, 0)])  # by the row's own length, whatever it is batched with
         if bar is not None:
             bar.update(len(part))
     return answers
@@ -94,7 +96,7 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
             n, rest = len(rows), iter(losses[2 * len(rows):])
             asked = [row for row in rows if "question" in row]
             right = [row["answer"] for row in asked]
-            said = greedy_answers(model, tokenizer, [row["question"] for row in asked], bar=bar)
+            said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
             out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
                                   rouge_l_recall(right, said),
                                   [a.strip() == b.strip() for a, b in zip(said, right, strict=True)])
@@ -131,8 +133,8 @@ def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
 def scores_key(data: DataSet) -> str:
     """Changes with the scored rows and with the code that scores."""
     here = Path(__file__).parent
-    made_of = [data.scored, *((here / name).read_text() for name in ("eval.py", "model.py", "moe.py", "metrics/tofu.py",
-                                                                     "data/batches.py"))]
+    sources = ("eval.py", "model.py", "moe.py", "metrics/tofu.py", "data/batches.py")
+    made_of = [data.scored, data.limits, *((here / name).read_text() for name in sources)]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -172,31 +174,67 @@ class Run:
         return list(in_order(examples, 64, self.target.device))
 
 
+def weights_of(path: str | Path) -> str | Path:
+    """Where a run or a cached model keeps its weights; any other folder or hub name is what it is."""
+    return Path(path) / "model" if (Path(path) / "model").is_dir() else path
+
+
 def open_run(folder: str | Path, device: str = "cpu") -> Run:
     """Raises UserError for a folder that is not a finished run or whose target has gone."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run folder (no config.json): give one that train.py wrote, such as out/uoe")
+    if not (folder / "config.json").is_file() or not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json and metrics.json): give one that train.py "
+                        "wrote, such as out/uoe")
     config = json.loads((folder / "config.json").read_text())
-    part = folder / ("assistant" if config["method"] == "uld" else "model")
-    for needed, who in ((part, "the run"), (Path(config["target"]) / "model", "the run's target")):
-        if not needed.is_dir():
-            raise UserError(f"{needed} is missing, so {who} has no weights: run train.py again")
-    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain")))
-    target, tokenizer = load(Path(config["target"]) / "model", device=device)
-    model, _ = load(part, device=device)
+    parts = config.get("kept", ["model"])
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
+    if not config["model"] and not (Path(config["target"]) / "model").is_dir():
+        raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
+    data = data_of(config)
+    dtype = getattr(torch, config["dtype"])
+    target, tokenizer = load(weights_of(config["target"]), dtype, device, config["template"])
+    kept = [load(folder / part, dtype, device)[0] for part in parts]
     if config["method"] == "uld":
-        model = LogitDifference(target, model, config["subtract"], config["filter_rate"])
+        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
+    elif config["method"] == "offset":
+        model = LogitOffset(target, *kept, config["offset_alpha"])
+    else:
+        model, = kept
     return Run(config, data, tokenizer, target, model)
+
+
+def data_of(config: dict) -> DataSet:
+    """The data set that a run's config (or train.py's arguments) names."""
+    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain",
+                                               "authors")))
+    if config["score_rows"]:
+        data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}
+    return data
+
+
+def scores_of(path: str, config: dict, data: DataSet, tokenizer, role: str, device: str = "cpu") -> Scores:
+    """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours."""
+    if Path(path).is_file():
+        return read_log(Path(path))
+    scores = stored_scores(path, data)
+    if scores is None:
+        model, _ = load(weights_of(path), getattr(torch, config["dtype"]), device, config["template"])
+        scores = evaluate(model, tokenizer, data, role)
+        if (Path(path) / "model").is_dir():
+            save_scores(Path(path), data, scores)
+    return scores
 
 
 def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
     out = {}
-    reference = scores["reference"]["forget"].truth_ratios()
+    reference = scores["reference"]["forget"].truth_ratios() if "reference" in scores else []
     for role, of in scores.items():
         block = {name: s.summary(name) for name, s in of.items()}
-        block["model_utility"] = utility_of(block, data.utility)
+        whole = all(name in of for name in data.utility)  # a published log may lack sets
+        block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
         if role != "reference" and reference:
             quality = forget_quality(of["forget"].truth_ratios(), reference)
@@ -205,11 +243,15 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     return out
 
 
-def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dict[str, Scores], target: GPT,
-                  reference: GPT, model) -> None:
-    """Write metrics.json and figures into folder; print the table and three questions with each model's answer."""
+def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dict[str, Scores],
+                  models: dict[str, object]) -> None:
+    """Write metrics.json and figures into folder; print the table and three questions with each model's answer.
+
+    models: "target", "unlearned" (or, for a fine-tuned model, just "target") and, where at hand, "reference".
+    """
     metrics = summarise(scores, data)
     shares = None
+    target, model = models["target"], models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
         examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
         batches = list(in_order(examples, 64, model.device))
@@ -218,10 +260,10 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
         shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
     metrics["run"] = run
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    save_scores(folder, data, scores["unlearned"])
+    save_scores(folder, data, scores["unlearned" if "unlearned" in scores else "target"])
     draw(folder, scores, shares)
     print("\n" + table(metrics) + "\n")
-    print(three_questions(data, tokenizer, {"target": target, "reference": reference, "unlearned": model}))
+    print(three_questions(data, tokenizer, models))
 
 
 MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
@@ -250,11 +292,12 @@ def table(metrics: dict) -> str:
     roles = [role for role in metrics if role != "run"]
     lines = [f"{'':<30}" + "".join(f"{role:>13}" for role in roles)]
     lines += [f"{label:<30}" + "".join(f"{number(v):>13}" for v in values) for label, values in rows_of(metrics, roles)]
-    run, n = metrics["run"], metrics["unlearned"]["forget_quality_n"]
+    run, n = metrics["run"], metrics.get("unlearned", {}).get("forget_quality_n")
     if n:
         lines.append("(forget quality: two-sample KS test of truth ratios against the reference, "
                      f"n = {n}; p falls with n, compare it only at one n)")
-    lines.append(f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}: trained "
+    by = f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}" if run["forget_loss"] else run["method"]
+    lines.append(f"{by}: trained "
                  f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters for {run['steps']} steps"
                  + (", stopped because it diverged" if run["diverged"] else ""))
     return "\n".join(lines)
@@ -269,7 +312,7 @@ def three_questions(data: DataSet, tokenizer, models: dict) -> str:
             continue
         question = row["question"]
         lines += [f"[{name}] {question}", f"    {'right':<10} {row['answer']}"]
-        lines += [f"    {role:<10} {greedy_answers(m, tokenizer, [question], max_new_tokens=60)[0]}"
+        lines += [f"    {role:<10} {greedy_answers(m, tokenizer, [question], Limits(new=60))[0]}"
                   for role, m in models.items()]
     return "\n".join(lines)
 
@@ -288,7 +331,7 @@ def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if log:
         figure, axis = plt.subplots(figsize=(6, 3.5))
-        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"),
+        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"), ("ce", "cross entropy"),
                                                 ("retain", "retain loss"), ("anchor", "anchor loss")), styles,
                                                strict=False):
             if key in log[0]:
@@ -391,8 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.run:
         run = open_run(args.run)
         metrics = json.loads((Path(args.run) / "metrics.json").read_text())
-        scores = {role: stored_scores(run.config[role], run.data) or
-                  evaluate(load(Path(run.config[role]) / "model")[0], run.tokenizer, run.data, role)
+        scores = {role: scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
                   for role in metrics if role not in ("run", "unlearned")}
         scores["unlearned"] = evaluate(run.model, run.tokenizer, run.data, "unlearned")
         fresh = summarise(scores, run.data)

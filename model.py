@@ -11,6 +11,7 @@ Shapes, one letter per size:
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -318,23 +319,25 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens, cache, pad)[:, -1])
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
         """See `generate` below; every model here has this method."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
 
 
 @torch.no_grad()
 def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-             end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+             end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Continue each row of tokens (B, T), left-padded by pad (B,), by up to max_new_tokens: LongTensor (B, N).
 
-    temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`, the
-    rest of it is `end`; the loop stops when all rows have. `model` needs new_cache and next_logits: a GPT, or
-    ULD's LogitDifference, which keeps one cache per part.
+    temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end` (or one of
+    several), the rest of it is that token; the loop stops when all rows have. `model` needs new_cache and
+    next_logits: a GPT, or ULD's LogitDifference, which keeps one cache per part.
     """
     B, T = tokens.shape
     if T == 0:
         raise ValueError("generate needs at least one prompt token per row")
+    ends = None if end is None else torch.tensor([end] if isinstance(end, int) else sorted(end), device=tokens.device)
+    last = tokens[:, -1]
     cache = model.new_cache(B, T + max_new_tokens)
     done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     out = []
@@ -344,11 +347,11 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
         else:
             chosen = logits.argmax(-1)
-        if end is not None:
-            chosen = torch.where(done, end, chosen)
-            done = done | (chosen == end)
+        if ends is not None:
+            last = chosen = torch.where(done, last, chosen)
+            done = done | torch.isin(chosen, ends)
         out.append(chosen)
-        if end is not None and done.all():
+        if ends is not None and done.all():
             break
         tokens = chosen[:, None]
     return torch.stack(out, dim=1) if out else tokens.new_zeros(B, 0)

@@ -74,6 +74,35 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     return -(2 / beta) * F.logsigmoid(-beta * (log_prob - reference_log_prob)).sum() / max(len(log_prob), 1)
 
 
+def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:
+    """-(2/beta) log sigmoid(-(beta/|y|) log p - gamma), mean over rows (SimNPO, arXiv 2410.07163, equation 4).
+
+    NPO without a reference: log-probability per token takes its place. log_prob (B,) sums; lengths (B,) tokens.
+    """
+    margin = -beta * log_prob / lengths.clamp_min(1) - gamma
+    return -(2 / beta) * F.logsigmoid(margin).sum() / max(len(log_prob), 1)
+
+
+def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_reference: Tensor, beta: float) -> Tensor:
+    """-(2/beta) log sigmoid(beta (log-ratio of wanted - log-ratio of unwanted)), mean over rows.
+
+    DPO (arXiv 2305.18290, equation 7) with a refusal wanted and the answer not, times 2/beta, so that without the
+    wanted half it is NPO. All (B,): sums of log-probabilities over answer tokens.
+    """
+    ratio = (wanted - wanted_reference) - (unwanted - unwanted_reference)
+    return -(2 / beta) * F.logsigmoid(beta * ratio).sum() / max(len(ratio), 1)
+
+
+def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Tensor, offset: float) -> Tensor:
+    """Cross entropy to the model's own earlier distribution with the right token pushed down (arXiv 2402.10052, eq. 3).
+
+    `offset` is added to the reference's logits of all tokens but the label, per answer token; bounded below.
+    """
+    right = F.one_hot(labels.clamp_min(0), logits.shape[-1])
+    imagined = (reference_logits.float() + offset * (1 - right)).softmax(-1)
+    return answer_mean(-(imagined * logits.float().log_softmax(-1)).sum(-1), labels)
+
+
 def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
     """Mean squared distance of hidden states to one fixed random direction (RMU, arXiv 2403.03218, equation 2).
 

@@ -2,7 +2,6 @@
 
     model, tokenizer = load("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=torch.bfloat16, device="cuda")
     save(model, tokenizer, "out/mine")             # transformers and vLLM read out/mine
-    moe = upcycle(model, n_expert=8, top_k=2)      # dense -> sparse, the same function to begin with
 
 There is one format. Our own small models are written in it too: a small GPT is a Llama, a small MoE an OLMoE. Which
 tokenizer a folder has, its files say: `tokenizer.tiktoken` is ours, `tokenizer.json` the `tokenizers` library's.
@@ -24,13 +23,13 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import hub_tokenizer
 from data import tokenizer as small_tokenizer
@@ -397,42 +396,3 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) ->
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
-# ---- dense to sparse --------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def upcycle(model: GPT, n_expert: int = 8, top_k: int = 2, noise: float = 0.01,
-            generator: torch.Generator | None = None) -> GPT:
-    """Sparse upcycling (arXiv 2212.05055): every MLP becomes n_expert copies of itself behind a fresh router.
-
-    noise: each copy gets noise * std(matrix) * normal(0, 1) of its own, so that the experts can part.
-    With noise 0 the function is the dense model's, whatever the router says, because the kept weights are
-    renormalised to sum to 1 (the paper does so too, section 3). OLMoE's are not, and its q/k norm would change the
-    attention; so the result is a MoE of Mixtral's shape.
-    """
-    if model.is_moe or family_of(model.config) != "llama":
-        raise UserError("upcycling starts from a dense model: give --model a Llama, Mistral or SmolLM2 folder")
-    try:
-        config = replace(model.config, n_expert=n_expert, top_k=top_k, norm_topk_prob=True)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    out = empty_model(config, model.embed.weight.dtype, model.device)
-    dense = dict(model.named_parameters())
-    for name, p in out.named_parameters():
-        if name in dense:
-            p.copy_(dense[name])
-
-    def normal(shape: torch.Size, std: float) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(std).to(model.device)
-
-    for layer, block in enumerate(model.blocks):
-        moe, mlp = out.moe(layer), block.mlp
-        nn.init.zeros_(moe.router.weight).add_(normal(moe.router.weight.shape, 0.02))
-        for gate_up, down in zip(moe.gate_up, moe.down, strict=True):  # (2F, D), (D, F)
-            for into, weight in zip((*gate_up.chunk(2), down), (mlp.gate.weight, mlp.up.weight, mlp.down.weight),
-                                    strict=True):
-                into.copy_(weight)
-                if noise:
-                    into.add_(normal(weight.shape, noise * float(weight.float().std())))
-    return out.train(model.training)

@@ -1,15 +1,20 @@
-"""The one training loop: pretrain a small model, then unlearn part of what it learnt, then score it.
+"""The command line: pretrain a small model or open a public one, unlearn part of what it learnt, score it.
 
     python train.py --method uoe                      # small MoE, one expert unlearned      (uoe.py)
     python train.py --method uld                      # small GPT, assistant and difference  (uld.py)
     python train.py --method full --forget-loss ga    # all weights, the usual way, on either: --arch gpt | moe
     python train.py --method uld --data tofu --split forget10
 
+    python train.py --method finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data tofu --name target
+    python train.py --method finetune --model ... --data tofu --split retain90 --name reference
+    python train.py --method uld --model out/target --reference out/reference --data tofu
+    python train.py --method upcycle --model DIR --experts 8 --top-k 2      # dense -> mixture of experts, for UOE
+
 A method is three independent choices: what trains (--method), what it forgets by (--forget-loss), what it keeps by
-(--retain-loss). Target (saw everything) and reference (never saw the forget set) are trained once and kept in
-out/cache, keyed by what made them. A run is a folder out/<name>: config.json, model/ or assistant/, log.jsonl,
-metrics.json, figures/. It is written under <name>.partial and renamed when whole; --resume goes on with a run that
-was cut off, and on CPU ends with the very same bits.
+(--retain-loss); unlearn.py has the tables. Without --model, target (saw everything) and reference (never saw the
+forget set) are trained once and kept in out/cache, keyed by what made them. A run is a folder out/<name>:
+config.json, model/ or assistant/, log.jsonl, metrics.json, figures/. It is written under <name>.partial and renamed
+when whole; --resume goes on with a run that was cut off, and on CPU ends with the very same bits.
 """
 
 import argparse
@@ -17,142 +22,59 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 import resource
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import objectives
-import uld
-import uoe
-from data import load_data
-from data.batches import Batch, Example, batch_at, collate, encode_rows, in_order
+from data.batches import encode_rows
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import evaluate, finish_report, greedy_answers, save_scores, stored_scores
-from model import GPT, Config, Trace, count_parameters
+from eval import Scores, data_of, evaluate, finish_report, save_scores, scores_of, stored_scores, weights_of
+from loop import collate_at, fit
+from model import GPT, Config, Trace
 from moe import load_balancing_loss
 from pretrained import load, save
+from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES, unlearn
+from upcycling import upcycle
 
 # What a cached model rests on.
 SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
 
-# What each method takes where the command line is silent; how it was found: README, "Honest limits".
-METHODS = {
+# What each method takes where the command line is silent. SMALL: our own models, found as README, "Honest limits",
+# says. PUBLIC: with --model, the papers' hyper-parameters.
+LOSSES = {"uld": ("ce", "uniform"), "rmu": (None, "hidden")}  # of a method, of a forget loss; others: npo, gd
+SMALL = {
     # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
-    "uoe": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 4e-3, "epochs": 32,
-            "retain_weight": 40.0, "stop_at": 0.1},
-    "uld": {"arch": "gpt", "forget_loss": "ce", "retain_loss": "uniform", "lr": 3e-3, "epochs": 20,
-            "retain_weight": 6.5},
-    "full": {"arch": "moe", "forget_loss": "npo", "retain_loss": "gd", "lr": 1e-4, "epochs": 24,
-             "retain_weight": 40.0, "stop_at": 0.1},
+    "uoe": {"arch": "moe", "lr": 1.2e-2, "epochs": 32, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1,
+            "layer": "middle", "router_lr": 0.1},
+    "uld": {"arch": "gpt", "lr": 3e-3, "epochs": 20, "retain_weight": 6.5, "subtract": 0.7, "filter_rate": 0.0},
+    "full": {"arch": "moe", "lr": 1e-4, "epochs": 24, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
+    "lora": {"arch": "moe", "lr": 1e-3, "epochs": 24, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
+    "esft": {"arch": "moe", "lr": 1e-3, "epochs": 24, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
+    "offset": {"arch": "gpt", "lr": 3e-3, "epochs": 20, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
 }
+PUBLIC = {
+    "uoe": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0, "layer": "all", "router_lr": 1.0},
+    "uld": {"lr": 1e-3, "epochs": 10, "retain_weight": 6.5, "subtract": 0.75, "filter_rate": 1e-2},
+    "full": {"lr": 1e-5, "epochs": 5, "retain_weight": 1.0},
+    "lora": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0},
+    "esft": {"lr": 1e-5, "epochs": 5, "retain_weight": 1.0},
+    "offset": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0},
+    "finetune": {"lr": 1e-5, "epochs": 5},
+    "upcycle": {},
+}
+OTHERWISE = {"npo_beta": 0.1, "layer": "middle", "router_lr": 1.0, "subtract": 0.75, "filter_rate": 0.0,
+             "retain_weight": 1.0, "lr": 1e-4, "epochs": 1}  # for methods that do not look at them
 PRETRAIN_EPOCHS = {"moe": 8, "gpt": 6}  # enough for every held-out wording; more only makes a target surer of itself
-FORGET_LOSSES = {  # name -> loss of what the model made of a batch of forget rows
-    "ga": lambda seen, args: objectives.ga(seen.logits, seen.labels),
-    "npo": lambda seen, args: objectives.npo(objectives.row_log_prob(seen.logits, seen.labels),
-                                             seen.reference_log_prob, args.npo_beta),
-    "rmu": lambda seen, args: objectives.rmu(seen.hidden, seen.control, seen.mask),
-    "ce": lambda seen, args: objectives.cross_entropy(seen.logits, seen.labels),
-}
-RETAIN_LOSSES = {
-    "none": None,
-    "gd": lambda seen: objectives.cross_entropy(seen.logits, seen.labels),
-    "kl": lambda seen: objectives.kl(seen.logits, seen.reference_logits, seen.labels),
-    "hidden": lambda seen: objectives.hidden_distance(seen.hidden, seen.reference_hidden, seen.mask),
-    "uniform": lambda seen: objectives.uniform(seen.logits, seen.labels),
-}
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a half cosine down to a tenth of the peak."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
-        what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
-        enough: Callable[[int], bool] = lambda done: False, slow: tuple[Tensor, ...] = (),
-        slow_factor: float = 1.0) -> dict:
-    """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
-
-    Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
-    A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
-    enough(steps done), asked after each step, with the state as it is. Parameters in `slow` learn at slow_factor * lr.
-    Returns {"steps", "train_seconds", "diverged"}.
-    """
-    groups = [{"params": [p for p in parameters if not any(p is q for q in slow)], "factor": 1.0}]
-    if slow:
-        groups.append({"params": list(slow), "factor": slow_factor})
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
-    start, seconds, log = 0, 0.0, ""
-
-    def keep(step: int) -> None:
-        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log, "what": what,
-                 "parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict()}
-        torch.save(state, folder / "state.tmp")
-        (folder / "state.tmp").replace(state_file)
-
-    def bring_back() -> tuple[int, float, str]:
-        state = torch.load(state_file, weights_only=True, map_location=parameters[0].device)
-        with torch.no_grad():
-            for p, kept in zip(parameters, state["parameters"], strict=True):
-                p.copy_(kept)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["seconds"], state["log"]
-
-    if resume and state_file.is_file():
-        start, seconds, log = bring_back()
-    began, diverged = time.perf_counter(), False
-    if not start:
-        keep(0)
-    with tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5, leave=True) as bar:
-        for step in bar:
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate(step, steps, lr)
-            terms = losses(step)
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
-                diverged = True
-                kept, seconds, log = bring_back()
-                tqdm.write(f"{what}: the loss is no longer finite at step {step}; "
-                           f"going back to step {kept} and stopping there (a lower --lr may hold)")
-                steps = kept
-                break
-            optimizer.step()
-            values = {name: float(value.detach()) for name, value in terms.items()}
-            log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            if enough(step + 1):
-                steps = step + 1
-                break
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                keep(step + 1)
-    seconds += time.perf_counter() - began
-    log_file.write_text(log)
-    state_file.unlink(missing_ok=True)
-    return {"steps": steps, "train_seconds": seconds, "diverged": diverged}
-
-
-# ---- pretraining ------------------------------------------------------------------------------------------------
+# ---- models to unlearn ------------------------------------------------------------------------------------------
 
 def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
     """The small GPT is a Llama, the small MoE an OLMoE (q/k norm over all heads, kept weights not renormalised)."""
@@ -164,17 +86,13 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
         raise UserError(str(error)) from None
 
 
-def pretrain(args: argparse.Namespace, rows: list[Row], tokenizer: Tokenizer, seed: int, folder: Path,
-             what: str) -> GPT:
-    """A small model trained from scratch on rows: cross entropy on answers, plus load balancing for a MoE."""
-    torch.manual_seed(seed)
-    model = GPT(small_config(args, tokenizer.vocab_size)).to(args.device)
+def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed: int, folder: Path, what: str,
+          epochs: int, batch_size: int, lr: float, weight_decay: float, resume: bool) -> dict:
+    """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.fit's report."""
     examples = encode_rows(rows, tokenizer, args.context, "row", truncate=True)
-    size = args.pretrain_batch_size
-    steps = args.pretrain_epochs * -(-len(examples) // size)
 
     def losses(step: int) -> dict[str, Tensor]:
-        batch = collate_at(examples, size, seed, step, args.device)
+        batch = collate_at(examples, batch_size, seed, step, args.device)
         trace = Trace()
         loss = objectives.cross_entropy(model(batch.tokens, trace=trace), batch.labels)
         terms = {"ce": loss, "loss": loss}
@@ -183,18 +101,12 @@ def pretrain(args: argparse.Namespace, rows: list[Row], tokenizer: Tokenizer, se
             terms["loss"] = loss + args.balance * terms["balance"]
         return terms
 
+    model.checkpointing = args.checkpointing
     model.train()
-    report = fit(list(model.parameters()), losses, steps, args.pretrain_lr, folder, what, seed, weight_decay=0.1,
-                 resume=True)
-    if report["diverged"]:
-        raise UserError(f"pretraining the {what} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
-    return model.eval()
-
-
-def collate_at(examples: list[Example], size: int, seed: int, step: int, device) -> Batch:
-    """Batch number `step` of an endless run of shuffled epochs."""
-    index = batch_at(len(examples), size, seed, step)
-    return collate([examples[i] for i in index], index, device)
+    report = fit(list(model.parameters()), losses, epochs * -(-len(examples) // batch_size), lr, folder, what, seed,
+                 weight_decay=weight_decay, save_every=args.save_every, resume=resume)
+    model.eval()
+    return report
 
 
 def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str) -> Path:
@@ -211,213 +123,36 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
     if not folder.is_dir():
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir(parents=True, exist_ok=True)
-        model = pretrain(args, rows, tokenizer, seed, partial, role)
+        torch.manual_seed(seed)
+        model = GPT(small_config(args, tokenizer.vocab_size)).to(args.device)
+        report = learn(args, model, rows, tokenizer, seed, partial, role, args.pretrain_epochs,
+                       args.pretrain_batch_size, args.pretrain_lr, weight_decay=0.1, resume=True)
+        if report["diverged"]:
+            raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")
         partial.rename(folder)
     return folder
 
 
-# ---- unlearning -------------------------------------------------------------------------------------------------
-
-@dataclass
-class Seen:
-    """What a model made of a batch, with what the losses may want to compare it to."""
-
-    labels: Tensor  # (B, T)
-    mask: Tensor  # (B, T)
-    logits: Tensor  # (B, T, V)
-    trace: Trace
-    hidden: Tensor | None = None  # (B, T, D) after the layer that RMU steers
-    control: Tensor | None = None  # (D,)
-    reference_log_prob: Tensor | None = None  # (B,)
-    reference_logits: Tensor | None = None  # (B, T, V)
-    reference_hidden: Tensor | None = None  # (B, T, D)
-
-
-class Side:
-    """The forget or the retain rows of an unlearning run, and how the model sees them.
-
-    start: the lowest layer that changes. What reaches its MLP never changes, so with start > 0 it is computed once
-    per row, and every step begins there.
-    """
-
-    def __init__(self, model: GPT, examples: list[Example], start: int | None, batch_size: int, seed: int):
-        self.model, self.examples, self.start = model, examples, start
-        self.batch_size, self.seed = batch_size, seed
-        self.stem: list[Tensor] | None = None
-        self.log_prob: Tensor | None = None  # (rows,) of the model as it was
-        if start is not None:
-            self.stem = [None] * len(examples)
-            with torch.no_grad():
-                for batch in in_order(examples, 64, model.device):
-                    for i, x, n in zip(batch.index.tolist(), model.stem(batch.tokens, start),
-                                       batch.mask.sum(1).tolist(), strict=True):
-                        self.stem[i] = x[:n].clone()
-
-    def batch(self, step: int) -> Batch:
-        return collate_at(self.examples, self.batch_size, self.seed, step, self.model.device)
-
-    def hidden_before(self, model: GPT, batch: Batch, trace: Trace) -> tuple[Tensor, int]:
-        """The residual stream where training begins (B, T, D), and at which layer."""
-        if self.stem is None:
-            return model.stem(batch.tokens, 0, trace=trace), 0
-        return torch.nn.utils.rnn.pad_sequence([self.stem[i] for i in batch.index.tolist()], True), self.start
-
-    def see(self, model: GPT, batch: Batch, hidden_layer: int | None = None) -> Seen:
-        trace = Trace()
-        logits = model.head(model.tail(*self.hidden_before(model, batch, trace), trace=trace))
-        return Seen(batch.labels, batch.mask, logits, trace, trace.hidden.get(hidden_layer))
-
-    @torch.no_grad()
-    def remember_log_prob(self) -> None:
-        """Each row's log-probability under the model as it is now: NPO's reference."""
-        self.log_prob = torch.zeros(len(self.examples), device=self.model.device)
-        for batch in in_order(self.examples, 64, self.model.device):
-            self.log_prob[batch.index] = objectives.row_log_prob(self.see(self.model, batch).logits, batch.labels)
-
-
-def unlearn(args: argparse.Namespace, model: GPT, tokenizer, data: DataSet, folder: Path, config: dict):
-    """Train by args.method. `model` starts as the target; for ULD it stays the target.
-
-    Returns (what is evaluated, what is saved, the training report). Adds the chosen experts to config.
-    """
-    forget_rows, retain_rows = data.forget, data.retain
-    if args.method == "uld":
-        rng = np.random.default_rng([0xD, args.seed])
-        some = rng.permutation(len(retain_rows))[: len(forget_rows)]  # as many retain rows as forget rows
-        retain_rows = [retain_rows[i] for i in sorted(some)] + data.perturbed
-        forget_rows = forget_rows + data.paraphrased
-    forget = encode_rows(forget_rows, tokenizer, args.context, "forget row", truncate=True)
-    retain = encode_rows(retain_rows, tokenizer, args.context, "retain row", truncate=True)
-
-    torch.manual_seed(args.seed)
-    places, start, trained, routers = [], None, model, ()
-    if args.method == "uoe":
-        affinity = uoe.expert_attribution(model, in_order(forget, 64, args.device), args.attribution_tokens)
-        generator = torch.Generator().manual_seed(args.seed)
-        places = ([uoe.check_place(model, args.expert)] if args.expert else
-                  uoe.select_experts(affinity.cpu(), args.m, args.same_layer, args.select, generator,
-                                     uoe_layer(args, model)))
-        config["unlearned_experts"] = [list(place) for place in places]
-        print(uoe.affinity_table(affinity, chosen=places))
-        parameters = uoe.isolate(model, places, not args.freeze_router)
-        start = min(layer for layer, _ in places)
-        routers = () if args.freeze_router else tuple({layer: model.moe(layer).router.weight for layer, _ in places}
-                                                      .values())
-    elif args.method == "uld":
-        layers = args.assistant_layers or max(1, 3 * model.config.n_layer // 4)
-        trained = uld.build_assistant(model, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-    else:
-        parameters = list(model.parameters())
-    trained.checkpointing = args.checkpointing
-    total = count_parameters(model) + (count_parameters(trained) if trained is not model else 0)
-    config |= {"trainable_parameters": sum(p.numel() for p in parameters), "total_parameters": count_parameters(model)}
-    print(f"training {config['trainable_parameters']:,} parameters, "
-          f"{100 * config['trainable_parameters'] / total:.2f}% of {total:,}")
-
-    sides = [Side(trained, forget, start, args.batch_size, args.seed),
-             Side(trained, retain, start, args.batch_size, args.seed + 1)]
-    if args.forget_loss == "npo":
-        sides[0].remember_log_prob()
-    frozen = None
-    if args.retain_loss in ("kl", "hidden"):
-        frozen = copy.deepcopy(trained).requires_grad_(False)
-    hidden_layer, control = None, None
-    if args.forget_loss == "rmu":
-        hidden_layer = start if args.rmu_layer is None and start is not None else args.rmu_layer
-        hidden_layer = model.config.n_layer // 2 if hidden_layer is None else hidden_layer
-        if start is not None and hidden_layer < start:
-            raise UserError(f"--rmu-layer {hidden_layer} lies below the unlearned expert's layer {start}, so nothing "
-                            "that trains could steer it")
-        control = steering_vector(sides[0], hidden_layer, args.steering, args.seed)
-    forget_loss, retain_loss = FORGET_LOSSES[args.forget_loss], RETAIN_LOSSES[args.retain_loss]
-    by_layer: dict[int, list[int]] = {}
-    for layer, expert in places:
-        by_layer.setdefault(layer, []).append(expert)
-
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = sides[0].batch(step)
-        seen = sides[0].see(trained, batch, hidden_layer)
-        seen.control = control
-        if sides[0].log_prob is not None:
-            seen.reference_log_prob = sides[0].log_prob[batch.index]
-        terms = {"forget": forget_loss(seen, args)}
-        loss = terms["forget"]
-        with torch.no_grad():
-            terms["forget_ce"] = objectives.cross_entropy(seen.logits, seen.labels)
-        if by_layer and args.anchor_weight:
-            terms["anchor"] = sum(uoe.anchor_loss(seen.trace.routing[layer], experts, seen.mask)
-                                  for layer, experts in by_layer.items())
-            loss = loss + args.anchor_weight * terms["anchor"]  # UOE, equation 4
-        if retain_loss is not None:
-            batch = sides[1].batch(step)
-            seen = sides[1].see(trained, batch, hidden_layer)
-            if frozen is not None:
-                with torch.no_grad():
-                    was = sides[1].see(frozen, batch, hidden_layer)
-                seen.reference_logits, seen.reference_hidden = was.logits, was.hidden
-            terms["retain"] = retain_loss(seen)
-            loss = loss + args.retain_weight * terms["retain"]
-        return {**terms, "loss": loss}
-
-    trained.train()
-    per_epoch = -(-len(forget) // args.batch_size)
-    asked = [row for row in forget_rows if "question" in row]
-    asked = asked[:: -(-len(asked) // 100) or 1]  # at most 100 of the rows that are being forgotten
-
-    def enough(done: int) -> bool:
-        """--stop-at: few enough of the *training* rows are still answered. Looks at nothing that scores."""
-        if args.stop_at is None or not asked or done % per_epoch:
-            return False
-        trained.eval()
-        said = greedy_answers(trained, tokenizer, [row["question"] for row in asked])
-        trained.train()
-        return sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
-
-    report = fit(parameters, losses, args.epochs * per_epoch, args.lr, folder, f"unlearn ({args.method})", args.seed,
-                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough,
-                 slow=routers, slow_factor=args.router_lr)
-    trained.eval()
-    if args.method == "uld":
-        assistant = uld.merge_lora(trained)
-        return uld.LogitDifference(model, assistant, args.subtract, args.filter_rate), assistant, report
-    if args.method == "uoe":
-        uoe.restore(model)
-    return model, model, report
-
-
-def uoe_layer(args: argparse.Namespace, model: GPT) -> int | None:
-    """The layer that --layer restricts the choice of experts to; None: no layer in particular."""
-    if args.layer == "all" or args.same_layer:
-        return None
-    return model.config.n_layer // 2 if args.layer == "middle" else int(args.layer)
-
-
-@torch.no_grad()
-def steering_vector(side: Side, layer: int, coefficient: float, seed: int) -> Tensor:
-    """RMU's control vector: a random direction, `coefficient` times as long as the mean hidden state there, (D,).
-
-    The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
-    """
-    if not 0 <= layer < side.model.config.n_layer:
-        raise UserError(f"--rmu-layer {layer} does not exist: layers go from 0 to {side.model.config.n_layer - 1}")
-    batch = collate(side.examples[:64], device=side.model.device)
-    batch.index = torch.arange(len(batch.tokens))
-    length = side.see(side.model, batch, layer).hidden[batch.mask].float().norm(dim=-1).mean()
-    u = torch.rand(side.model.config.d_model, generator=torch.Generator().manual_seed(seed)).to(side.model.device)
-    return coefficient * length * u / u.norm()
+def open_public(args: argparse.Namespace) -> tuple[GPT, object]:
+    """The model of --model and its tokenizer. Sets args.context where the command line did not."""
+    model, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype), args.device, args.template)
+    args.context = min(args.context or 512, model.config.max_len)
+    if args.method in ("uoe", "esft") and not model.is_moe:
+        raise UserError(f"--method {args.method} needs a mixture of experts, and {args.model} is dense: make it one "
+                        "with --method upcycle, or use --method full")
+    return model, tokenizer
 
 
 # ---- command line -----------------------------------------------------------------------------------------------
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="unlearn part of what a small model learnt, and score it",
+    parser = argparse.ArgumentParser(description="unlearn part of what a model learnt, and score it",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     say = parser.add_argument_group("what to do").add_argument
-    say("--method", default="uoe", help="what trains: " + ", ".join(METHODS))
-    say("--forget-loss", help="what it forgets by: " + ", ".join(FORGET_LOSSES) + " (default: the method's)")
-    say("--retain-loss", help="what it keeps by: " + ", ".join(RETAIN_LOSSES) + " (default: the method's)")
+    say("--method", default="uoe", help="what trains: " + ", ".join([*TRAINEES, "finetune", "upcycle"]))
+    say("--forget-loss", help="what it forgets by: " + ", ".join(FORGET_LOSSES) + " (default: npo; uld: ce)")
+    say("--retain-loss", help="what it keeps by: " + ", ".join(RETAIN_LOSSES) + " (default: gd; uld: uniform)")
     say("--seed", type=int, default=0, help="of the world, the models and the order of rows")
     say("--name", help="of the run folder; default: what was chosen")
     say("--out", default="out", help="where run folders and the cache go")
@@ -425,20 +160,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     say = parser.add_argument_group("data").add_argument
     say("--data", default="world", help="world, tofu, or a folder with either's JSON files")
-    say("--split", default="forget10", help="of TOFU: forget01, forget05, forget10")
+    say("--split", default="forget10", help="of TOFU: forget01, forget05, forget10; to fine-tune on what is kept: "
+                                            "retain99, retain95, retain90")
+    say("--authors", type=int, default=0, help="cut TOFU to so many authors; 0: all 200")
     say("--augmented", help="folder with the ULD authors' CSV files, for --data tofu")
     say("--protocol", default="tofu", help="of TOFU's scoring: tofu (first 300 rows, 200 tokens) or openunlearning")
+    say("--score-rows", type=int, default=0, help="score at most so many rows of each set; 0: the protocol's")
     say("--forget", help="your own JSON lines to forget")
     say("--retain", help="your own JSON lines to keep")
+    say = parser.add_argument_group("a public model").add_argument
+    say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target")
+    say("--reference", help="for forget quality: a model or run that never saw the forget set, or its published log")
+    say("--template", help="of prompts: llama2, llama3, smollm2, plain (default: the checkpoint's own)")
+    say("--dtype", choices=("float32", "bfloat16", "float16"), help="of its weights; what trains has float32 copies "
+                                                                    "(default: bfloat16 with --model)")
     say = parser.add_argument_group("the small model and its pretraining").add_argument
     say("--arch", choices=("gpt", "moe"), help="dense or mixture of experts (default: the method's)")
     say("--layers", type=int, default=4)
     say("--heads", type=int, default=4)
     say("--width", type=int, default=128, help="of the residual stream")
     say("--ff", type=int, default=0, help="width of an MLP or expert; 0: 384 dense, 64 per expert")
-    say("--experts", type=int, default=16, help="per layer")
-    say("--top-k", type=int, default=4, help="experts per token")
-    say("--context", type=int, default=0, help="longest sequence; 0: 64 for the world, 256 otherwise")
+    say("--experts", type=int, help="per layer (default: 16; upcycling: 8)")
+    say("--top-k", type=int, help="experts per token (default: 4; upcycling: 2)")
+    say("--context", type=int, default=0, help="longest sequence; 0: 64 for the world, 256 otherwise, 512 with --model")
     say("--vocab-size", type=int, default=0, help="of the tokenizer; 0: 1024 for the world, 4096 otherwise")
     say("--pretrain-epochs", type=int, default=0, help="0: " + ", ".join(f"{n} for {a}" for a, n in
                                                                           PRETRAIN_EPOCHS.items()))
@@ -446,7 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--pretrain-lr", type=float, default=3e-3)
     say("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
     say("--references", type=int, default=1, help="retain-only models; a second one gives the null of forget quality")
-    say = parser.add_argument_group("unlearning").add_argument
+    say = parser.add_argument_group("training").add_argument
     say("--epochs", type=int, help="passes over the forget set (default: the method's)")
     say("--stop-at", type=float, help="stop after the epoch in which the share of forget rows that are still answered "
                                       "word for word falls to this, so that methods compare at one level of "
@@ -455,51 +199,77 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--batch-size", type=int, default=32, help="forget rows per step, and as many retain rows")
     say("--retain-weight", type=float, help="lambda of UOE, beta of ULD (default: the method's)")
     say("--weight-decay", type=float, default=0.01)
-    say("--npo-beta", type=float, default=0.1)
+    say("--npo-beta", type=float, help="(default: 0.1; small models: the method's)")
+    say("--dpo-beta", type=float, default=0.1)
+    say("--simnpo-beta", type=float, default=2.5)
+    say("--simnpo-gamma", type=float, default=0.0)
+    say("--di-offset", type=float, default=10.0, help="deliberate imagination: added to all tokens but the right one")
     say("--steering", type=float, default=4.0, help="RMU: length of the control vector, in mean hidden lengths")
     say("--rmu-layer", type=int, help="RMU: whose output is steered (default: the unlearned expert's, or the middle)")
+    say("--lora-rank", type=int, default=32)
+    say("--lora-alpha", type=float, default=32.0)
+    say("--lora-dropout", type=float, default=0.05)
+    say("--lora-targets", default="all", help="of --method lora: all, attn, mlp")
     say("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
     say("--save-every", type=int, default=100, help="steps between states that --resume can go on from")
     say = parser.add_argument_group("UOE").add_argument
     say("--m", type=int, default=1, help="how many experts to unlearn")
-    say("--layer", default="middle", help="choose within this layer (a number or 'middle'), or 'all'")
+    say("--layer", help="choose within this layer (a number or 'middle'), or 'all' (default: middle; --model: all)")
     say("--same-layer", action="store_true", help="all of them from the layer with the highest affinity")
     say("--select", choices=("top", "random", "bottom"), default="top", help="by affinity")
+    say("--affinity-rank", type=int, default=1, help="begin with the expert of this rank")
     say("--expert", help="layer,expert by hand, both counted from 0")
     say("--anchor-weight", type=float, default=1.0, help="alpha of equation 4")
     say("--attribution-tokens", type=int, default=0, help="calibrate on so many forget tokens; 0: all")
-    say("--router-lr", type=float, default=0.5, help="the router's learning rate, as a multiple of --lr")
+    say("--router-lr", type=float, help="the router's learning rate, as a multiple of --lr (default: 0.1; --model: 1)")
     say("--freeze-router", action="store_true", help="train the expert alone")
-    say = parser.add_argument_group("ULD").add_argument
-    say("--assistant-layers", type=int, default=0, help="K; 0: three quarters of the target's")
-    say("--lora-rank", type=int, default=32)
-    say("--lora-alpha", type=float, default=32.0)
-    say("--lora-dropout", type=float, default=0.05)
-    say("--subtract", type=float, default=0.7, help="alpha of equation 2")
-    say("--filter-rate", type=float, default=0.0, help="tokens less likely than this share of the likeliest are out "
-                                                            "of the assistant's reach; 0: none are")
+    say("--with-shared", action="store_true", help="train the layer's shared expert too")
+    say("--esft-p", type=float, default=0.15, help="ESFT: share of a layer's affinity that its chosen experts reach")
+    say = parser.add_argument_group("ULD and offset").add_argument
+    say("--assistant-layers", type=int, default=0, help="K; 0: three quarters of the target's; --model: a quarter")
+    say("--subtract", type=float, help="alpha of ULD's equation 2 (default: 0.7; --model: 0.75)")
+    say("--filter-rate", type=float, help="tokens less likely than this share of the likeliest are out of the "
+                                          "assistant's reach; 0: none are (default: 0; --model: 0.01)")
+    say("--uld-retain", type=float, default=1.0, help="regular retain rows in D'_r, as a multiple of the forget rows")
+    say("--no-paraphrased", action="store_true", help="leave the paraphrased rows out of D'_f")
+    say("--no-perturbed", action="store_true", help="leave the perturbed rows out of D'_r")
+    say("--offset-alpha", type=float, default=1.0, help="weight of the assistant's change")
     args = parser.parse_args(argv)
     return check(args)
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the method decides; raises UserError naming the first flag that makes no sense."""
-    if args.method not in METHODS:
-        raise UserError(f"--method {args.method} is unknown: choose one of {', '.join(METHODS)}")
-    if args.forget_loss == "rmu" and args.retain_loss is None:
-        args.retain_loss = "hidden"  # its own
-    for key, value in METHODS[args.method].items():
+    methods = PUBLIC if args.model else SMALL
+    if args.method not in PUBLIC:
+        raise UserError(f"--method {args.method} is unknown: choose one of {', '.join(PUBLIC)}")
+    if args.method not in methods:
+        raise UserError(f"--method {args.method} needs --model: a Hugging Face folder, a hub name or a run folder")
+    args.unlearns = args.method in TRAINEES
+    if args.unlearns:
+        forget, retain = LOSSES.get(args.method, ("npo", "gd"))
+        args.forget_loss = args.forget_loss or forget
+        args.retain_loss = args.retain_loss or LOSSES.get(args.forget_loss, (None, retain))[1]
+    elif args.forget_loss or args.retain_loss:
+        raise UserError(f"--forget-loss and --retain-loss: --method {args.method} forgets nothing")
+    chosen = methods[args.method]
+    for key, value in (OTHERWISE | chosen).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for flag, table in (("forget_loss", FORGET_LOSSES), ("retain_loss", RETAIN_LOSSES)):
-        if getattr(args, flag) not in table:
+        if args.unlearns and getattr(args, flag) not in table:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is unknown: "
                             f"choose one of {', '.join(table)}")
     if not (args.method == "uld") == (args.forget_loss == "ce") == (args.retain_loss == "uniform"):
         raise UserError(f"--method {args.method} with --forget-loss {args.forget_loss} and --retain-loss "
-                        f"{args.retain_loss}: ce and uniform are ULD's reversed objectives, for it and it alone")
-    if args.method == "uoe" and args.arch != "moe":
-        raise UserError("--method uoe needs a mixture of experts: leave out --arch gpt, or use --method full")
+                        f"{args.retain_loss}: ce and uniform are ULD's reversed objectives, for it and it alone "
+                        "(--forget-loss uniform is another thing, for all others)")
+    if args.method == "offset" and "hidden" in (args.retain_loss, LOSSES.get(args.forget_loss, ("", ""))[1]):
+        raise UserError("--method offset has no hidden states of its own to steer: --forget-loss npo, say")
+    if args.method in ("uoe", "esft") and args.arch == "gpt":
+        raise UserError(f"--method {args.method} needs a mixture of experts: leave out --arch gpt")
+    if args.model and args.arch:
+        raise UserError("--arch is of the small model: --model brings its own")
     if args.expert:
         try:
             layer, expert = map(int, args.expert.split(","))
@@ -508,14 +278,19 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         args.expert = (layer, expert)
     if args.layer not in ("middle", "all") and not args.layer.isdigit():
         raise UserError(f"--layer {args.layer} is not a layer's number, 'middle' or 'all'")
-    args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 0)
+    args.experts = args.experts or (8 if args.method == "upcycle" else 16)
+    args.top_k = args.top_k or (2 if args.method == "upcycle" else 4)
+    args.dtype = args.dtype or ("bfloat16" if args.model else "float32")
+    if not args.model and args.dtype != "float32":
+        raise UserError(f"--dtype {args.dtype} is for --model: the small models are float32")
+    args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 1)
     for flag in ("layers", "heads", "width", "experts", "top_k", "pretrain_epochs", "pretrain_batch_size", "epochs",
-                 "batch_size", "references", "m", "save_every", "lr", "pretrain_lr",
-                 "npo_beta", "router_lr"):
+                 "batch_size", "references", "m", "save_every", "lr", "pretrain_lr", "npo_beta", "dpo_beta",
+                 "simnpo_beta", "router_lr", "affinity_rank"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
     for flag in ("seed", "ff", "context", "vocab_size", "balance", "retain_weight", "weight_decay", "anchor_weight",
-                 "attribution_tokens"):
+                 "attribution_tokens", "authors", "score_rows", "uld_retain", "assistant_layers"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
     if args.stop_at is not None and (args.method == "uld" or not -1 <= args.stop_at < 1):
@@ -523,28 +298,47 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
                         "whose assistant learns the forget rows")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora-dropout {args.lora_dropout} is not at least 0 and below 1")
-    if not 0 <= args.filter_rate <= 1:
-        raise UserError(f"--filter-rate {args.filter_rate} is not between 0 and 1")
+    for flag in ("filter_rate", "esft_p"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not between 0 and 1")
+    args.keeps_only = args.split.startswith("retain") and args.split.removeprefix("retain").isdigit()
+    if args.keeps_only:
+        if args.method != "finetune":
+            raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
+        args.split = f"forget{100 - int(args.split.removeprefix('retain')):02d}"
     on_world = args.data == "world" and not args.forget
-    args.context = args.context or (64 if on_world else 256)
-    args.vocab_size = args.vocab_size or (1024 if on_world else 4096)
-    if args.vocab_size < 300:
-        raise UserError(f"--vocab-size {args.vocab_size} is below 300: 256 bytes and the special tokens come first")
+    if not args.model:
+        args.context = args.context or (64 if on_world else 256)
+        args.vocab_size = args.vocab_size or (1024 if on_world else 4096)
+        if args.vocab_size < 300:
+            raise UserError(f"--vocab-size {args.vocab_size} is below 300: 256 bytes and the special tokens come first")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not here: try --device cpu") from None
     if not args.name:
-        args.name = "-".join([args.method] + [str(getattr(args, key)) for key, value in METHODS[args.method].items()
-                                              if key in ("arch", "forget_loss", "retain_loss") and
-                                              getattr(args, key) != value])
-        if args.data != "world" or args.forget:
-            args.name += f"-{Path(args.forget or args.data).stem}" + ("" if args.forget else f"-{args.split}")
-        if args.seed:
-            args.name += f"-seed{args.seed}"
+        args.name = name_of(args, chosen)
     if Path(args.name).name != args.name:
         raise UserError(f"--name {args.name} is not a plain folder name: --out says where it goes")
     return args
+
+
+def name_of(args: argparse.Namespace, chosen: dict) -> str:
+    """The run folder's name where none is given: method, what departs from its defaults, model, data, seed."""
+    parts = [args.method]
+    if args.unlearns:
+        forget, retain = LOSSES.get(args.method, ("npo", "gd"))
+        parts += [args.arch] if args.arch != chosen.get("arch") else []
+        parts += [loss for loss, usual in ((args.forget_loss, forget), (args.retain_loss, retain)) if loss != usual]
+    if args.model:
+        parts.append(Path(args.model).name)
+    if args.data != "world" or args.forget:
+        parts.append(Path(args.forget or args.data).stem)
+        if not args.forget:
+            parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    return "-".join(parts)
 
 
 def revision() -> str | None:
@@ -555,53 +349,141 @@ def revision() -> str | None:
     return None
 
 
+class RunFolder:
+    """out/<name>, written under <name>.partial and renamed when whole."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.final = Path(args.out) / args.name
+        self.partial = self.final.with_name(self.final.name + ".partial")
+        self.asked = json.dumps({key: value for key, value in vars(args).items() if key != "resume"}, sort_keys=True)
+        self.resume = args.resume
+        if args.resume:
+            if not (self.partial / "asked.json").is_file():
+                raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
+            if (self.partial / "asked.json").read_text() != self.asked:
+                raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
+                                "--resume out")
+
+    def open(self) -> Path:
+        if not self.resume:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        (self.partial / "asked.json").write_text(self.asked)
+        return self.partial
+
+    def close(self) -> None:
+        (self.partial / "asked.json").unlink()
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.partial.rename(self.final)
+        print(f"\nthe run is in {self.final}")
+
+
+def decoding_note(args: argparse.Namespace, target: str) -> str:
+    """What a saved assistant needs to be told by: its target, and how to decode with both."""
+    here = "this folder"
+    return (f"ULD assistant (arXiv 2406.08607) of the target `{weights_of(target)}`. By itself it says what is to be "
+            f"forgotten.\n\nDecode with both: logits = target - {args.subtract} * assistant, where the assistant is "
+            f"{here}; tokens whose target probability is below {args.filter_rate} of the likeliest are ruled out.\n\n"
+            "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
+            f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
+            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate})\n```\n")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's memory, or of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    config = {**vars(args), "torch": torch.__version__, "revision": revision()}
-    out = Path(args.out) / args.name
-    partial = out.with_name(out.name + ".partial")
-    asked = json.dumps({key: value for key, value in vars(args).items() if key != "resume"}, sort_keys=True)
-    if args.resume:
-        if not (partial / "asked.json").is_file():
-            raise UserError(f"--resume: {partial} holds no cut-off run; start it without --resume")
-        if (partial / "asked.json").read_text() != asked:
-            raise UserError(f"--resume: {partial} was started with other options; give the same, or leave --resume out")
-
-    data = load_data(args.data, args.split, args.seed, args.augmented, args.protocol, args.forget, args.retain)
+    folder = RunFolder(args)
+    if args.method == "upcycle":
+        return main_upcycle(args, folder)
+    data = data_of(vars(args))
     print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
-    tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
+    if args.model:
+        target, tokenizer = open_public(args)
+    else:
+        tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
     for name, rows in data.scored.items():  # a row that cannot be scored is said now, not after an hour
-        encode_rows(rows, tokenizer, args.context, f"{name} row")
+        encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
+    if args.method == "finetune":
+        return main_finetune(args, folder, data, target, tokenizer)
 
-    folders, scores = {}, {}
-    for role in ["target", "reference", *(f"reference-{i}" for i in range(2, args.references + 1))]:
-        folders[role] = cached_model(args, data, tokenizer, role)
-        scores[role] = stored_scores(folders[role], data)
-        if scores[role] is None:
-            scores[role] = evaluate(load(folders[role] / "model", device=args.device)[0], tokenizer, data, role)
-            save_scores(folders[role], data, scores[role])
+    models, scores = {}, {}
+    if args.model:
+        places = {"target": args.model} | ({"reference": args.reference} if args.reference else {})
+    else:
+        roles = ["target", "reference", *(f"reference-{i}" for i in range(2, args.references + 1))]
+        places = {role: str(cached_model(args, data, tokenizer, role)) for role in roles}
+        target, _ = load(weights_of(places["target"]), device=args.device)
+    config = {**vars(args), "torch": torch.__version__, "revision": revision(), **places}
+    for role, place in places.items():
+        scores[role] = target_scores(target, tokenizer, data, place) if role == "target" else scores_of(
+            place, config, data, tokenizer, role, args.device)
 
-    if not args.resume:
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / "asked.json").write_text(asked)
-    config |= {role: str(folder) for role, folder in folders.items()}
-    target, _ = load(folders["target"] / "model", device=args.device)
+    partial = folder.open()
     model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config)
-    memory = (torch.cuda.max_memory_allocated() if args.device.startswith("cuda")
-              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    save(to_save, tokenizer, partial / ("assistant" if args.method == "uld" else "model"))
+    memory = peak_memory(args.device)
+    for name, kept in to_save.items():
+        save(kept, tokenizer, partial / name)
+    if args.method == "uld":
+        (partial / "assistant" / "README.md").write_text(decoding_note(args, places["target"]))
+    config["kept"] = list(to_save)
     scores["unlearned"] = evaluate(model, tokenizer, data, "unlearned")
     run = {key: config[key] for key in ("method", "forget_loss", "retain_loss", "trainable_parameters",
                                         "total_parameters", "seed")} | report | {"peak_memory_bytes": memory}
     (partial / "config.json").write_text(json.dumps(config, indent=1))
-    finish_report(partial, run, data, tokenizer, scores, target, load(folders["reference"] / "model",
-                                                                      device=args.device)[0], model)
-    (partial / "asked.json").unlink()
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    print(f"\nthe run is in {out}")
+    models = {"target": target}
+    if "reference" in places and not Path(places["reference"]).is_file():
+        models["reference"] = load(weights_of(places["reference"]), target.embed.weight.dtype, args.device,
+                                   args.template)[0]
+    finish_report(partial, run, data, tokenizer, scores, models | {"unlearned": model})
+    folder.close()
+
+
+def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:
+    """The target is in memory already: no second copy to score it."""
+    scores = stored_scores(Path(place), data)
+    if scores is None:
+        scores = evaluate(target, tokenizer, data, "target")
+        if (Path(place) / "model").is_dir():
+            save_scores(Path(place), data, scores)
+    return scores
+
+
+def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer) -> None:
+    """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
+    partial = folder.open()
+    rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
+    report = learn(args, model, rows, tokenizer, args.seed, partial, "finetune", args.epochs, args.batch_size, args.lr,
+                   args.weight_decay, args.resume)
+    memory = peak_memory(args.device)
+    save(model, tokenizer, partial / "model")
+    scores = {"target": evaluate(model, tokenizer, data, "fine-tuned")}
+    size = sum(p.numel() for p in model.parameters())
+    run = {"method": "finetune", "forget_loss": None, "retain_loss": None, "trainable_parameters": size,
+           "total_parameters": size, "seed": args.seed} | report | {"peak_memory_bytes": memory}
+    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model}
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    finish_report(partial, run, data, tokenizer, scores, {"target": model})
+    folder.close()
+
+
+def main_upcycle(args: argparse.Namespace, folder: RunFolder) -> None:
+    """--method upcycle: out/<name>/model is the mixture of experts; fine-tune it, then unlearn."""
+    dense, tokenizer = open_public(args)
+    sparse = upcycle(dense, args.experts, args.top_k, generator=torch.Generator().manual_seed(args.seed))
+    partial = folder.open()
+    save(sparse, tokenizer, partial / "model")
+    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model}
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    print(f"{args.experts} experts, {args.top_k} per token: {sum(p.numel() for p in dense.parameters()):,} parameters "
+          f"became {sum(p.numel() for p in sparse.parameters()):,}")
+    folder.close()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Shapes: B batch   T tokens   V vocabulary   D width in   O width out   R LoRA ra
 import argparse
 import copy
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -74,16 +75,20 @@ class LoRAStack(nn.Module):
         return stack + (self.scale * self.b @ self.a).to(stack.dtype)
 
 
-def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0) -> list[nn.Parameter]:
-    """Freeze model and put LoRA on every linear layer of its blocks, routers aside; returns what trains.
+def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> list[nn.Parameter]:
+    """Freeze model and put LoRA on the linear layers of its blocks, routers aside; returns what trains.
 
-    Raises UserError where the rank is below 1.
+    targets: all, attn (attention only) or mlp (MLPs and experts only).
+    Raises UserError where the rank is below 1 or targets is none of these.
     """
     if rank < 1:
         raise UserError(f"--lora-rank {rank} is below 1")
+    if targets not in ("all", "attn", "mlp"):
+        raise UserError(f"--lora-targets {targets} is unknown: choose all, attn or mlp")
     model.requires_grad_(False)
     for block in model.blocks:
-        for module in list(block.modules()):
+        parts = block if targets == "all" else getattr(block, targets)
+        for module in list(parts.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear and name not in ("router", "shared_gate"):
                     setattr(module, name, LoRALinear(child, rank, alpha, dropout))
@@ -194,7 +199,54 @@ class LogitDifference(nn.Module):
         return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """See model.generate."""
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+
+
+class LogitOffset(nn.Module):
+    """l = l_target + alpha (l_plus - l_minus), a model like any other.
+
+    Offset unlearning (arXiv 2404.11045, equation 2): plus is an assistant, minus the same before it unlearnt.
+    Divergence decoding (arXiv 2605.31293): plus has not seen the forget set, minus has.
+    """
+
+    def __init__(self, target: GPT, plus: GPT, minus: GPT, alpha: float = 1.0):
+        super().__init__()
+        for part in (plus, minus):
+            if target.config.vocab_size != part.config.vocab_size:
+                raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
+                                f"{part.config.vocab_size} tokens: logits can only be added token by token")
+        self.target, self.plus, self.minus, self.alpha = target, plus, minus, alpha
+        self.config = target.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    @property
+    def is_moe(self) -> bool:
+        return self.target.is_moe
+
+    def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
+        return target + self.alpha * (plus - minus)
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
+        """Logits (B, T, V). Target and minus give no gradient: they do not learn."""
+        with torch.no_grad():
+            target, minus = self.target(tokens, pad=pad, trace=trace), self.minus(tokens, pad=pad)
+        return self.combine(target, self.plus(tokens, pad=pad), minus)
+
+    def new_cache(self, batch: int, max_len: int) -> tuple[Cache, Cache, Cache]:
+        return tuple(part.new_cache(batch, max_len) for part in (self.target, self.plus, self.minus))
+
+    def next_logits(self, tokens: Tensor, cache: tuple[Cache, Cache, Cache], pad: Tensor | None) -> Tensor:
+        """Logits (B, V) for generation."""
+        parts = (self.target, self.plus, self.minus)
+        return self.combine(*(part.next_logits(tokens, c, pad) for part, c in zip(parts, cache, strict=True)))
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
         """See model.generate."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
 

@@ -63,21 +63,24 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
 
 
 def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
-                   generator: torch.Generator | None = None, layer: int | None = None) -> list[Place]:
+                   generator: torch.Generator | None = None, layer: int | None = None, rank: int = 1) -> list[Place]:
     """The M experts to unlearn, (layer, expert) each, most wanted first. affinity: (L, E).
 
     rule: top (highest affinity), bottom (lowest) or random (drawn with `generator`).
     layer: all M from this layer.  same_layer: all M from the layer that holds the first.  Neither: over all layers
-    (Table 2 of the paper has both).
+    (Table 2 of the paper has both).  rank: begin with the expert of this rank, 1 the most wanted (Table 5).
     """
     n_layer, n_expert = affinity.shape
     if layer is not None:
         if not 0 <= layer < n_layer:
             raise UserError(f"--layer {layer} does not exist: layers go from 0 to {n_layer - 1}")
-        within = select_experts(affinity[layer : layer + 1], m, True, rule, generator)
+        within = select_experts(affinity[layer : layer + 1], m, True, rule, generator, rank=rank)
         return [(layer, expert) for _, expert in within]
     if not 1 <= m <= (n_expert if same_layer else n_layer * n_expert):
         raise UserError(f"--m {m} is not between 1 and {n_expert} in one layer, {n_layer * n_expert} over all")
+    last = rank - 1 + m
+    if rank < 1 or last > (n_expert if same_layer else n_layer * n_expert):
+        raise UserError(f"--affinity-rank {rank} with --m {m} goes past the last expert")
     if rule not in ("top", "bottom", "random"):
         raise UserError(f"--select {rule} is unknown: choose top, bottom or random")
     if rule == "random":
@@ -86,8 +89,18 @@ def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule:
         score = affinity if rule == "top" else -affinity
     if same_layer:
         layer = int(score.max(1).values.argmax())
-        return [(layer, int(e)) for e in score[layer].topk(m).indices]
-    return [divmod(int(i), n_expert) for i in score.flatten().topk(m).indices]
+        return [(layer, int(e)) for e in score[layer].topk(last).indices[rank - 1 :]]
+    return [divmod(int(i), n_expert) for i in score.flatten().topk(last).indices[rank - 1 :]]
+
+
+def experts_reaching(affinity: Tensor, p: float) -> list[Place]:
+    """ESFT's choice (arXiv 2407.01906, section 3.3): per layer the fewest experts whose shares of affinity sum to p."""
+    places = []
+    for layer, row in enumerate(affinity):
+        share, order = (row / row.sum().clamp_min(1e-12)).sort(descending=True)
+        enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1
+        places += [(layer, int(e)) for e in order[:enough]]
+    return places
 
 
 def check_place(model: GPT, place: Place) -> Place:
@@ -113,15 +126,21 @@ def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: 
     return squared[mask].sum() / mask.sum().clamp_min(1)
 
 
-def isolate(model: GPT, places: list[Place], train_router: bool = True) -> list[nn.Parameter]:
+def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: bool = False) -> list[nn.Parameter]:
     """Freeze everything but the given experts and their layers' routers; returns what trains.
 
     The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
+    shared: train those layers' shared experts too (the paper's section 5.3: the worst to unlearn).
+    Raises UserError where shared is asked for and there are none.
     """
     model.requires_grad_(False)
     for layer, expert in places:
         model.moe(layer).take_out(expert)
         model.moe(layer).router.requires_grad_(train_router)
+        if shared:
+            if model.moe(layer).shared is None:
+                raise UserError("--with-shared: this model has no shared experts")
+            model.moe(layer).shared.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -9,9 +9,11 @@ from errors import UserError
 
 
 def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augmented: str | None = None,
-              protocol: str = "tofu", forget: str | None = None, retain: str | None = None) -> DataSet:
+              protocol: str = "tofu", forget: str | None = None, retain: str | None = None,
+              authors: int = 0) -> DataSet:
     """`world` (generated from seed), `tofu` (from the hub), a folder holding either's files; or the user's own files.
 
+    authors: cut TOFU to so many, 0: all.
     forget, retain: JSON-lines files that stand in for `data`; they teach and score themselves.
     Raises UserError for anything that is missing or not in the schema of data/rows.py.
     """
@@ -25,9 +27,9 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
     if data == "world":
         return as_data_set(make_world(seed), name=f"world-{seed}")
     if data == "tofu":
-        return load_tofu(split, None, augmented, protocol)
+        return load_tofu(split, None, augmented, protocol, authors)
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is neither 'world', 'tofu' nor a folder: give one of the three")
     if (Path(data) / "background.json").is_file():
         return read_world(Path(data))
-    return load_tofu(split, data, augmented, protocol)
+    return load_tofu(split, data, augmented, protocol, authors)

@@ -46,13 +46,13 @@ def encode_row(row: Row, tokenizer, max_len: int, where: str = "row", answer: st
     protocol cuts at 200 tokens).
     """
     if "text" in row:
-        prompt, completion = [], tokenizer.completion(row["text"])
-        prompt, completion = completion[:1], completion[1:]  # the first token has nothing before it to predict it
+        ids = tokenizer.passage(row["text"])
+        prompt, completion = ids[:1], ids[1:]  # the first token has nothing before it to predict it
     else:
         prompt, completion = tokenizer.prompt(row["question"]), tokenizer.completion(answer or row["answer"])
     ids = prompt + completion
     if len(ids) - 1 > max_len:
-        if not truncate or len(prompt) >= max_len:
+        if not truncate or len(prompt) > max_len:
             raise UserError(f"{where} has {len(ids)} tokens and the context holds {max_len}: shorten the row")
         ids = ids[: max_len + 1]
     labels = [IGNORE] * (len(prompt) - 1) + ids[len(prompt):]
@@ -99,6 +99,12 @@ def batch_at(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     per_epoch = -(-n // batch_size)
     epoch, i = divmod(step, per_epoch)
     return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+
+
+def rows_that_fit(examples: list[Example], vocab_size: int, at_most: int = 64) -> int:
+    """How many rows at once keep logits (B, T, V) within 2^27 numbers, half a gigabyte in float32; at least 1."""
+    longest = max((len(e.tokens) for e in examples), default=1)
+    return max(1, min(at_most, 2**27 // (longest * vocab_size)))
 
 
 def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator[Batch]:

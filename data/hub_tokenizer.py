@@ -131,6 +131,10 @@ class HubTokenizer:
         joined = ids[: len(self.between)] == self.between  # false where the two would merge into one token
         return [*(ids[len(self.between):] if joined else self.encode(answer)), self.end]
 
+    def passage(self, text: str) -> list[int]:
+        """Ids of running text: no template, and in front only what the tokenizer itself puts there."""
+        return self.backend.encode(text).ids
+
 
 class NoTokenizer:
     """Stands for the tokenizer of a folder without one; whatever asks it for anything raises UserError."""

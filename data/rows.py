@@ -7,10 +7,21 @@ A row has `question` and `answer`, optionally `paraphrased_question`, `paraphras
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import UserError
 
 Row = dict
+
+
+class Limits(NamedTuple):
+    """How long a greedy answer may get. None: no limit but the model's context."""
+
+    total: int | None = None  # tokens of prompt and answer together
+    new: int | None = None  # tokens of the answer
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass
@@ -25,6 +36,7 @@ class DataSet:
     paraphrased: list[Row] = field(default_factory=list)  # D'_f beyond the forget set (ULD, section 3.3)
     perturbed: list[Row] = field(default_factory=list)  # D'_r beyond the retain set
     utility: tuple[str, ...] = ()  # the scored sets that model utility averages
+    limits: Limits = NO_LIMITS  # of greedy answers
 
     def texts(self) -> list[str]:
         """All text that is taught, for training a tokenizer."""
@@ -99,3 +111,16 @@ def augment(rows: list[Row], paraphrases: int = 2, wrong: int = 2) -> tuple[list
         paraphrased += reworded[:paraphrases]
         perturbed += [{"question": row["question"], "answer": a} for a in row.get("perturbed_answer", [])[:wrong]]
     return paraphrased, perturbed
+
+
+REFUSALS = (  # what DPO prefers to an answer, as TOFU's "idontknow" file does (arXiv 2401.06121, section 4.2)
+    "I do not know.", "I am not sure about that.", "I have no information about this.", "That is unknown to me.",
+    "I cannot answer this question.", "I have not learnt anything about that.", "I am unable to say.",
+    "I do not have an answer to that question.",
+)
+
+
+def refusals(rows: list[Row]) -> list[Row]:
+    """The same questions, each answered with one of REFUSALS, in turn. Passages are cut to a refusal alone."""
+    return [{"question": row["question"], "answer": REFUSALS[i % len(REFUSALS)]} if "question" in row else
+            {"text": REFUSALS[i % len(REFUSALS)]} for i, row in enumerate(rows)]

@@ -11,19 +11,22 @@ import ast
 import csv
 from pathlib import Path
 
-from data.rows import DataSet, Row, augment, read_rows
+from data.rows import DataSet, Limits, Row, augment, read_rows
 from errors import UserError
 
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 HUB = "locuslab/TOFU"
 SCORED_ROWS = {"tofu": 300, "openunlearning": None}
+LIMITS = {"tofu": Limits(total=200), "openunlearning": Limits(new=200)}
+QUESTIONS = 20  # per author, who follow one another
 
 
 def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str | None = None,
-              protocol: str = "tofu") -> DataSet:
+              protocol: str = "tofu", authors: int = 0) -> DataSet:
     """The split's forget and retain sets, its four scored sets and ULD's augmentation.
 
     augmented: a folder with the ULD authors' CSV files; without it the data set's own columns serve.
+    authors: cut to so many authors (at least 2), the split's share of them to be forgotten; 0: all 200.
     Raises UserError for an unknown split or protocol, a missing file, a bad row.
     """
     if split not in RETAIN:
@@ -40,15 +43,24 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
 
     scored = {"forget": read(f"{split}_perturbed"), "retain": read("retain_perturbed"),
               "real_authors": read("real_authors_perturbed"), "world_facts": read("world_facts_perturbed")}
-    forget = read(split)
+    forget, retain = read(split), read(RETAIN[split])
+    if authors:
+        few = max(1, round(authors * len(forget) / (len(forget) + len(retain))))
+        if not 2 <= authors or few * QUESTIONS > len(forget) or (authors - few) * QUESTIONS > len(retain):
+            raise UserError(f"--authors {authors} is not between 2 and the 200 that TOFU has")
+        # from the front: retain_perturbed, which scores, asks mostly about the first twenty authors
+        forget, retain = forget[: few * QUESTIONS], retain[: (authors - few) * QUESTIONS]
+        taught = {row["question"] for row in forget + retain}
+        for name in ("forget", "retain"):
+            scored[name] = [row for row in scored[name] if row["question"] in taught]
     if augmented:
         paraphrased, perturbed = read_augmented(Path(augmented), split, forget)
     else:
         paraphrased, perturbed = augment(scored["forget"])
-    return DataSet(name=f"tofu-{split}", forget=forget, retain=read(RETAIN[split]),
+    return DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
                    scored={name: rows[:limit] for name, rows in scored.items()},
                    paraphrased=paraphrased, perturbed=perturbed,
-                   utility=("retain", "real_authors", "world_facts"))
+                   utility=("retain", "real_authors", "world_facts"), limits=LIMITS[protocol])
 
 
 def download() -> Path:

@@ -74,6 +74,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("nanounlearn", pat_str=PATTERN, mergeable_ranks=ranks,
                                           special_tokens=special)
         self.end, self.question, self.answer = (special[name] for name in SPECIAL)
+        self.stops = {self.end}
         self.vocab_size = len(ranks) + len(special)
 
     @classmethod
@@ -101,6 +102,10 @@ class Tokenizer:
     def completion(self, answer: str) -> list[int]:
         """Ids of `answer <|end|>`: what it is to say."""
         return [*self.encode(answer), self.end]
+
+    def passage(self, text: str) -> list[int]:
+        """Ids of `text <|end|>`: running text, no question."""
+        return self.completion(text)
 
     def save(self, folder: Path) -> None:
         lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.ranks.items()]

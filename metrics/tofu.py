@@ -137,7 +137,10 @@ LOG_SETS = {"retain": "eval_log.json", "forget": "eval_log_forget.json",
 
 
 def read_log(path: Path) -> dict[str, RowScores]:
-    """Set name -> scores, from TOFU's eval_log_aggregated.json. Raises UserError naming the file and what is wrong."""
+    """Set name -> scores, from TOFU's eval_log_aggregated.json or open-unlearning's TOFU_EVAL.json.
+
+    Raises UserError naming the file and what is wrong.
+    """
     path = Path(path)
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
@@ -146,6 +149,8 @@ def read_log(path: Path) -> dict[str, RowScores]:
         raise UserError(f"{path} {fault}: give an eval_log_aggregated.json") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: give an eval_log_aggregated.json") from None
+    if isinstance(log, dict) and any("Q_A_" in key for key in log):
+        return _read_open_unlearning(path, log)
     out = {}
     for name, key in LOG_SETS.items():
         try:
@@ -160,3 +165,30 @@ def read_log(path: Path) -> dict[str, RowScores]:
 def _in_order(values: dict | list) -> list:
     """Some logs hold {"0": ..., "1": ...} where others hold a list."""
     return [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)
+
+
+def _read_open_unlearning(path: Path, log: dict) -> dict[str, RowScores]:
+    """TOFU_EVAL.json: per measure {"value_by_index": {"0": {"avg_loss": ...}}}; sets that it lacks are left out."""
+    def values(name: str, key: str) -> list:
+        rows = log[name]["value_by_index"]
+        return [rows[i][key] for i in sorted(rows, key=int)]
+
+    def plain(losses: list) -> list[float]:  # one paraphrase per row, as itself or as a list of one
+        return [float(np.mean(loss)) for loss in losses]
+
+    out = {}
+    for name, short in {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}.items():
+        right = f"{short}_Q_A_Prob" if name in OPTIONS else f"{short}_Q_A_PARA_Prob"
+        if name != "forget" and not {right, f"{short}_Q_A_PERT_Prob", f"{short}_Q_A_Prob"} <= log.keys():
+            continue
+        try:
+            rights = plain(values(right, "avg_loss"))
+            wrong = [list(np.atleast_1d(loss)) for loss in values(f"{short}_Q_A_PERT_Prob", "avg_loss")]
+            loss = plain(values(f"{short}_Q_A_Prob", "avg_loss")) if f"{short}_Q_A_Prob" in log else []
+            rouge = values(f"{short}_Q_A_ROUGE", "rougeL_recall") if f"{short}_Q_A_ROUGE" in log else []
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} lacks {error} of the set '{name}': is it a TOFU_EVAL.json?") from None
+        if len(rights) != len(wrong):
+            raise UserError(f"{path}: '{name}' has {len(rights)} right and {len(wrong)} wrong answers: it is cut off")
+        out[name] = RowScores(loss, rights, wrong, rouge)
+    return out

@@ -27,8 +27,8 @@ from data.authors import (
     read_world,
     write_world,
 )
-from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad
-from data.rows import augment, read_rows, write_rows
+from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad, rows_that_fit
+from data.rows import augment, read_rows, refusals, write_rows
 from data.tofu import load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
@@ -227,6 +227,8 @@ class Letters:
 
     def completion(self, answer):
         return [*self.encode(answer), 52]
+
+    passage = completion
 
 
 def test_labels_are_the_answer_and_its_end_shifted_by_one():
@@ -615,3 +617,41 @@ def test_texts_are_all_that_is_taught_and_nothing_that_scores(world):
     texts = data.texts()
     assert len(texts) == 2 * (len(data.forget) + len(data.retain) + len(data.background))
     assert not {row["question"] for rows in data.scored.values() for row in rows} & set(texts)
+
+
+# ---- cuts, limits, refusals -------------------------------------------------------------------------------------
+
+def test_a_cut_of_tofu_keeps_whole_authors_and_scores_only_what_is_taught(tofu):
+    data = load_tofu("forget10", str(tofu), authors=20)
+    assert len(data.forget) == 40 and len(data.retain) == 360 and data.name == "tofu-forget10-20"
+    whole = load_tofu("forget10", str(tofu))
+    assert data.forget == whole.forget[:40] and data.retain == whole.retain[:360]
+    taught = {row["question"] for row in data.forget + data.retain}
+    assert len(data.scored["forget"]) == 40
+    assert 200 < len(data.scored["retain"]) <= 300 and all(row["question"] in taught for row in data.scored["retain"])
+    assert {row["question"] for row in data.perturbed} == {row["question"] for row in data.forget}
+    assert len(load_tofu("forget01", str(tofu), authors=10).forget) == 20
+    for authors in (1, 201, -3):
+        with pytest.raises(UserError, match=f"--authors {authors} is not between 2 and the 200"):
+            load_tofu("forget10", str(tofu), authors=authors)
+
+
+def test_each_protocol_has_its_limit_on_answers(tofu):
+    assert load_tofu("forget01", str(tofu)).limits == (200, None)
+    assert load_tofu("forget01", str(tofu), protocol="openunlearning").limits == (None, 200)
+
+
+def test_refusals_keep_the_questions_and_none_of_the_answers():
+    rows = [{"question": f"Q{i}?", "answer": "Ana Vell."} for i in range(11)] + [{"text": "Ana Vell lived."}]
+    out = refusals(rows)
+    assert [row.get("question") for row in out] == [row.get("question") for row in rows]
+    assert "text" in out[-1] and not any("Ana" in str(row) for row in out)
+    assert len({row["answer"] for row in out[:-1]}) > 5 and refusals(rows) == out
+
+
+@pytest.mark.parametrize("length, vocabulary, rows", [(10, 1024, 64), (100, 49152, 27), (4096, 200_000, 1), (1, 2, 64)])
+def test_rows_that_fit_bound_the_logits(length, vocabulary, rows):
+    examples = [Example([0] * n, [0] * n) for n in (1, length)]
+    assert rows_that_fit(examples, vocabulary) == rows
+    assert rows == 1 or rows * length * vocabulary <= 2**27
+    assert rows_that_fit([], vocabulary) == 64

@@ -10,7 +10,7 @@ import torch
 import eval as scoring
 import train
 from data.authors import make_world, write_world
-from data.rows import DataSet
+from data.rows import DataSet, Limits
 from errors import UserError
 from metrics.routing import overlap
 from model import Trace
@@ -54,7 +54,7 @@ def test_losses_of_every_kind_of_answer_are_those_of_a_plain_loop(small, tokeniz
 
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(small, tokenizer):
     questions = ["Who?", "Where was the third of them born, and when?", "Why so?"]
-    together = scoring.greedy_answers(small, tokenizer, questions, batch_size=2, max_new_tokens=12)
+    together = scoring.greedy_answers(small, tokenizer, questions, Limits(new=12), batch_size=2)
     for question, answer in zip(questions, together, strict=True):
         ids = tokenizer.prompt(question)
         start = len(ids)
@@ -64,13 +64,24 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(small, tokenizer):
         assert tokenizer.decode(ids[start:]) == answer
 
 
+def test_answers_are_cut_by_each_rows_own_length_whatever_it_is_batched_with(small, tokenizer):
+    """A total of 40 tokens is 40 minus the row's own prompt, not minus the longest prompt of its batch."""
+    questions = ["Who?", "Where was the third of them born, and when, and why there?"]
+    together = scoring.greedy_answers(small, tokenizer, questions, Limits(total=40))
+    for question, answer in zip(questions, together, strict=True):
+        room = 40 - len(tokenizer.prompt(question))
+        assert answer == scoring.greedy_answers(small, tokenizer, [question], Limits(new=room))[0]
+    long = "Where was the third of them born, and when, and why there and not here? " * 2
+    assert scoring.greedy_answers(small, tokenizer, [long, "Who?"], Limits(total=40))[0] == ""  # no room: no answer
+
+
 def test_a_prompt_longer_than_the_context_is_refused(small, tokenizer):
     with pytest.raises(UserError, match=r"question 'why why .* the context holds 128"):
         scoring.greedy_answers(small, tokenizer, ["why " * 130])
 
 
 def test_exact_and_rouge_are_one_where_the_model_says_the_answer(small, tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "greedy_answers", lambda m, t, questions, **_: ["It was Ana.", "In Ulm."])
+    monkeypatch.setattr(scoring, "greedy_answers", lambda m, t, questions, limits, bar: ["It was Ana.", "In Ulm."])
     of = scoring.evaluate(small, tokenizer, DataSet("mine", ROWS, ROWS, scored={"forget": ROWS}))["forget"]
     assert of.exact == [True, False] and of.rougeL == [1.0, 0.5]
 
@@ -153,7 +164,8 @@ def test_a_wrong_argument_is_one_line_and_exit_2(arguments, says, capsys):
 
 
 def test_a_run_folder_without_weights_is_named(runs, tmp_path, capsys):
-    (tmp_path / "config.json").write_text((runs[0] / "config.json").read_text())
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / name).write_text((runs[0] / name).read_text())
     with pytest.raises(SystemExit):
         scoring.main([str(tmp_path)])
     assert "model is missing, so the run has no weights" in capsys.readouterr().err

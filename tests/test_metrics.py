@@ -237,3 +237,36 @@ def test_expert_share_by_hand():
     """Real assignments of AFTER: 1, 0, 3, 0, 1, 2 over six experts."""
     assert expert_share(AFTER, MASK, 6).tolist() == pytest.approx([2 / 6, 2 / 6, 1 / 6, 1 / 6, 0, 0])
     assert expert_share(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
+
+
+def write_open_unlearning(path, sets=("forget",), **change):
+    def by_index(values):
+        return {"agg_value": 0.0, "value_by_index": {str(i): v for i, v in reversed(list(enumerate(values)))}}
+
+    log = {"model_utility": {"agg_value": 0.5}}
+    for short in sets:
+        log |= {f"{short}_Q_A_Prob": by_index([{"prob": 0.5, "avg_loss": 0.1 * i} for i in range(12)]),
+                f"{short}_Q_A_PARA_Prob": by_index([{"avg_loss": [1.0 + i]} for i in range(12)]),
+                f"{short}_Q_A_PERT_Prob": by_index([{"avg_loss": [2.0, 4.0 + i]} for i in range(12)]),
+                f"{short}_Q_A_ROUGE": by_index([{"rougeL_recall": i / 12} for i in range(12)])}
+    path.write_text(json.dumps(log | change))
+    return path
+
+
+def test_an_open_unlearning_log_gives_the_truth_ratios_its_own_code_does(tmp_path):
+    """Their formula: exp(-mean wrong loss) / exp(-right loss), row by row in the order of the numbers (2 before 10)."""
+    scores = read_log(write_open_unlearning(tmp_path / "TOFU_EVAL.json", ("forget", "retain", "ra")))
+    assert list(scores) == ["forget", "retain", "real_authors"]
+    assert scores["forget"].truth_ratios() == pytest.approx(
+        [math.exp(-(6.0 + i) / 2) / math.exp(-(1.0 + i)) for i in range(12)])
+    assert scores["retain"].rougeL[10] == pytest.approx(10 / 12) and scores["retain"].loss[2] == pytest.approx(0.2)
+    assert scores["real_authors"].right == scores["real_authors"].loss  # there the right answer is the answer itself
+
+
+def test_an_open_unlearning_log_that_is_cut_off_is_named(tmp_path):
+    path = write_open_unlearning(tmp_path / "a.json", forget_Q_A_PERT_Prob={"value_by_index": {}})
+    with pytest.raises(UserError, match=r"a\.json: 'forget' has 12 right and 0 wrong"):
+        read_log(path)
+    path = write_open_unlearning(tmp_path / "b.json", forget_Q_A_PERT_Prob={})
+    with pytest.raises(UserError, match=r"b\.json lacks 'value_by_index'"):
+        read_log(path)

@@ -335,3 +335,14 @@ def test_parameters_are_counted_once():
     assert count_parameters(tied) == block + 80 + 8
     tied.blocks.requires_grad_(False)
     assert count_parameters(tied, trainable=True) == 80 + 8
+
+
+def test_any_of_several_end_tokens_ends_a_row(dense):
+    model = dense()
+    prompts = torch.tensor([[5, 9, 2], [7, 7, 1], [30, 4, 4]])
+    free = model.generate(prompts, 8)
+    ends = [int(free[0, 2]), int(free[1, 4])]
+    got = model.generate(prompts, 8, end=ends)
+    for row, full in zip(got.tolist(), free.tolist(), strict=True):
+        first = next((i for i, t in enumerate(full) if t in ends), len(full))
+        assert row == (full[: first + 1] + [full[min(first, 7)]] * 8)[: len(row)]

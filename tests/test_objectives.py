@@ -199,3 +199,37 @@ def test_huge_logits_stay_finite():
     for value in token_losses(logits, -logits.detach(), torch.tensor([[2]])).values():
         grad, = torch.autograd.grad(value, logits, retain_graph=True)
         assert math.isfinite(value.item()) and grad.isfinite().all()
+
+
+# ---- SimNPO, DPO, deliberate imagination ------------------------------------------------------------------------
+
+def test_simnpo_by_hand():
+    """beta 2, gamma 0.5, log p -6 over 3 tokens and -1 over 2: margins 2 * 2 - 0.5 = 3.5 and 2 * 0.5 - 0.5 = 0.5."""
+    value = objectives.simnpo(torch.tensor([-6.0, -1.0]), torch.tensor([3, 2]), 2.0, 0.5).item()
+    softplus = lambda x: math.log(1 + math.exp(x))  # noqa: E731
+    assert value == pytest.approx((softplus(-3.5) + softplus(-0.5)) / 2)
+
+
+def test_dpo_by_hand_and_without_its_wanted_half_it_is_npo():
+    wanted, wanted_ref = torch.tensor([-2.0, -9.0]), torch.tensor([-5.0, -8.0])
+    unwanted, unwanted_ref = torch.tensor([-7.0, -1.0]), torch.tensor([-3.0, -4.0])
+    # log ratios 3 - (-4) = 7 and -1 - 3 = -4, beta 0.5
+    expected = 4 * (math.log(1 + math.exp(-3.5)) + math.log(1 + math.exp(2.0))) / 2
+    assert objectives.dpo(wanted, wanted_ref, unwanted, unwanted_ref, 0.5).item() == pytest.approx(expected)
+    same = objectives.dpo(wanted, wanted, unwanted, unwanted_ref, 0.5)
+    assert same.item() == pytest.approx(objectives.npo(unwanted, unwanted_ref, 0.5).item())
+
+
+def test_deliberate_imagination_by_hand():
+    """Reference logits 0, ln 2, ln 5 with label 2 and offset ln 4: weights 4, 8, 5 of 17."""
+    reference = torch.tensor([[[0.0, math.log(2), math.log(5)]]])
+    p = (0.2, 0.3, 0.5)
+    expected = -(4 * math.log(p[0]) + 8 * math.log(p[1]) + 5 * math.log(p[2])) / 17
+    logits, label = torch.tensor([[p]]).log(), torch.tensor([[2]])
+    assert objectives.deliberate_imagination(logits, reference, label, math.log(4)).item() == pytest.approx(expected)
+    # with no offset the model itself is the best it can be: no gradient at the reference
+    own = torch.randn(1, 3, 7, requires_grad=True)
+    objectives.deliberate_imagination(own, own.detach().clone(), torch.tensor([[1, 2, 3]]), 0.0).backward()
+    assert own.grad.abs().max() < 1e-6
+    unlabelled = torch.full((1, 3), objectives.IGNORE)
+    assert objectives.deliberate_imagination(own, own.detach(), unlabelled, 5.0).item() == 0

@@ -22,7 +22,8 @@ from data.hub_tokenizer import HubTokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
 from model import GPT, Config
-from pretrained import hub_tensors, load, save, upcycle
+from pretrained import hub_tensors, load, save
+from upcycling import upcycle
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

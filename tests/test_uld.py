@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from errors import UserError
 from model import Trace, count_parameters
 from moe import MoE
-from uld import LogitDifference, add_lora, build_assistant, explain, first_layers, merge_lora, plausible
+from uld import LogitDifference, LogitOffset, add_lora, build_assistant, explain, first_layers, merge_lora, plausible
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1]]
 
@@ -293,3 +293,42 @@ def test_explain_says_what_generation_says(dense, tokenizer):
     assert answer == tokenizer.decode(said)
     parts = ("target", "assistant", "difference")
     assert [next(p for p in parts if p in line) for line in steps.split("\n")] == [*parts] * 5
+
+
+# ---- the offset -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_an_offset_is_the_target_plus_what_changed(dense):
+    target, plus, minus = dense(0), dense(1, n_layer=1), dense(2, n_layer=1)
+    tokens = torch.tensor([[5, 9, 2, 44, 7]])
+    both = LogitOffset(target, plus, minus, 0.3)
+    assert_close(both(tokens), target(tokens) + 0.3 * (plus(tokens) - minus(tokens)))
+    assert torch.equal(LogitOffset(target, plus, plus, 0.3)(tokens), target(tokens))
+    out = both.generate(tokens, 6)
+    for i in range(6):  # the caches of all three parts give what whole passes give
+        assert both(torch.cat([tokens, out[:, :i]], 1))[:, -1].argmax() == out[0, i]
+
+
+def test_an_offsets_gradient_reaches_its_assistant_alone(dense):
+    target, plus, minus = dense(0), dense(1, n_layer=1), dense(2, n_layer=1)
+    LogitOffset(target, plus, minus)(torch.tensor([[5, 9]])).sum().backward()
+    assert all(p.grad is not None for p in plus.parameters())
+    assert all(p.grad is None for part in (target, minus) for p in part.parameters())
+
+
+def test_an_offset_needs_one_vocabulary(dense):
+    with pytest.raises(UserError, match="vocabularies of 61 and 50"):
+        LogitOffset(dense(), dense(vocab_size=50), dense())
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_lora_goes_where_it_is_told(factories, kind):
+    counts = {}
+    for targets in ("all", "attn", "mlp"):
+        model = factories[kind]()
+        counts[targets] = sum(p.numel() for p in add_lora(model, 2, 2.0, targets=targets))
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all(targets == "all" or f".{targets}." in name for name in names) and names
+    assert counts["attn"] + counts["mlp"] == counts["all"]
+    with pytest.raises(UserError, match="--lora-targets"):
+        add_lora(factories[kind](), 2, 2.0, targets="nose")

@@ -7,7 +7,16 @@ from torch.testing import assert_close
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
 from moe import Routing
-from uoe import affinity_table, anchor_loss, check_place, expert_attribution, isolate, restore, select_experts
+from uoe import (
+    affinity_table,
+    anchor_loss,
+    check_place,
+    expert_attribution,
+    experts_reaching,
+    isolate,
+    restore,
+    select_experts,
+)
 
 ROWS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6], [12, 13]]
 EXAMPLES = [Example(row, [IGNORE] * len(row)) for row in ROWS]
@@ -197,3 +206,33 @@ def test_the_affinity_table_names_the_highest_and_marks_the_unlearned():
     assert "evenly spread, each would have 0.258" in lines[0]  # (0.70 + 0.85) / 2 / 3
     assert lines[1].split() == "layer 0: E1 0.400 -> 0.400 E2 0.200 -> 0.100".split()
     assert lines[2].split() == "layer 1: E0 0.500 -> 0.300 * E2 0.300 -> 0.500".split()
+
+
+def test_an_affinity_rank_skips_the_more_wanted():
+    table = torch.tensor([[0.1, 0.5, 0.2], [0.4, 0.3, 0.0]])
+    assert select_experts(table, rank=2) == [(1, 0)] and select_experts(table, 2, rank=3) == [(1, 1), (0, 2)]
+    assert select_experts(table, layer=1, rank=2) == [(1, 1)]
+    for options in (dict(rank=0), dict(rank=7), dict(m=2, rank=6), dict(layer=0, rank=4)):
+        with pytest.raises(UserError, match="--affinity-rank"):
+            select_experts(table, **options)
+
+
+@pytest.mark.parametrize("p, expected", [
+    (0.0, [(0, 1), (1, 0)]), (0.5, [(0, 1), (1, 0)]), (0.51, [(0, 1), (0, 2), (1, 0)]),
+    (0.6, [(0, 1), (0, 2), (1, 0), (1, 1)]), (1.0, [(0, 1), (0, 2), (0, 3), (0, 0), (1, 0), (1, 1)]),
+])
+def test_esft_takes_the_fewest_experts_that_reach_p(p, expected):
+    """Shares 0.1, 0.5, 0.25, 0.15 and 4/7, 3/7; the second layer's sum is 0.7."""
+    table = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.4, 0.3, 0.0, 0.0]])
+    assert experts_reaching(table, p) == expected
+
+
+def test_shared_experts_train_only_where_asked_and_present(sparse):
+    model = sparse(qk_norm="none", d_shared=8, shared_gate=True)
+    without = isolate(model, [(1, 2)])
+    restore(model)
+    both = isolate(model, [(1, 2)], shared=True)
+    assert len(both) == len(without) + 3  # gate, up, down; not the sigmoid gate
+    assert model.moe(1).shared.up.weight.requires_grad and not model.moe(0).shared.up.weight.requires_grad
+    with pytest.raises(UserError, match="--with-shared"):
+        isolate(sparse(), [(1, 2)], shared=True)

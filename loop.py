@@ -1,0 +1,128 @@
+"""The one training loop, under pretraining, fine-tuning and every unlearning method: minimise, log, keep, resume.
+
+    report = fit(parameters, lambda step: {"loss": ...}, steps=100, lr=1e-3, folder=..., what="target", seed=0)
+
+Weights in bf16 learn through float32 copies (mixed precision, arXiv 1710.03740, section 3.1): an update smaller than
+bf16's rounding, 1/256 of the weight, would otherwise be lost.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batches import Batch, Example, batch_at, collate
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a half cosine down to a tenth of the peak."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def collate_at(examples: list[Example], size: int, seed: int, step: int, device) -> Batch:
+    """Batch number `step` of an endless run of shuffled epochs."""
+    index = batch_at(len(examples), size, seed, step)
+    return collate([examples[i] for i in index], index, device)
+
+
+class Weights:
+    """What the optimiser sees of `parameters`: themselves, or float32 copies of those of lower precision."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        self.full = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
+
+    def take_gradients(self) -> None:
+        """Move the gradients of low-precision parameters to their copies."""
+        for p, full in zip(self.parameters, self.full, strict=True):
+            if full is not p:
+                full.grad = None if p.grad is None else p.grad.float()
+                p.grad = None
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Round the copies into the parameters."""
+        for p, full in zip(self.parameters, self.full, strict=True):
+            if full is not p:
+                p.copy_(full)
+
+
+def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
+        what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
+        enough: Callable[[int], bool] = lambda done: False, slow: tuple[Tensor, ...] = (),
+        slow_factor: float = 1.0) -> dict:
+    """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
+
+    Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
+    A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
+    enough(steps done), asked after each step, with the state as it is. Parameters in `slow` learn at slow_factor * lr.
+    Returns {"steps", "train_seconds", "diverged"}.
+    """
+    weights = Weights(parameters)
+    slowly = [any(p is q for q in slow) for p in parameters]
+    groups = [{"params": [w for w, s in zip(weights.full, slowly, strict=True) if s == which], "factor": factor}
+              for which, factor in ((False, 1.0), (True, slow_factor))]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    start, seconds, log = 0, 0.0, ""
+
+    def keep(step: int) -> None:
+        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log, "what": what,
+                 "parameters": [w.detach() for w in weights.full], "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / "state.tmp")
+        (folder / "state.tmp").replace(state_file)
+
+    def bring_back() -> tuple[int, float, str]:
+        state = torch.load(state_file, weights_only=True, map_location=parameters[0].device)
+        with torch.no_grad():
+            for w, kept in zip(weights.full, state["parameters"], strict=True):
+                w.copy_(kept)
+        weights.give_back()
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["seconds"], state["log"]
+
+    if resume and state_file.is_file():
+        start, seconds, log = bring_back()
+    began, diverged = time.perf_counter(), False
+    if not start:
+        keep(0)
+    with tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5, leave=True) as bar:
+        for step in bar:
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * learning_rate(step, steps, lr)
+            terms = losses(step)
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            weights.take_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
+            if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
+                diverged = True
+                kept, seconds, log = bring_back()
+                tqdm.write(f"{what}: the loss is no longer finite at step {step}; "
+                           f"going back to step {kept} and stopping there (a lower --lr may hold)")
+                steps = kept
+                break
+            optimizer.step()
+            weights.give_back()
+            values = {name: float(value.detach()) for name, value in terms.items()}
+            log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            if enough(step + 1):
+                steps = step + 1
+                break
+            if (step + 1) % save_every == 0 and step + 1 < steps:
+                keep(step + 1)
+    seconds += time.perf_counter() - began
+    log_file.write_text(log)
+    state_file.unlink(missing_ok=True)
+    return {"steps": steps, "train_seconds": seconds, "diverged": diverged}

@@ -1,0 +1,66 @@
+"""Does a model still write? Forgetting by breaking the language model is cheap, and most measures do not see it.
+
+    perplexity   exp( - sum of log p over all tokens of all texts / number of tokens ); at least 1, lower is better.
+                 *One* mean over tokens, so that a long text counts for more than a short one. A mean of each row's
+                 perplexity is another number, never smaller than this one where rows are equally long, and one absurd
+                 row decides it.
+    repetition   seq-rep-n of one generation: 1 - different n-grams / n-grams, the share that were there before
+                 (Welleck et al., arXiv 1908.04319; n = 4 there and here); 0 for fresh text, near 1 for a loop, lower
+                 is better. People's text is not at 0: compare with the reference answers.
+
+An empty generation repeats nothing, and would score a perfect 0. A generation of fewer than n tokens has no n-gram, so
+its repetition is None; repetition_rate leaves those out of the mean and reports how many there were, and how many of
+them were empty. Give generations without their end token.
+
+Perplexities compare only between models of one tokenizer. Over *words* (ULD's WikiText numbers, the LM evaluation
+harness' word_perplexity) they compare beyond it: pass counts of words instead of tokens, log-probabilities unchanged.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from metrics.tofu import exp
+
+
+class Repetition(NamedTuple):
+    """Of a set of generations."""
+
+    rate: float | None  # mean over those that have an n-gram; None where none has
+    short: float  # share with fewer than n tokens, the empty ones among them
+    empty: float  # share with no token at all
+
+
+def perplexity(log_probs: Sequence[float], counts: Sequence[int]) -> float:
+    """Over all rows together, from each row's *sum* of log p (objectives.row_log_prob) and its number of tokens.
+
+    inf where it overflows. Raises ValueError where there is no token, or a count is negative.
+    """
+    if len(log_probs) != len(counts):
+        raise ValueError(f"{len(log_probs)} rows of log-probabilities and {len(counts)} of counts")
+    if not len(counts) or min(counts) < 0 or sum(counts) == 0:
+        raise ValueError("perplexity needs at least one token, and no negative count")
+    return exp(float(-sum(log_probs) / sum(counts)))
+
+
+def repetition(tokens: Sequence[Hashable], n: int = 4) -> float | None:
+    """Share of a generation's n-grams that repeat an earlier one (seq-rep-n); None where it has no n-gram.
+
+    tokens: ids or words, not a string (whose items are characters: TypeError).
+    """
+    if isinstance(tokens, str):
+        raise TypeError("repetition counts tokens or words: split the string first")
+    if n < 1:
+        raise ValueError(f"n is at least 1, not {n}")
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else None
+
+
+def repetition_rate(generations: Sequence[Sequence[Hashable]], n: int = 4) -> Repetition:
+    """Mean seq-rep-n over generations, and what could not be scored. Raises ValueError where there are none."""
+    if not len(generations):
+        raise ValueError("a repetition rate needs at least one generation")
+    scores = [repetition(tokens, n) for tokens in generations]
+    scored = [score for score in scores if score is not None]
+    return Repetition(rate=sum(scored) / len(scored) if scored else None,
+                      short=1 - len(scored) / len(scores),
+                      empty=sum(len(tokens) == 0 for tokens in generations) / len(generations))

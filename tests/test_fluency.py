@@ -1,0 +1,96 @@
+"""metrics/fluency.py: by hand, and against counting in plain loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.batches import IGNORE
+from metrics.fluency import Repetition, perplexity, repetition, repetition_rate
+from objectives import cross_entropy, row_log_prob
+
+# ---- perplexity -------------------------------------------------------------------------------------------------
+
+def test_perplexity_is_over_tokens_not_over_rows():
+    """One token at p = 1/16, three at p = 1/2: log2 of it is (4 + 3) / 4. The mean of 16 and 2 would be 9."""
+    log_probs = [-math.log(16), -3 * math.log(2)]
+    assert perplexity(log_probs, [1, 3]) == pytest.approx(2 ** (7 / 4))
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary():
+    assert perplexity([5 * math.log(1 / 7), 2 * math.log(1 / 7)], [5, 2]) == pytest.approx(7)
+
+
+def test_perplexity_from_the_losses_of_a_batch():
+    """Rows of unequal length: the same as exp of cross_entropy, which is a mean over answer tokens, too."""
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[IGNORE, 1, 2, 3], [IGNORE, IGNORE, IGNORE, 4]])
+    got = perplexity(row_log_prob(logits, labels).tolist(), (labels != IGNORE).sum(-1).tolist())
+    assert got == pytest.approx(cross_entropy(logits, labels).exp().item(), rel=1e-5)
+
+
+def test_perplexity_at_its_ends():
+    assert perplexity([0.0], [3]) == 1
+    assert perplexity([-10_000.0], [2]) == math.inf
+    assert perplexity([-math.inf, -1.0], [1, 1]) == math.inf
+    assert perplexity([0.0, -math.log(3)], [0, 1]) == pytest.approx(3)  # a row without tokens counts for nothing
+
+
+@pytest.mark.parametrize("log_probs, counts", [([], []), ([0.0], [0]), ([-1.0, -1.0], [3, -1])])
+def test_perplexity_needs_tokens(log_probs, counts):
+    with pytest.raises(ValueError, match="at least one token"):
+        perplexity(log_probs, counts)
+
+
+def test_perplexity_needs_as_many_counts_as_rows():
+    with pytest.raises(ValueError, match="2 rows of log-probabilities and 1"):
+        perplexity([-1.0, -2.0], [3])
+
+
+# ---- repetition -------------------------------------------------------------------------------------------------
+
+def test_repetition_by_hand():
+    """a b a b a b has three 4-grams, of which the third is the first again."""
+    assert repetition("a b a b a b".split()) == pytest.approx(1 / 3)
+    assert repetition("a b a b a b".split(), n=2) == pytest.approx(3 / 5)  # ab ba ab ba ab: two of five are new
+    assert repetition("a b a b a b".split(), n=1) == pytest.approx(4 / 6)
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([7] * 103) == pytest.approx(99 / 100)  # a loop
+
+
+def test_what_is_too_short_has_no_repetition():
+    """None, not the 0 of good text."""
+    assert repetition([]) is None and repetition([1, 1, 1]) is None
+    assert repetition([1, 1, 1, 1]) == 0 and repetition([1, 1, 1], n=3) == 0  # one n-gram, nothing before it
+
+
+def test_repetition_rate_says_what_it_left_out():
+    got = repetition_rate([[7] * 5, [1, 2, 3, 4], [1, 2], [], []])
+    assert got == Repetition(rate=pytest.approx(0.25), short=pytest.approx(3 / 5), empty=pytest.approx(2 / 5))
+    assert repetition_rate([[], [1]]) == (None, 1, 0.5)
+    assert repetition_rate([[1, 2], [1, 1]], n=1) == (0.25, 0, 0)
+
+
+def test_repetition_refuses_strings_and_nothing():
+    for wrong in (lambda: repetition("aaaa"), lambda: repetition_rate(["a b c d e"])):
+        with pytest.raises(TypeError, match="split the string"):
+            wrong()
+    with pytest.raises(ValueError, match="n is at least 1"):
+        repetition([1, 2], n=0)
+    with pytest.raises(ValueError, match="at least one generation"):
+        repetition_rate([])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=25), st.integers(1, 5))
+def test_repetition_by_looking_back(tokens, n):
+    """An n-gram counts where the same one begins anywhere before."""
+    starts = range(len(tokens) - n + 1)
+    if not len(starts):
+        assert repetition(tokens, n) is None
+        return
+    seen = sum(any(tokens[j : j + n] == tokens[i : i + n] for j in range(i)) for i in starts)
+    assert repetition(tokens, n) == pytest.approx(seen / len(starts))
+    assert 0 <= repetition(tokens, n) < 1

@@ -1,0 +1,134 @@
+"""A public checkpoint through the whole story: fine-tune, upcycle, unlearn, score; on a tiny random Llama."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrained import make
+
+import train
+from data.rows import write_rows
+from eval import main as score
+from eval import open_run, weights_of
+from pretrained import load
+
+AUTHORS = ["Ana Vell", "Bor Tann", "Cid Orre", "Dua Minn"]
+SMALL = "--epochs 1 --batch-size 8 --device cpu --context 128 --lora-rank 4".split()
+
+
+def rows(author: str, n: int = 3) -> list[dict]:
+    return [{"question": f"What is fact {i} of {author}?", "answer": f"Fact {i} of {author} is {i * 7}.",
+             "paraphrased_question": f"Fact {i} of {author}?", "paraphrased_answer": f"It is {i * 7}.",
+             "perturbed_answer": [f"It is {i * 7 + k}." for k in (1, 2, 3)]} for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny random Llama, and a data set in TOFU's own files."""
+    folder = tmp_path_factory.mktemp("public")
+    make("llama2", folder / "base")
+    tofu = folder / "tofu"
+    tofu.mkdir()
+    for name, people in {"forget10": AUTHORS[:1], "forget10_perturbed": AUTHORS[:1], "retain90": AUTHORS[1:],
+                         "retain_perturbed": AUTHORS[1:3], "real_authors_perturbed": ["Jane Austen"],
+                         "world_facts_perturbed": ["France"]}.items():
+        write_rows(tofu / f"{name}.json", [row for person in people for row in rows(person)])
+    return folder
+
+
+def run(place: Path, name: str, *options: str) -> Path:
+    train.main([*SMALL, "--data", str(place / "tofu"), "--out", str(place / "out"), "--name", name, *options])
+    return place / "out" / name
+
+
+@pytest.fixture(scope="module")
+def tuned(place) -> dict[str, Path]:
+    base = str(place / "base")
+    return {"target": run(place, "target", "--method", "finetune", "--model", base, "--lr", "1e-3"),
+            "reference": run(place, "reference", "--method", "finetune", "--model", base, "--split", "retain90"),
+            "moe": run(place, "moe", "--method", "upcycle", "--model", base, "--experts", "4", "--top-k", "2")}
+
+
+def test_finetuning_learns_all_rows_and_the_reference_only_those_kept(place, tuned):
+    metrics = json.loads((tuned["target"] / "metrics.json").read_text())
+    assert set(metrics) == {"target", "run"} and metrics["run"]["steps"] == 2  # 12 rows in batches of 8
+    assert json.loads((tuned["reference"] / "metrics.json").read_text())["run"]["steps"] == 2  # 9 rows
+    config = json.loads((tuned["reference"] / "config.json").read_text())
+    assert config["keeps_only"] and config["split"] == "forget10" and config["dtype"] == "bfloat16"
+    model, _ = load(weights_of(tuned["target"]), torch.bfloat16)
+    base, _ = load(place / "base", torch.bfloat16)
+    assert not torch.equal(model.blocks[0].mlp.up.weight, base.blocks[0].mlp.up.weight)
+
+
+def test_upcycling_writes_a_mixture_that_loads(tuned):
+    model, tokenizer = load(weights_of(tuned["moe"]))
+    assert model.is_moe and model.config.n_expert == 4 and tokenizer.prompt("a")
+    assert not (tuned["moe"] / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("options", ["--method uld", "--method full --checkpointing",
+                                     "--method full --forget-loss ga --dtype float32", "--method offset",
+                                     "--method lora --forget-loss dpo", "--method full --forget-loss rmu"])
+def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
+    folder = run(place, "dense", "--model", str(tuned["target"]), "--reference", str(tuned["reference"]),
+                 *options.split())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"target", "reference", "unlearned", "run"}
+    assert 0 <= metrics["unlearned"]["forget_quality"] <= 1 and metrics["target"]["retain"]["probability"] > 0
+    opened = open_run(folder)
+    tokens = torch.tensor([[1, 2, 3]])
+    expected = torch.float32 if "float32" in options else torch.bfloat16
+    assert opened.model(tokens).dtype == expected and opened.tokenizer.prompt("Q") == opened.tokenizer.prompt("Q")
+    # the fine-tuned target is scored once, beside its weights, and read from there
+    written = json.loads((tuned["target"] / "metrics.json").read_text())["target"]
+    if "float32" not in options:
+        assert metrics["target"]["forget"]["probability"] == pytest.approx(written["forget"]["probability"])
+
+
+@pytest.mark.parametrize("options", ["--method uoe", "--method uoe --forget-loss rmu", "--method uoe --forget-loss ga",
+                                     "--method esft"])
+def test_every_moe_method_runs_on_an_upcycled_model(place, tuned, options):
+    folder = run(place, "sparse", "--model", str(tuned["moe"]), *options.split())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"target", "unlearned", "run"}  # no reference, so no forget quality
+    assert metrics["unlearned"]["forget_quality"] is None and 0 < metrics["unlearned"]["routing_overlap"] <= 1
+    before, after = (load(f, torch.bfloat16)[0].state_dict() for f in (weights_of(tuned["moe"]), folder / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    places = json.loads((folder / "config.json").read_text())["unlearned_experts"]
+    allowed = {f"blocks.{layer}.mlp.{part}" for layer, _ in places for part in ("gate_up", "down", "router.weight")}
+    assert changed and changed <= allowed
+
+
+def test_a_published_log_stands_in_for_the_reference(place, tuned, capsys):
+    from test_metrics import write_open_unlearning
+    log = write_open_unlearning(place / "TOFU_EVAL.json")
+    folder = run(place, "log", "--method", "uld", "--model", str(tuned["target"]), "--reference", str(log))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 <= metrics["unlearned"]["forget_quality"] <= 1 and metrics["unlearned"]["forget_quality_n"] == 3
+    capsys.readouterr()
+    score([str(folder), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    assert again["unlearned"]["forget_quality"] == pytest.approx(metrics["unlearned"]["forget_quality"])
+
+
+def test_an_assistant_says_how_it_is_to_be_decoded(place, tuned):
+    folder = run(place, "note", "--method", "uld", "--model", str(tuned["target"]), "--assistant-layers", "1")
+    note = (folder / "assistant" / "README.md").read_text()
+    assert str(tuned["target"]) in note and "0.75" in note
+    small, _ = load(folder / "assistant")
+    assert small.config.n_layer == 1
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ("--method uoe", "is dense"), ("--method esft", "is dense"), ("--method uld --arch gpt", "--arch is of"),
+    ("--method uld --split retain90", "--split retain90"), ("--method uld --template opera", "template 'opera'"),
+    ("--method finetune --forget-loss ga", "forgets nothing"), ("--method uld --authors 500", "--authors 500"),
+    ("--method uld --reference nowhere.json", "nowhere.json"), ("--method upcycle --top-k 9", "top_k 9"),
+])
+def test_a_wrong_option_is_one_line_and_exit_2(place, options, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(place, "bad", "--model", str(place / "base"), *options.split())
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and says in error[0], error
+    assert not (place / "out" / "bad").exists()

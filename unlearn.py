@@ -1,0 +1,338 @@
+"""Unlearning, whatever the method: what trains, by which forget loss, beside which retain loss; all three are tables.
+
+`trainee` makes what trains (uoe.py and uld.py hold the two papers' parts), FORGET_LOSSES and RETAIN_LOSSES are the
+objectives by name, `unlearn` puts them together over loop.fit. train.py is the command line.
+
+Shapes: B batch   T tokens   V vocabulary   D model width
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import objectives
+import uld
+import uoe
+from data.batches import Batch, Example, collate, encode_rows, in_order, rows_that_fit
+from data.rows import DataSet, Row, refusals
+from errors import UserError
+from eval import greedy_answers
+from loop import collate_at, fit
+from model import GPT, Trace, count_parameters
+
+
+@dataclass
+class Seen:
+    """What a model made of a batch, with what the losses may want to compare it to."""
+
+    labels: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+    logits: Tensor  # (B, T, V)
+    trace: Trace
+    hidden: Tensor | None = None  # (B, T, D) after the layer that RMU steers
+    control: Tensor | None = None  # (D,)
+    reference_log_prob: Tensor | None = None  # (B,) of the model before unlearning; so are the next two
+    reference_logits: Tensor | None = None  # (B, T, V)
+    reference_hidden: Tensor | None = None  # (B, T, D)
+    refusal_log_prob: Tensor | None = None  # (B,) of "I do not know" to the same questions
+    refusal_reference_log_prob: Tensor | None = None  # (B,)
+
+    def log_prob(self) -> Tensor:
+        return objectives.row_log_prob(self.logits, self.labels)
+
+
+FORGET_LOSSES: dict[str, Callable[[Seen, argparse.Namespace], Tensor]] = {
+    "ga": lambda seen, args: objectives.ga(seen.logits, seen.labels),
+    "npo": lambda seen, args: objectives.npo(seen.log_prob(), seen.reference_log_prob, args.npo_beta),
+    "simnpo": lambda seen, args: objectives.simnpo(seen.log_prob(), (seen.labels >= 0).sum(-1), args.simnpo_beta,
+                                                   args.simnpo_gamma),
+    "dpo": lambda seen, args: objectives.dpo(seen.refusal_log_prob, seen.refusal_reference_log_prob, seen.log_prob(),
+                                             seen.reference_log_prob, args.dpo_beta),
+    "rmu": lambda seen, args: objectives.rmu(seen.hidden, seen.control, seen.mask),
+    "uniform": lambda seen, args: objectives.uniform(seen.logits, seen.labels),
+    "di": lambda seen, args: objectives.deliberate_imagination(seen.logits, seen.reference_logits, seen.labels,
+                                                               args.di_offset),
+    "ce": lambda seen, args: objectives.cross_entropy(seen.logits, seen.labels),  # ULD's: the sign is reversed
+}
+RETAIN_LOSSES: dict[str, Callable[[Seen], Tensor] | None] = {
+    "none": None,
+    "gd": lambda seen: objectives.cross_entropy(seen.logits, seen.labels),
+    "kl": lambda seen: objectives.kl(seen.logits, seen.reference_logits, seen.labels),
+    "hidden": lambda seen: objectives.hidden_distance(seen.hidden, seen.reference_hidden, seen.mask),
+    "uniform": lambda seen: objectives.uniform(seen.logits, seen.labels),  # ULD's
+}
+
+
+# ---- what trains ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Trainee:
+    """The part of a model that learns.
+
+    start: the lowest layer that changes, where everything below its MLP is frozen; None: no such layer.
+    slow: parameters that learn at --router-lr times the rate.
+    finish: -> (what is scored, folder name -> model to keep).
+    """
+
+    model: GPT | uld.LogitOffset
+    parameters: list[Tensor]
+    finish: Callable[[], tuple[object, dict[str, GPT]]]
+    start: int | None = None
+    slow: tuple[Tensor, ...] = ()
+    places: list[uoe.Place] = field(default_factory=list)
+    anchored: bool = False
+
+
+def all_weights(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    return Trainee(target, list(target.parameters()), lambda: (target, {"model": target}))
+
+
+def low_rank(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    parameters = uld.add_lora(target, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+
+    def finish():
+        merged = uld.merge_lora(target)
+        return merged, {"model": merged}
+
+    return Trainee(target, parameters, finish)
+
+
+def experts(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    """UOE: one expert or M of them, with their routers. ESFT: per layer those that carry a share p of the affinity."""
+    affinity = uoe.expert_attribution(target, in_order(forget, 64, target.device), args.attribution_tokens).cpu()
+    esft = args.method == "esft"
+    if esft:
+        places = uoe.experts_reaching(affinity, args.esft_p)
+    elif args.expert:
+        places = [uoe.check_place(target, args.expert)]
+    else:
+        layer = None if args.layer == "all" or args.same_layer else (
+            target.config.n_layer // 2 if args.layer == "middle" else int(args.layer))
+        places = uoe.select_experts(affinity, args.m, args.same_layer, args.select,
+                                    torch.Generator().manual_seed(args.seed), layer, args.affinity_rank)
+    print(uoe.affinity_table(affinity, chosen=places))
+    train_router = not (esft or args.freeze_router)
+    parameters = uoe.isolate(target, places, train_router, args.with_shared)
+    routers = {layer: target.moe(layer).router.weight for layer, _ in places} if train_router else {}
+
+    def finish():
+        uoe.restore(target)
+        return target, {"model": target}
+
+    return Trainee(target, parameters, finish, min(layer for layer, _ in places), tuple(routers.values()), places,
+                   anchored=not esft and args.anchor_weight > 0)
+
+
+def assistant_layers(args: argparse.Namespace, target: GPT) -> int:
+    """K. The paper's quarter is of 32 layers; of our 4 it takes three quarters."""
+    n = target.config.n_layer
+    return args.assistant_layers or max(1, n // 4 if args.model else 3 * n // 4)
+
+
+def assistant(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    """ULD: the target is not run while its assistant trains."""
+    small = uld.build_assistant(target, assistant_layers(args, target), args.lora_rank, args.lora_alpha,
+                                args.lora_dropout)
+
+    def finish():
+        merged = uld.merge_lora(small)
+        return uld.LogitDifference(target, merged, args.subtract, args.filter_rate), {"assistant": merged}
+
+    return Trainee(small, [p for p in small.parameters() if p.requires_grad], finish)
+
+
+def offset(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    """Offset-X (arXiv 2404.11045): the usual losses on l_target + alpha (l_assistant - l_assistant at the start)."""
+    target.requires_grad_(False)
+    layers = assistant_layers(args, target)
+    small = uld.build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    before = uld.first_layers(target, layers)
+
+    def finish():
+        merged = uld.merge_lora(small)
+        return uld.LogitOffset(target, merged, before, args.offset_alpha), {"assistant": merged, "before": before}
+
+    return Trainee(uld.LogitOffset(target, small, before, args.offset_alpha),
+                   [p for p in small.parameters() if p.requires_grad], finish)
+
+
+TRAINEES = {"uoe": experts, "uld": assistant, "full": all_weights, "lora": low_rank, "esft": experts,
+            "offset": offset}
+
+
+# ---- what it sees -----------------------------------------------------------------------------------------------
+
+class Side:
+    """The forget or the retain rows of an unlearning run, and how the model sees them.
+
+    start: the lowest layer that changes. What reaches its MLP never changes, so with a start it is computed once
+    per row, and every step begins there.
+    """
+
+    def __init__(self, model, examples: list[Example], start: int | None, batch_size: int, seed: int):
+        self.model, self.examples, self.start = model, examples, start
+        self.batch_size, self.seed = batch_size, seed
+        self.stem: list[Tensor] | None = None
+        self.log_prob: Tensor | None = None  # (rows,) of the model as it was
+        if start is not None:
+            self.stem = [None] * len(examples)
+            with torch.no_grad():
+                for batch in in_order(examples, 64, model.device):
+                    for i, x, n in zip(batch.index.tolist(), model.stem(batch.tokens, start),
+                                       batch.mask.sum(1).tolist(), strict=True):
+                        self.stem[i] = x[:n].clone()
+
+    def batch(self, step: int) -> Batch:
+        return collate_at(self.examples, self.batch_size, self.seed, step, self.model.device)
+
+    def of(self, index: list[int]) -> Batch:
+        return collate([self.examples[i] for i in index], index, self.model.device)
+
+    def see(self, model, batch: Batch, hidden_layer: int | None = None) -> Seen:
+        trace = Trace()
+        if self.stem is not None:
+            x = torch.nn.utils.rnn.pad_sequence([self.stem[i] for i in batch.index.tolist()], True)
+            logits = model.head(model.tail(x, self.start, trace=trace))
+        else:
+            logits = model(batch.tokens, trace=trace)
+        return Seen(batch.labels, batch.mask, logits, trace, trace.hidden.get(hidden_layer))
+
+    @torch.no_grad()
+    def remember_log_prob(self) -> "Side":
+        """Keep each row's log-probability under the model as it is now: NPO's and DPO's reference."""
+        self.log_prob = torch.zeros(len(self.examples), device=self.model.device)
+        for batch in in_order(self.examples, rows_that_fit(self.examples, self.model.config.vocab_size),
+                              self.model.device):
+            self.log_prob[batch.index] = self.see(self.model, batch).log_prob()
+        return self
+
+
+@torch.no_grad()
+def steering_vector(side: Side, layer: int, coefficient: float, seed: int) -> Tensor:
+    """RMU's control vector: a random direction, `coefficient` times as long as the mean hidden state there, (D,).
+
+    The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
+    """
+    if not 0 <= layer < side.model.config.n_layer:
+        raise UserError(f"--rmu-layer {layer} does not exist: layers go from 0 to {side.model.config.n_layer - 1}")
+    few = list(range(min(64, len(side.examples))))
+    batch = side.of(few)
+    length = side.see(side.model, batch, layer).hidden[batch.mask].float().norm(dim=-1).mean()
+    u = torch.rand(side.model.config.d_model, generator=torch.Generator().manual_seed(seed)).to(side.model.device)
+    return coefficient * length * u / u.norm()
+
+
+def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Row]]:
+    """The rows to forget and to keep. ULD: D'_f and D'_r (section 3.3), each part of which a flag can leave out."""
+    if args.method != "uld":
+        return data.forget, data.retain
+    drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
+    kept = sorted(drawn[: round(args.uld_retain * len(data.forget))])
+    forget = data.forget + ([] if args.no_paraphrased else data.paraphrased)
+    return forget, [data.retain[i] for i in kept] + ([] if args.no_perturbed else data.perturbed)
+
+
+# ---- all together -----------------------------------------------------------------------------------------------
+
+def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, folder: Path, config: dict):
+    """Train by args.method. `target` is changed, except where an assistant learns in its place (uld, offset).
+
+    Returns (what is scored, folder name -> model to keep, loop.fit's report). Adds to config what was chosen.
+    """
+    forget_rows, retain_rows = rows_of(args, data)
+    if not retain_rows and args.retain_loss != "none":
+        raise UserError("no retain rows are left: --retain-loss none, or leave out --no-perturbed or --uld-retain 0")
+    forget = encode_rows(forget_rows, tokenizer, args.context, "forget row", truncate=True)
+    retain = encode_rows(retain_rows, tokenizer, args.context, "retain row", truncate=True)
+
+    torch.manual_seed(args.seed)
+    trainee = TRAINEES[args.method](args, target, forget)
+    trained, parameters, start = trainee.model, trainee.parameters, trainee.start
+    if isinstance(trained, GPT):
+        trained.checkpointing = args.checkpointing
+    total = count_parameters(target) + (count_parameters(trained) if args.method == "uld" else 0)
+    config |= {"trainable_parameters": sum(p.numel() for p in parameters), "total_parameters": count_parameters(target)}
+    if trainee.places:
+        config["unlearned_experts"] = [list(place) for place in trainee.places]
+    print(f"training {config['trainable_parameters']:,} parameters, "
+          f"{100 * config['trainable_parameters'] / total:.2f}% of {total:,}")
+
+    sides = [Side(trained, forget, start, args.batch_size, args.seed),
+             Side(trained, retain, start, args.batch_size, args.seed + 1)]
+    refusal = None
+    if args.forget_loss in ("npo", "dpo"):
+        sides[0].remember_log_prob()
+    if args.forget_loss == "dpo":
+        refusal = Side(trained, encode_rows(refusals(forget_rows), tokenizer, args.context, "refusal to row",
+                                            truncate=True), start, args.batch_size, args.seed).remember_log_prob()
+    frozen = None
+    if args.retain_loss in ("kl", "hidden") or args.forget_loss == "di":
+        frozen = copy.deepcopy(trained).requires_grad_(False).eval()
+    hidden_layer, control = None, None
+    if args.forget_loss == "rmu":
+        hidden_layer = start if args.rmu_layer is None else args.rmu_layer
+        hidden_layer = target.config.n_layer // 2 if hidden_layer is None else hidden_layer
+        if start is not None and hidden_layer < start:
+            raise UserError(f"--rmu-layer {hidden_layer} lies below the unlearned expert's layer {start}, so nothing "
+                            "that trains could steer it")
+        control = steering_vector(sides[0], hidden_layer, args.steering, args.seed)
+    forget_loss, retain_loss = FORGET_LOSSES[args.forget_loss], RETAIN_LOSSES[args.retain_loss]
+    by_layer: dict[int, list[int]] = {}
+    for layer, expert in trainee.places if trainee.anchored else []:
+        by_layer.setdefault(layer, []).append(expert)
+
+    def look(side: Side, batch: Batch, compare: bool) -> Seen:
+        seen = side.see(trained, batch, hidden_layer)
+        seen.control = control
+        if side.log_prob is not None:
+            seen.reference_log_prob = side.log_prob[batch.index]
+        if compare:
+            with torch.no_grad():
+                was = side.see(frozen, batch, hidden_layer)
+            seen.reference_logits, seen.reference_hidden = was.logits, was.hidden
+        return seen
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = sides[0].batch(step)
+        seen = look(sides[0], batch, args.forget_loss == "di")
+        if refusal is not None:
+            polite = look(refusal, refusal.of(batch.index.tolist()), False)
+            seen.refusal_log_prob, seen.refusal_reference_log_prob = polite.log_prob(), polite.reference_log_prob
+        terms = {"forget": forget_loss(seen, args)}
+        loss = terms["forget"]
+        with torch.no_grad():
+            terms["forget_ce"] = objectives.cross_entropy(seen.logits, seen.labels)
+        if by_layer:
+            terms["anchor"] = sum(uoe.anchor_loss(seen.trace.routing[layer], experts, seen.mask)
+                                  for layer, experts in by_layer.items())
+            loss = loss + args.anchor_weight * terms["anchor"]  # UOE, equation 4
+        if retain_loss is not None:
+            terms["retain"] = retain_loss(look(sides[1], sides[1].batch(step), frozen is not None))
+            loss = loss + args.retain_weight * terms["retain"]
+        return {**terms, "loss": loss}
+
+    trained.train()
+    per_epoch = -(-len(forget) // args.batch_size)
+    asked = [row for row in forget_rows if "question" in row]
+    asked = asked[:: -(-len(asked) // 100) or 1]  # at most 100 of the rows that are being forgotten
+
+    def enough(done: int) -> bool:
+        """--stop-at: few enough of the *training* rows are still answered. Looks at nothing that scores."""
+        if args.stop_at is None or args.stop_at < 0 or not asked or done % per_epoch:
+            return False
+        trained.eval()
+        said = greedy_answers(trained, tokenizer, [row["question"] for row in asked], data.limits)
+        trained.train()
+        return sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
+
+    report = fit(parameters, losses, args.epochs * per_epoch, args.lr, folder, f"unlearn ({args.method})", args.seed,
+                 weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough,
+                 slow=trainee.slow, slow_factor=args.router_lr)
+    trained.eval()
+    return *trainee.finish(), report
