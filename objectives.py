@@ -75,7 +75,7 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
 
 
 def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:
-    """-(2/beta) log sigmoid(-(beta/|y|) log p - gamma), mean over rows (SimNPO, arXiv 2410.07163, equation 4).
+    """-(2/beta) log sigmoid(-(beta/|y|) log p - gamma), mean over rows (SimNPO, arXiv 2410.07163).
 
     NPO without a reference: log-probability per token takes its place. log_prob (B,) sums; lengths (B,) tokens.
     """
@@ -94,7 +94,7 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
 
 
 def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Tensor, offset: float) -> Tensor:
-    """Cross entropy to the model's own earlier distribution with the right token pushed down (arXiv 2402.10052, eq. 3).
+    """Cross entropy to the model's own earlier distribution with the right token pushed down (arXiv 2402.10052).
 
     `offset` is added to the reference's logits of all tokens but the label, per answer token; bounded below.
     """
