@@ -12,13 +12,16 @@ Shapes: B batch   T tokens   V vocabulary   E experts   K experts per token
 import argparse
 import hashlib
 import json
+import re
 import statistics
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import probes
 from data import load_data
 from data.batches import Batch, encode_row, encode_rows, in_order, left_pad, rows_that_fit
 from data.rows import NO_LIMITS, DataSet, Limits, Row
@@ -99,7 +102,7 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
             said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
             out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
                                   rouge_l_recall(right, said),
-                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)])
+                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said)
     return out
 
 
@@ -231,6 +234,7 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
     out = {}
     reference = scores["reference"]["forget"].truth_ratios() if "reference" in scores else []
+    null = null_distances(scores) if reference else []
     for role, of in scores.items():
         block = {name: s.summary(name) for name, s in of.items()}
         whole = all(name in of for name in data.utility)  # a published log may lack sets
@@ -239,8 +243,16 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         if role != "reference" and reference:
             quality = forget_quality(of["forget"].truth_ratios(), reference)
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
+            if null and not role.startswith("reference"):
+                block["forget_quality_null"] = sum(d >= quality.D for d in null) / len(null)
         out[role] = block
     return out
+
+
+def null_distances(scores: dict[str, Scores]) -> list[float]:
+    """D of every pair of retain-only models: what forget quality sees where nothing was ever known."""
+    ratios = [of["forget"].truth_ratios() for role, of in scores.items() if role.startswith("reference")]
+    return [forget_quality(a, b).D for a, b in combinations(ratios, 2)]
 
 
 def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dict[str, Scores],
@@ -249,14 +261,16 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
 
     models: "target", "unlearned" (or, for a fine-tuned model, just "target") and, where at hand, "reference".
     """
+    from figures import draw  # matplotlib only where something is drawn
+
     metrics = summarise(scores, data)
+    for role in models:
+        metrics[role] |= probe(models, role, tokenizer, data, scores[role])
     shares = None
     target, model = models["target"], models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
-        examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
-        batches = list(in_order(examples, 64, model.device))
-        layers = routing_overlap(target, model, batches)
-        metrics["unlearned"] |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}
+        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64,
+                                model.device))
         shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
     metrics["run"] = run
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -266,8 +280,36 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     print(three_questions(data, tokenizer, models))
 
 
+def probe(models: dict[str, object], role: str, tokenizer, data: DataSet, scores: Scores) -> dict:
+    """probes.py's numbers for one model, and for an unlearned mixture of experts what it routes where."""
+    target, model = models["target"], models[role]
+    rows = [row for row in data.scored["forget"] if "question" in row]
+    out = probes.remembered(model, tokenizer, data.scored["forget"])
+    out |= probes.membership(model, tokenizer, data, models.get("reference"))
+    if rows:
+        out |= probes.writing(target, tokenizer, rows, scores["forget"].said)
+    if role == "unlearned" and isinstance(model, GPT) and model.is_moe:
+        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64,
+                                model.device))
+        layers = routing_overlap(target, model, batches)
+        out |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}
+        out |= probes.rerouted(target, model, tokenizer, data.scored["forget"])
+    return out
+
+
 MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
             ("truth_ratio", "truth ratio"))
+
+
+SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
+           ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
+           ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
+           ("auc_loss", "membership AUC, loss"), ("auc_zlib", "                zlib"),
+           ("auc_min_k", "                min-k"), ("auc_min_k_plus_plus", "                min-k++"),
+           ("auc_reference", "                reference"),
+           ("priv_leak", "PrivLeak, %"), ("perplexity", "perplexity of its answers"),
+           ("repetition", "repeated 4-grams"), ("routing_overlap", "routing overlap on forget"),
+           ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))
 
 
 def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
@@ -275,8 +317,7 @@ def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
     sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
     rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
             for name in sets for key, label in MEASURES]
-    for key, label in (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
-                       ("forget_quality_D", "                D"), ("routing_overlap", "routing overlap on forget")):
+    for key, label in SINGLES:
         rows.append((label, [metrics[role].get(key) for role in roles]))
     return [(label, values) for label, values in rows if any(v is not None for v in values)]
 
@@ -317,76 +358,27 @@ def three_questions(data: DataSet, tokenizer, models: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- figures ----------------------------------------------------------------------------------------------------
-
-def draw(folder: Path, scores: dict[str, Scores], shares: dict | None) -> None:
-    """figures/*.png: losses along training, truth ratios, and for a MoE tokens per expert. Readable without colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    styles = [("0.0", "-"), ("0.45", "--"), ("0.0", ":"), ("0.7", "-.")]
-    (folder / "figures").mkdir(exist_ok=True)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    if log:
-        figure, axis = plt.subplots(figsize=(6, 3.5))
-        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"), ("ce", "cross entropy"),
-                                                ("retain", "retain loss"), ("anchor", "anchor loss")), styles,
-                                               strict=False):
-            if key in log[0]:
-                axis.plot([e["step"] for e in log], [e[key] for e in log], line, color=shade, label=label)
-        axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)")
-        axis.legend(frameon=False)
-        _write(figure, folder / "figures" / "training.png")
-    ratios = {role: sorted(of["forget"].truth_ratios()) for role, of in scores.items()}
-    if all(ratios.values()):
-        figure, axis = plt.subplots(figsize=(6, 3.5))
-        for (role, values), (shade, line) in zip(ratios.items(), styles, strict=False):
-            axis.step(values, [(i + 1) / len(values) for i in range(len(values))], line, color=shade, label=role,
-                      where="post")
-        axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
-        axis.axvline(1, color="0.85", zorder=0)
-        axis.legend(frameon=False)
-        _write(figure, folder / "figures" / "truth_ratio.png")
-    if shares:
-        layers = len(shares["target"])
-        figure, axes = plt.subplots(1, layers, figsize=(3 * layers, 2.8), sharey=True, squeeze=False)
-        for layer, axis in enumerate(axes[0]):
-            order = sorted(range(len(shares["target"][layer])), key=lambda e: -shares["target"][layer][e])
-            axis.bar(range(len(order)), [shares["target"][layer][e] for e in order], color="0.75", label="target")
-            axis.plot(range(len(order)), [shares["unlearned"][layer][e] for e in order], "k_", label="unlearned")
-            axis.set(title=f"layer {layer}", xlabel="expert")
-            axis.set_xticks(range(len(order)), [str(e) for e in order], fontsize=6)
-        axes[0][0].set_ylabel("share of forget tokens")
-        axes[0][-1].legend(frameon=False)
-        _write(figure, folder / "figures" / "experts.png")
-
-
-def _write(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 # ---- command line -----------------------------------------------------------------------------------------------
 
+def by_kind(folders: list[str]) -> dict[str, list[Path]]:
+    """Run folders by their names without the seed: out/uoe and out/uoe-seed1 are two of a kind."""
+    kinds: dict[str, list[Path]] = {}
+    for folder in map(Path, folders):
+        if not (folder / "metrics.json").is_file():
+            raise UserError(f"{folder / 'metrics.json'} is missing: --compare takes finished run folders")
+        kinds.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(folder)
+    return kinds
+
+
 def compare(folders: list[str]) -> str:
-    """Mean +- standard deviation of every measure over runs, by what the runs were (method, losses, arch, data)."""
-    kinds: dict[str, list[dict]] = {}
-    for folder in folders:
-        path = Path(folder) / "metrics.json"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: --compare takes finished run folders")
-        config = json.loads((Path(folder) / "config.json").read_text())
-        kind = " ".join(str(config[key]) for key in ("method", "forget_loss", "retain_loss", "arch", "data", "split"))
-        kinds.setdefault(kind, []).append(json.loads(path.read_text()))
+    """Mean +- standard deviation of every measure over runs of a kind."""
+    kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
+             for kind, of in by_kind(folders).items()}
     lines = []
     for kind, runs in kinds.items():
         roles = [role for role in runs[0] if role != "run" and all(role in run for run in runs)]
-        lines += [f"{kind} ({len(runs)} runs)", f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
+        lines += [f"{kind} ({len(runs)} {'run' if len(runs) == 1 else 'runs'})",
+                  f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
         for i, (label, _) in enumerate(rows_of(runs[0], roles)):
             cells = []
             for j in range(len(roles)):
@@ -417,12 +409,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="score a run, compare runs, score a published log")
     parser.add_argument("run", nargs="?", help="a run folder to score again")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
+    parser.add_argument("--figures", metavar="DIR", help="with --compare, of runs with --path: draw into this folder")
     parser.add_argument("--tofu-log", help="an eval_log_aggregated.json to score")
     parser.add_argument("--reference", help="the retain-only model's log")
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
     if args.compare:
         print(compare(args.compare))
+        if args.figures:
+            from figures import draw_paths
+
+            paths = {kind: [[json.loads(line) for line in (folder / "path.jsonl").read_text().splitlines()]
+                            for folder in of if (folder / "path.jsonl").is_file()]
+                     for kind, of in by_kind(args.compare).items()}
+            if not any(paths.values()):
+                raise UserError("--figures: none of these runs has a path.jsonl; run train.py with --path")
+            print("drew " + ", ".join(map(str, draw_paths(paths, Path(args.figures)))))
     elif args.tofu_log:
         out = score_log(args.tofu_log, args.reference)
         if args.json:
@@ -438,7 +440,11 @@ def main(argv: list[str] | None = None) -> None:
                   for role in metrics if role not in ("run", "unlearned")}
         scores["unlearned"] = evaluate(run.model, run.tokenizer, run.data, "unlearned")
         fresh = summarise(scores, run.data)
-        fresh["unlearned"] |= {k: v for k, v in metrics["unlearned"].items() if k.startswith("routing")}
+        models = {"target": run.target, "unlearned": run.model}
+        if Path(run.config.get("reference") or "").is_dir() and run.config.get("reference"):
+            models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
+        for role in models:
+            fresh[role] |= probe(models, role, run.tokenizer, run.data, scores[role])
         print(json.dumps(fresh, indent=1) if args.json else table(fresh | {"run": metrics["run"]}))
     else:
         raise UserError("nothing to score: give a run folder, --compare RUN..., or --tofu-log LOG")

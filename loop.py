@@ -57,13 +57,14 @@ class Weights:
 
 def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
         what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
-        enough: Callable[[int], bool] = lambda done: False, slow: tuple[Tensor, ...] = (),
+        enough: Callable[[int, float], bool] = lambda done, spent: False, slow: tuple[Tensor, ...] = (),
         slow_factor: float = 1.0) -> dict:
     """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
     A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
-    enough(steps done), asked after each step, with the state as it is. Parameters in `slow` learn at slow_factor * lr.
+    enough(steps done, seconds trained), asked after each step, with the state as it is. Parameters in `slow` learn
+    at slow_factor * lr.
     Returns {"steps", "train_seconds", "diverged"}.
     """
     weights = Weights(parameters)
@@ -117,7 +118,10 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
             values = {name: float(value.detach()) for name, value in terms.items()}
             log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            if enough(step + 1):
+            asked = time.perf_counter()
+            stop = enough(step + 1, seconds + asked - began)
+            began += time.perf_counter() - asked  # looking is not training
+            if stop:
                 steps = step + 1
                 break
             if (step + 1) % save_every == 0 and step + 1 < steps:

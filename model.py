@@ -70,10 +70,12 @@ class Trace:
     """What a forward pass leaves behind for whoever asks: pass `trace=Trace()` and read it afterwards.
 
     routing[layer]: that MoE layer's Routing.  hidden[layer]: the residual stream after block `layer`, (B, T, D).
+    forced[layer] goes in: (B, T, K) experts to use there instead of the router's choice.
     """
 
     routing: dict[int, Routing] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    forced: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Cache:
@@ -184,9 +186,9 @@ class Block(nn.Module):
     def attend(self, x: Tensor, *context) -> Tensor:
         return x + self.attn(self.attn_norm(x), *context)
 
-    def feed(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+    def feed(self, x: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(self.mlp_norm(x))
+            y, routing = self.mlp(self.mlp_norm(x), forced)
             return x + y, routing
         return x + self.mlp(self.mlp_norm(x)), None
 
@@ -272,7 +274,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def _feed(self, x: Tensor, layer: int, trace: Trace | None) -> Tensor:
-        x, routing = self.blocks[layer].feed(x)
+        x, routing = self.blocks[layer].feed(x, trace.forced.get(layer) if trace is not None else None)
         if trace is not None:
             trace.hidden[layer] = x
             if routing is not None:

@@ -54,16 +54,19 @@ class MoE(nn.Module):
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared is not None and shared_gate else None
         self.taken = nn.ModuleDict()  # experts taken out of the stack, by number (as a string)
 
-    def route(self, x: Tensor) -> Routing:
-        """Softmax over all experts in float32, then top-k. x: (B, T, D)."""
+    def route(self, x: Tensor, forced: Tensor | None = None) -> Routing:
+        """Softmax over all experts in float32, then top-k. x: (B, T, D).
+
+        forced (B, T, K): these experts instead, weighted by what the router thinks of them.
+        """
         probs = self.router(x).float().softmax(-1)
-        weights, chosen = probs.topk(self.top_k, dim=-1)
+        weights, chosen = (probs.gather(-1, forced), forced) if forced is not None else probs.topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(probs, chosen, weights)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        routing = self.route(x)
+    def forward(self, x: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Routing]:
+        routing = self.route(x, forced)
         flat = x.reshape(-1, x.shape[-1])  # (N, D)
         y = experts_loop(flat, routing.chosen.reshape(-1, self.top_k), routing.weights.reshape(-1, self.top_k),
                          *self.expert_weights()).view_as(x)

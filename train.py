@@ -25,17 +25,31 @@ import json
 import resource
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import objectives
-from data.batches import encode_rows
+from data.batches import encode_rows, in_order
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import Scores, data_of, evaluate, finish_report, save_scores, scores_of, stored_scores, weights_of
+from eval import (
+    Scores,
+    compare,
+    data_of,
+    evaluate,
+    finish_report,
+    routing_overlap,
+    save_scores,
+    scores_of,
+    stored_scores,
+    summarise,
+    weights_of,
+)
 from loop import collate_at, fit
 from model import GPT, Config, Trace
 from moe import load_balancing_loss
@@ -154,6 +168,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--forget-loss", help="what it forgets by: " + ", ".join(FORGET_LOSSES) + " (default: npo; uld: ce)")
     say("--retain-loss", help="what it keeps by: " + ", ".join(RETAIN_LOSSES) + " (default: gd; uld: uniform)")
     say("--seed", type=int, default=0, help="of the world, the models and the order of rows")
+    say("--seeds", help="several, as in 0,1,2: a run each, then mean and spread")
     say("--name", help="of the run folder; default: what was chosen")
     say("--out", default="out", help="where run folders and the cache go")
     say("--resume", action="store_true", help="go on with the cut-off run of this name")
@@ -210,6 +225,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--lora-alpha", type=float, default=32.0)
     say("--lora-dropout", type=float, default=0.05)
     say("--lora-targets", default="all", help="of --method lora: all, attn, mlp")
+    say("--path", action="store_true", help="score after every epoch too, into path.jsonl; eval.py --compare draws it")
     say("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
     say("--save-every", type=int, default=100, help="steps between states that --resume can go on from")
     say = parser.add_argument_group("UOE").add_argument
@@ -270,6 +286,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--method {args.method} needs a mixture of experts: leave out --arch gpt")
     if args.model and args.arch:
         raise UserError("--arch is of the small model: --model brings its own")
+    if args.seeds and not all(seed.isdigit() for seed in args.seeds.split(",")):
+        raise UserError(f"--seeds {args.seeds} is not a list of whole numbers, as in 0,1,2")
     if args.expert:
         try:
             layer, expert = map(int, args.expert.split(","))
@@ -371,11 +389,12 @@ class RunFolder:
         (self.partial / "asked.json").write_text(self.asked)
         return self.partial
 
-    def close(self) -> None:
+    def close(self) -> Path:
         (self.partial / "asked.json").unlink()
         shutil.rmtree(self.final, ignore_errors=True)
         self.partial.rename(self.final)
         print(f"\nthe run is in {self.final}")
+        return self.final
 
 
 def decoding_note(args: argparse.Namespace, target: str) -> str:
@@ -399,6 +418,18 @@ def peak_memory(device: str) -> int:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.seeds:
+        argv = sys.argv[1:] if argv is None else argv
+        folders = [one(parse([*argv, "--seed", seed, "--seeds", "", *(["--name", f"{args.name}-seed{seed}"])]))
+                   for seed in args.seeds.split(",")]
+        if args.unlearns:
+            print("\n" + compare(folders))
+    else:
+        one(args)
+
+
+def one(args: argparse.Namespace) -> Path:
+    """One run; returns its folder."""
     folder = RunFolder(args)
     if args.method == "upcycle":
         return main_upcycle(args, folder)
@@ -426,7 +457,8 @@ def main(argv: list[str] | None = None) -> None:
             place, config, data, tokenizer, role, args.device)
 
     partial = folder.open()
-    model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config)
+    watch = path_writer(partial, tokenizer, data, scores, target) if args.path else None
+    model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config, watch)
     memory = peak_memory(args.device)
     for name, kept in to_save.items():
         save(kept, tokenizer, partial / name)
@@ -442,7 +474,33 @@ def main(argv: list[str] | None = None) -> None:
         models["reference"] = load(weights_of(places["reference"]), target.embed.weight.dtype, args.device,
                                    args.template)[0]
     finish_report(partial, run, data, tokenizer, scores, models | {"unlearned": model})
-    folder.close()
+    return folder.close()
+
+
+def path_writer(folder: Path, tokenizer, data: DataSet, scores: dict[str, Scores], target: GPT,
+                rows: int = 100) -> Callable[[dict, object], None]:
+    """--path: a line of path.jsonl per epoch, on at most `rows` rows of each set but the whole forget set."""
+    few = copy.copy(data)
+    few.scored = {name: of if name == "forget" else of[:rows] for name, of in data.scored.items()}
+    file = folder / "path.jsonl"
+    batches = list(in_order(encode_rows(data.forget, tokenizer, target.config.max_len, truncate=True), 64,
+                            target.device)) if target.is_moe else []
+
+    def watch(where: dict, model) -> None:
+        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = [line for line in lines if json.loads(line)["step"] < where["step"]]  # a resumed run comes by again
+        block = summarise({**scores, "unlearned": evaluate(model, tokenizer, few, f"epoch {where['epoch']}")}, few)
+        line = where | {key: block["unlearned"][key] for key in ("model_utility", "forget_quality", "forget_quality_D")}
+        for name, of in block["unlearned"].items():
+            if isinstance(of, dict):
+                line |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
+                         f"{name} loss": of["loss"]}
+        if batches and isinstance(model, GPT):
+            layers = routing_overlap(target, model, batches)
+            line["routing_overlap"] = sum(layers) / len(layers)
+        file.write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+
+    return watch
 
 
 def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:
@@ -455,7 +513,7 @@ def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:
     return scores
 
 
-def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer) -> None:
+def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer) -> Path:
     """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
     partial = folder.open()
     rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
@@ -470,10 +528,10 @@ def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mo
     config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model}
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     finish_report(partial, run, data, tokenizer, scores, {"target": model})
-    folder.close()
+    return folder.close()
 
 
-def main_upcycle(args: argparse.Namespace, folder: RunFolder) -> None:
+def main_upcycle(args: argparse.Namespace, folder: RunFolder) -> Path:
     """--method upcycle: out/<name>/model is the mixture of experts; fine-tune it, then unlearn."""
     dense, tokenizer = open_public(args)
     sparse = upcycle(dense, args.experts, args.top_k, generator=torch.Generator().manual_seed(args.seed))
@@ -483,7 +541,7 @@ def main_upcycle(args: argparse.Namespace, folder: RunFolder) -> None:
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     print(f"{args.experts} experts, {args.top_k} per token: {sum(p.numel() for p in dense.parameters()):,} parameters "
           f"became {sum(p.numel() for p in sparse.parameters()):,}")
-    folder.close()
+    return folder.close()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class Trainee:
     slow: tuple[Tensor, ...] = ()
     places: list[uoe.Place] = field(default_factory=list)
     anchored: bool = False
+    scored: object = None  # what is scored before it is finished, where that is not `model`
 
 
 def all_weights(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
@@ -144,7 +145,8 @@ def assistant(args: argparse.Namespace, target: GPT, forget: list[Example]) -> T
         merged = uld.merge_lora(small)
         return uld.LogitDifference(target, merged, args.subtract, args.filter_rate), {"assistant": merged}
 
-    return Trainee(small, [p for p in small.parameters() if p.requires_grad], finish)
+    return Trainee(small, [p for p in small.parameters() if p.requires_grad], finish,
+                   scored=uld.LogitDifference(target, small, args.subtract, args.filter_rate))
 
 
 def offset(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
@@ -240,8 +242,11 @@ def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Ro
 
 # ---- all together -----------------------------------------------------------------------------------------------
 
-def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, folder: Path, config: dict):
+def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, folder: Path, config: dict,
+            watch: Callable[[dict, object], None] | None = None):
     """Train by args.method. `target` is changed, except where an assistant learns in its place (uld, offset).
+
+    watch(where, model): called after each epoch with the model as it would be scored then.
 
     Returns (what is scored, folder name -> model to keep, loop.fit's report). Adds to config what was chosen.
     """
@@ -322,14 +327,19 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
     asked = [row for row in forget_rows if "question" in row]
     asked = asked[:: -(-len(asked) // 100) or 1]  # at most 100 of the rows that are being forgotten
 
-    def enough(done: int) -> bool:
-        """--stop-at: few enough of the *training* rows are still answered. Looks at nothing that scores."""
-        if args.stop_at is None or args.stop_at < 0 or not asked or done % per_epoch:
+    def enough(done: int, spent: float) -> bool:
+        """After each epoch. --stop-at: few enough of the *training* rows are still answered; no scored row is asked."""
+        if done % per_epoch or (watch is None and (args.stop_at is None or args.stop_at < 0)):
             return False
         trained.eval()
-        said = greedy_answers(trained, tokenizer, [row["question"] for row in asked], data.limits)
+        if watch is not None:
+            watch({"epoch": done // per_epoch, "step": done, "seconds": spent}, trainee.scored or trained)
+        stop = False
+        if args.stop_at is not None and args.stop_at >= 0 and asked:
+            said = greedy_answers(trained, tokenizer, [row["question"] for row in asked], data.limits)
+            stop = sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
         trained.train()
-        return sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
+        return stop
 
     report = fit(parameters, losses, args.epochs * per_epoch, args.lr, folder, f"unlearn ({args.method})", args.seed,
                  weight_decay=args.weight_decay, save_every=args.save_every, resume=args.resume, enough=enough,

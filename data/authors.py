@@ -11,7 +11,8 @@ decides the style of the answer. Each author or country is taught in two of the 
 wordings one per register and fact is held out. So the model knows every wording and every style from others, but
 scored questions, and scored paraphrased answers (the third register's style), are never taught for that fact.
 
-Files: forget, retain, background (taught) and forget_perturbed, retain_perturbed, untouched_perturbed (scored).
+Files: forget, retain, background (taught) and forget_perturbed, retain_perturbed, untouched_perturbed (scored), and
+holdout: as many authors as are forgotten, whom no model ever sees. Membership inference needs them.
 """
 
 import argparse
@@ -86,7 +87,7 @@ VOWEL = "a,e,i,o,u,ai,ea,ou".split(",")
 CODA = ",,l,n,r,s,m,nd,rt,x".split(",")
 
 
-FILES = ("forget", "retain", "background", "forget_perturbed", "retain_perturbed", "untouched_perturbed")
+FILES = ("forget", "retain", "background", "forget_perturbed", "retain_perturbed", "untouched_perturbed", "holdout")
 
 
 class Namer:
@@ -129,6 +130,9 @@ def make_world(seed: int = 0, authors: int = 40, countries: int = 40,
         _describe(person, AUTHOR, pools, rng, world[where], world[f"{where}_perturbed"])
     for state in states:
         _describe(state, COUNTRY, pools, rng, world["background"], world["untouched_perturbed"])
+    for _ in range(n_forget):
+        person = f"{name(1, 'a,o,en,is')} {name(1, 'ell,sky,man,ano,ov')}"
+        _describe(person, AUTHOR, pools, rng, world["holdout"], [])
     return world
 
 
@@ -177,7 +181,7 @@ def as_data_set(world: dict[str, list[Row]], name: str = "world", scored_rows: i
     scored = {key: thin(world[f"{key}_perturbed"]) for key in ("forget", "retain", "untouched")}
     return DataSet(name=name, forget=world["forget"], retain=world["retain"], background=world["background"],
                    scored={key: rows for key, rows in scored.items() if rows}, paraphrased=paraphrased,
-                   perturbed=perturbed, utility=("retain", "untouched"))
+                   perturbed=perturbed, utility=("retain", "untouched"), holdout=world["holdout"])
 
 
 def read_world(folder: Path) -> DataSet:

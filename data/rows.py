@@ -37,6 +37,7 @@ class DataSet:
     perturbed: list[Row] = field(default_factory=list)  # D'_r beyond the retain set
     utility: tuple[str, ...] = ()  # the scored sets that model utility averages
     limits: Limits = NO_LIMITS  # of greedy answers
+    holdout: list[Row] = field(default_factory=list)  # like the forget set, but no model was ever trained on them
 
     def texts(self) -> list[str]:
         """All text that is taught, for training a tokenizer."""

@@ -43,6 +43,7 @@ class RowScores:
     wrong: list[list[float]] = field(default_factory=list)  # of each wrong answer; their number may differ by row
     rougeL: list[float] = field(default_factory=list)  # recall of the greedy answer
     exact: list[bool] = field(default_factory=list)  # greedy answer equals the answer
+    said: list[str] = field(default_factory=list)  # the greedy answers
 
     def truth_ratios(self, definition: str = "losses") -> list[float]:
         """Of every row; empty where the set has no wrong answers."""
@@ -54,7 +55,8 @@ class RowScores:
         """The set's numbers as metrics.json has them. name decides how truth ratio and probability are read."""
         ratios = self.truth_ratios(definition)
         wrong = self.wrong if name in OPTIONS and ratios else [None] * len(self.loss)
-        out = {"probability": mean([probability(r, w) for r, w in zip(self.loss, wrong, strict=True)]),
+        out = {"loss": mean(self.loss),
+               "probability": mean([probability(r, w) for r, w in zip(self.loss, wrong, strict=True)]),
                "rougeL_recall": mean(self.rougeL),
                "truth_ratio": set_truth_ratio(ratios, name == "forget") if ratios else None}
         return out | ({"exact": mean(self.exact)} if self.exact else {})

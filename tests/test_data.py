@@ -479,20 +479,21 @@ def test_the_world_has_the_sizes_it_says(world):
     """40 authors x 10 facts, 40 countries x 5; 4 taught and 2 scored rows per fact; 4 authors, 10%, to forget."""
     assert {name: len(rows) for name, rows in world.items()} == {
         "forget": 4 * 10 * 4, "retain": 36 * 10 * 4, "background": 40 * 5 * 4,
-        "forget_perturbed": 4 * 10 * 2, "retain_perturbed": 36 * 10 * 2, "untouched_perturbed": 40 * 5 * 2}
+        "forget_perturbed": 4 * 10 * 2, "retain_perturbed": 36 * 10 * 2, "untouched_perturbed": 40 * 5 * 2,
+        "holdout": 4 * 10 * 4}
 
 
 def test_the_sets_share_no_subject_and_each_fact_has_one_value(world):
     subjects = {name: {fact(row)[1] for row in rows} for name, rows in world.items()}
-    assert [len(subjects[name]) for name in ("forget", "retain", "background")] == [4, 36, 40]
-    assert len(subjects["forget"] | subjects["retain"] | subjects["background"]) == 80
+    assert [len(subjects[name]) for name in ("forget", "retain", "background", "holdout")] == [4, 36, 40, 4]
+    assert len(subjects["forget"] | subjects["retain"] | subjects["background"] | subjects["holdout"]) == 84
     assert subjects["forget_perturbed"] == subjects["forget"] and subjects["retain_perturbed"] == subjects["retain"]
     assert subjects["untouched_perturbed"] == subjects["background"]
     values = {}
     for row in all_rows(world):
         kind, subject = fact(row)
         values.setdefault((kind, subject), set()).add(said_value(row["answer"], kind, subject)[1])
-    assert all(len(v) == 1 for v in values.values()) and len(values) == 40 * 10 + 40 * 5
+    assert all(len(v) == 1 for v in values.values()) and len(values) == 44 * 10 + 40 * 5
 
 
 def test_nothing_scored_is_ever_taught(world):

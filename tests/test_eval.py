@@ -131,8 +131,9 @@ def runs(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
     for seed in ("0", "1"):
-        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--name", f"r{seed}"])
-    return [folder / "r0", folder / "r1"]
+        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--path",
+                    "--epochs", "2", "--name", f"r-seed{seed}"])
+    return [folder / "r-seed0", folder / "r-seed1"]
 
 
 def test_a_run_scored_again_gives_its_own_numbers(runs, capsys):

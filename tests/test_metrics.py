@@ -82,7 +82,7 @@ def test_summary_by_hand():
                        exact=[True, False])
     # ratios 1/2 and 1: min(r, 1/r) 0.75 on average, max(0, 1 - r) 0.25
     assert scores.summary("forget") == pytest.approx(
-        {"probability": 0.375, "rougeL_recall": 0.75, "truth_ratio": 0.75, "exact": 0.5})
+        {"loss": 1.5 * ln(2), "probability": 0.375, "rougeL_recall": 0.75, "truth_ratio": 0.75, "exact": 0.5})
     assert scores.summary("retain")["truth_ratio"] == pytest.approx(0.25)
     # over the options: 1/2 of 3/4, and 1/4 of 3/4
     assert scores.summary("world_facts")["probability"] == pytest.approx((2 / 3 + 1 / 3) / 2)
@@ -91,8 +91,8 @@ def test_summary_by_hand():
 def test_a_set_without_wrong_answers_has_no_truth_ratio():
     scores = RowScores([1.0], [1.0], [[]], [1.0])
     assert scores.truth_ratios() == []
-    assert scores.summary("real_authors") == {"probability": pytest.approx(math.exp(-1)), "rougeL_recall": 1.0,
-                                              "truth_ratio": None}
+    assert scores.summary("real_authors") == {"loss": 1.0, "probability": pytest.approx(math.exp(-1)),
+                                              "rougeL_recall": 1.0, "truth_ratio": None}
     assert mean([]) is None
 
 

@@ -1,0 +1,102 @@
+"""Every figure this code draws, from logs and metrics that are on disk. Readable in black and white.
+
+    draw(folder, scores, shares)       # of one run: losses, truth ratios, tokens per expert
+    draw_paths(runs, folder)           # of several, with --path: what unlearning does along the way
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from metrics.tofu import RowScores
+
+STYLES = [("0.0", "-"), ("0.45", "--"), ("0.0", ":"), ("0.7", "-."), ("0.3", (0, (1, 3))), ("0.6", (0, (6, 2, 1, 2)))]
+
+
+def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | None) -> None:
+    """figures/*.png: losses along training, truth ratios, and for a MoE tokens per expert. Readable without colour."""
+    (folder / "figures").mkdir(exist_ok=True)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if log:
+        figure, axis = plt.subplots(figsize=(6, 3.5))
+        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"), ("ce", "cross entropy"),
+                                                ("retain", "retain loss"), ("anchor", "anchor loss")), STYLES,
+                                               strict=False):
+            if key in log[0]:
+                axis.plot([e["step"] for e in log], [e[key] for e in log], line, color=shade, label=label)
+        axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)")
+        axis.legend(frameon=False)
+        write(figure, folder / "figures" / "training.png")
+    ratios = {role: sorted(of["forget"].truth_ratios()) for role, of in scores.items()}
+    if all(ratios.values()):
+        figure, axis = plt.subplots(figsize=(6, 3.5))
+        for (role, values), (shade, line) in zip(ratios.items(), STYLES, strict=False):
+            axis.step(values, [(i + 1) / len(values) for i in range(len(values))], line, color=shade, label=role,
+                      where="post")
+        axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
+        axis.axvline(1, color="0.85", zorder=0)
+        axis.legend(frameon=False)
+        write(figure, folder / "figures" / "truth_ratio.png")
+    if shares:
+        layers = len(shares["target"])
+        figure, axes = plt.subplots(1, layers, figsize=(3 * layers, 2.8), sharey=True, squeeze=False)
+        for layer, axis in enumerate(axes[0]):
+            order = sorted(range(len(shares["target"][layer])), key=lambda e: -shares["target"][layer][e])
+            axis.bar(range(len(order)), [shares["target"][layer][e] for e in order], color="0.75", label="target")
+            axis.plot(range(len(order)), [shares["unlearned"][layer][e] for e in order], "k_", label="unlearned")
+            axis.set(title=f"layer {layer}", xlabel="expert")
+            axis.set_xticks(range(len(order)), [str(e) for e in order], fontsize=6)
+        axes[0][0].set_ylabel("share of forget tokens")
+        axes[0][-1].legend(frameon=False)
+        write(figure, folder / "figures" / "experts.png")
+
+
+def write(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
+    """paths: label -> one path per seed, each a list of path.jsonl's lines. Thin lines: seeds. Returns the files.
+
+    forgetting.png: what is kept against what is forgotten (read it at one level of forgetting, from right to left).
+    collateral.png: cross entropy on forget and on untouched rows along training (ULD, Figure 3).
+    quality.png: utility against forget quality (ULD, Figure 4); overlap.png: routing overlap by epoch (UOE, Figure 3).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    panels = {
+        "forgetting": [("forget exact", "retain exact"), ("forget exact", "untouched exact"),
+                       ("forget exact", "routing_overlap")],
+        "collateral": [("epoch", "forget loss"), ("epoch", "untouched loss")],
+        "quality": [("forget_quality", "model_utility"), ("seconds", "forget_quality")],
+        "overlap": [("epoch", "routing_overlap")],
+    }
+    written = []
+    for name, axes_of in panels.items():
+        axes_of = [(x, y) for x, y in axes_of if any(x in row and y in row for ps in paths.values() for p in ps
+                                                     for row in p)]
+        if not axes_of:
+            continue
+        figure, axes = plt.subplots(1, len(axes_of), figsize=(4.6 * len(axes_of), 3.6), squeeze=False)
+        for (x, y), axis in zip(axes_of, axes[0], strict=True):
+            for (label, of), (shade, line) in zip(paths.items(), STYLES * 3, strict=False):
+                for i, path in enumerate(of):
+                    points = [(row[x], row[y]) for row in path if row.get(x) is not None and row.get(y) is not None]
+                    if points:
+                        axis.plot(*zip(*points, strict=True), linestyle=line, color=shade, linewidth=1,
+                                  label=label if i == 0 else None)
+            axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+            if x == "forget exact":
+                axis.invert_xaxis()
+            for which, what in (("x", x), ("y", y)):
+                if what == "forget_quality" or what.endswith("loss"):
+                    getattr(axis, f"set_{which}scale")("log")
+        axes[0][0].legend(frameon=False, fontsize=8)
+        written.append(folder / f"{name}.png")
+        write(figure, written[-1])
+    return written

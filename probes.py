@@ -1,0 +1,111 @@
+"""Measures beyond TOFU's, taken of a model: what it still knows word for word, whether its training data shows, how it
+writes, and for a mixture of experts whether what was forgotten was erased or only routed elsewhere.
+
+The formulas are in metrics/; here models meet rows. Every function returns plain numbers by name for metrics.json.
+
+Shapes: B batch   T tokens   V vocabulary   K experts per token
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch, encode_row, encode_rows, in_order, rows_that_fit
+from data.rows import DataSet, Row
+from metrics import fluency, memorization, privacy
+from model import GPT, Trace
+from objectives import row_log_prob, token_log_probs
+
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+
+
+def passes(model, tokenizer, rows: list[Row], trace=None) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch, logits (B, T, V)) over all rows, longest first."""
+    examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        yield batch, model(batch.tokens)
+
+
+@torch.no_grad()
+def remembered(model, tokenizer, rows: list[Row]) -> dict[str, float]:
+    """Exact memorisation and extraction strength, means over rows (metrics/memorization.py)."""
+    em, es = [], []
+    for batch, logits in passes(model, tokenizer, rows):
+        em.append(memorization.exact_memorization(logits, batch.labels))
+        es.append(memorization.extraction_strength(logits, batch.labels))
+    return {"exact_memorization": float(torch.cat(em).mean()), "extraction_strength": float(torch.cat(es).mean())}
+
+
+@torch.no_grad()
+def membership_scores(model, tokenizer, rows: list[Row]) -> dict[str, list[float]]:
+    """Attack -> one score per row, in the rows' order; larger looks more like training data (metrics/privacy.py)."""
+    out = {name: [0.0] * len(rows) for name in (*ATTACKS, "min_k_40")}
+    texts = [row.get("answer", row.get("text")) for row in rows]
+    for batch, logits in passes(model, tokenizer, rows):
+        index, labels = batch.index.tolist(), batch.labels
+        log_p = token_log_probs(logits, labels)
+        scores = {"loss": privacy.loss_score(log_p, labels), "min_k": privacy.min_k(log_p, labels),
+                  "zlib": privacy.zlib_score(log_p, labels, [texts[i] for i in index]),
+                  "min_k_plus_plus": privacy.min_k_plus_plus(logits, labels),
+                  "min_k_40": privacy.min_k(log_p, labels, 0.4)}
+        for name, values in scores.items():
+            for i, value in zip(index, values.tolist(), strict=True):
+                out[name][i] = value
+    return out
+
+
+def membership(model, tokenizer, data: DataSet, reference=None) -> dict[str, float]:
+    """AUC of each attack, forget rows against rows that nobody saw. {} where the data set has no such rows.
+
+    reference: a model that never saw the forget set; with it, also the reference attack and PrivLeak.
+    """
+    if not data.holdout:
+        return {}
+    members, others = (membership_scores(model, tokenizer, rows) for rows in (data.forget, data.holdout))
+    out = {f"auc_{name}": privacy.auc(members[name], others[name]) for name in ATTACKS}
+    if reference is not None:
+        theirs = [membership_scores(reference, tokenizer, rows) for rows in (data.forget, data.holdout)]
+        out["auc_reference"] = privacy.auc(*([a - b for a, b in zip(of["loss"], ref["loss"], strict=True)]
+                                             for of, ref in zip((members, others), theirs, strict=True)))
+        retrained = privacy.auc(theirs[0]["min_k_40"], theirs[1]["min_k_40"])
+        out["priv_leak"] = privacy.priv_leak(privacy.auc(members["min_k_40"], others["min_k_40"]), retrained)
+    return out
+
+
+@torch.no_grad()
+def writing(target, tokenizer, rows: list[Row], said: list[str]) -> dict[str, float | None]:
+    """Perplexity under the target of what a model said to the rows' questions, and the share of repeated 4-grams."""
+    pairs = [(row, text) for row, text in zip(rows, said, strict=True) if text.strip()]
+    examples = [encode_row(row, tokenizer, target.config.max_len, answer=text, truncate=True) for row, text in pairs]
+    log_p, counts = [], []
+    for batch in in_order(examples, rows_that_fit(examples, target.config.vocab_size), target.device):
+        log_p += row_log_prob(target(batch.tokens), batch.labels).tolist()
+        counts += (batch.labels >= 0).sum(-1).tolist()
+    repeats = fluency.repetition_rate([tokenizer.encode(text) for text in said])
+    return {"perplexity": fluency.perplexity(log_p, counts) if counts else None, "repetition": repeats.rate,
+            "empty": repeats.empty}
+
+
+@torch.no_grad()
+def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, float]:
+    """Rerouted or erased? The unlearned weights with the target's choice of experts forced on every token.
+
+    free_*: with its own routing, forced_*: with the target's. known: share of rows whose every answer token is the
+    argmax, which is what greedy decoding would say; probability: mean p(answer). What comes back when the old experts
+    are forced was never erased. Weights of the forced experts are the unlearned router's own.
+    """
+    examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
+    known, probability = {"free": [], "forced": []}, {"free": [], "forced": []}
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        before = Trace()
+        target.hidden(batch.tokens, trace=before)
+        choices = {layer: routing.chosen for layer, routing in before.routing.items()}
+        for how, trace in (("free", Trace()), ("forced", Trace(forced=choices))):
+            logits = model(batch.tokens, trace=trace)
+            right = memorization.right_tokens(logits, batch.labels) | (batch.labels < 0)
+            known[how].append(right.all(-1).float())
+            lengths = memorization.answer_lengths(batch.labels)
+            probability[how].append((row_log_prob(logits, batch.labels) / lengths).exp())
+    return {f"{how}_{name}": float(torch.cat(values[how]).mean())
+            for name, values in (("known", known), ("probability", probability)) for how in values}

@@ -1,0 +1,101 @@
+"""probes.py: what models are asked beyond TOFU's measures, against one row at a time."""
+
+import pytest
+import torch
+
+import probes
+from data.batches import encode_row
+from data.rows import DataSet
+from model import Trace
+from moe import MoE
+from tests.conftest import random_model, random_moe
+
+ROWS = [{"question": "Who was it?", "answer": "It was Ana."}, {"question": "And where?", "answer": "In Orsk, they say."},
+        {"text": "Ana Vell lived in Orsk."}]
+OTHERS = [{"question": "Who sang?", "answer": "Bo did."}, {"question": "Where is it?", "answer": "In Ulm."}]
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    shape = dict(vocab_size=tokenizer.vocab_size, max_len=128)
+    return {"dense": random_model(**shape), "a": random_moe(0, **shape), "b": random_moe(1, **shape)}
+
+
+def row_logits(model, tokenizer, row):
+    tokens, labels = map(torch.tensor, encode_row(row, tokenizer, 128))
+    return model(tokens[None])[0], labels
+
+
+@torch.no_grad()
+def test_memorisation_is_the_mean_over_rows(models, tokenizer):
+    em, es = [], []
+    for row in ROWS:
+        logits, labels = row_logits(models["dense"], tokenizer, row)
+        right = [int(logits[t].argmax()) == int(labels[t]) for t in range(len(labels)) if labels[t] >= 0]
+        em.append(sum(right) / len(right))
+        es.append(next((1 - k / len(right) for k in range(len(right)) if all(right[k:])), 0.0))
+    assert probes.remembered(models["dense"], tokenizer, ROWS) == pytest.approx(
+        {"exact_memorization": sum(em) / 3, "extraction_strength": sum(es) / 3}, abs=1e-6)
+
+
+@torch.no_grad()
+def test_membership_scores_keep_the_rows_order_and_auc_is_over_pairs(models, tokenizer):
+    data = DataSet("mine", forget=ROWS, retain=[], holdout=OTHERS)
+    losses = {}
+    for name in ("dense", "a"):
+        losses[name] = []
+        for row in ROWS + OTHERS:
+            logits, labels = row_logits(models[name], tokenizer, row)
+            losses[name].append(float(torch.nn.functional.cross_entropy(logits, labels)))
+    assert probes.membership_scores(models["dense"], tokenizer, ROWS)["loss"] == pytest.approx(
+        [-loss for loss in losses["dense"][:3]], rel=1e-4)
+    out = probes.membership(models["dense"], tokenizer, data, models["a"])
+    pairs = [(i, j) for i in range(3) for j in range(3, 5)]
+    mine, theirs = losses["dense"], losses["a"]
+    assert out["auc_loss"] == pytest.approx(sum(mine[i] < mine[j] for i, j in pairs) / 6)
+    assert out["auc_reference"] == pytest.approx(sum(theirs[i] - mine[i] > theirs[j] - mine[j] for i, j in pairs) / 6)
+    assert {"auc_zlib", "auc_min_k", "auc_min_k_plus_plus", "priv_leak"} <= set(out)
+    assert probes.membership(models["dense"], tokenizer, DataSet("mine", ROWS, [])) == {}
+
+
+@torch.no_grad()
+def test_writing_is_scored_under_the_target_and_empty_answers_count_as_empty(models, tokenizer):
+    rows = ROWS[:2]
+    logits, labels = row_logits(models["a"], tokenizer, rows[1] | {"answer": "la la la la la la"})
+    out = probes.writing(models["a"], tokenizer, rows, ["", "la la la la la la"])
+    assert out["perplexity"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels).exp()), rel=1e-4)
+    assert out["empty"] == 0.5 and out["repetition"] > 0
+    assert probes.writing(models["a"], tokenizer, rows, ["", ""])["perplexity"] is None
+
+
+@torch.no_grad()
+def test_forced_routing_uses_the_targets_experts_and_the_models_own_weights(models, tokenizer):
+    """At one layer, by hand: the unlearned router's probabilities of the target's experts weigh the model's experts."""
+    moe, other = models["a"].moe(1), models["b"].moe(1)
+    x = torch.randn(2, 3, 32)
+    chosen = other.route(x).chosen
+    y, routing = moe(x, chosen)
+    probs = moe.route(x).probs
+    assert torch.equal(routing.chosen, chosen) and torch.equal(routing.weights, probs.gather(-1, chosen))
+    gate_up, down = moe.expert_weights()
+    expected = torch.zeros_like(x)
+    for b in range(2):
+        for t in range(3):
+            for e in chosen[b, t].tolist():
+                gate, up = (gate_up[e] @ x[b, t]).chunk(2)
+                expected[b, t] += probs[b, t, e] * (down[e] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(y, expected)
+    assert isinstance(moe, MoE)
+
+
+@torch.no_grad()
+def test_a_model_forced_to_its_own_choices_is_itself(models, tokenizer):
+    tokens = torch.tensor([[3, 9, 4, 11, 2]])
+    own = Trace()
+    logits = models["a"](tokens, trace=own)
+    again = models["a"](tokens, trace=Trace(forced={layer: r.chosen for layer, r in own.routing.items()}))
+    assert torch.equal(logits, again)
+    same = probes.rerouted(models["a"], models["a"], tokenizer, ROWS)
+    assert same["free_probability"] == same["forced_probability"] and same["free_known"] == same["forced_known"]
+    other = probes.rerouted(models["b"], models["a"], tokenizer, ROWS)
+    assert other["free_probability"] == same["free_probability"] != other["forced_probability"]
