@@ -201,7 +201,7 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
     kept = [load(folder / part, dtype, device)[0] for part in parts]
     if config["method"] == "uld":
         model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
-    elif config["method"] == "offset":
+    elif config["method"] in ("offset", "divergence"):
         model = LogitOffset(target, *kept, config["offset_alpha"])
     else:
         model, = kept
@@ -404,6 +404,29 @@ def score_log(log: str, reference: str | None) -> dict:
     return out
 
 
+def attack_run(folder: Path, args: argparse.Namespace) -> None:
+    """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
+    from attacks import attack, attack_table  # stands on this file
+
+    if min(args.relearn_rows, args.relearn_steps) < 1 or args.relearn_lr <= 0:
+        raise UserError("--relearn-rows, --relearn-steps and --relearn-lr are above 0")
+    run = open_run(folder)
+    models = {"target": run.target, "unlearned": run.model}
+    if run.config.get("reference") and not Path(run.config["reference"]).is_file():
+        models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
+    how = {"rows": args.relearn_rows, "steps": args.relearn_steps, "lr": args.relearn_lr}
+    outcomes = {}
+    with tqdm(total=(1 + len(args.attack)) * len(models), desc="attack") as bar:
+        for name in ["none", *args.attack]:
+            outcomes[name] = {}
+            for role, model in models.items():
+                outcomes[name][role] = attack(name, model, run.tokenizer, run.data.forget, run.data.scored["forget"],
+                                              run.data.limits, **how)
+                bar.update()
+    (folder / "attacks.json").write_text(json.dumps({"relearn": how, "outcomes": outcomes}, indent=1))
+    print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="score a run, compare runs, score a published log")
@@ -412,6 +435,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figures", metavar="DIR", help="with --compare, of runs with --path: draw into this folder")
     parser.add_argument("--tofu-log", help="an eval_log_aggregated.json to score")
     parser.add_argument("--reference", help="the retain-only model's log")
+    parser.add_argument("--attack", nargs="+", metavar="HOW", help="with a run: relearn, int8, int4, paraphrase, hint; "
+                                                                   "what comes back goes into attacks.json")
+    parser.add_argument("--relearn-rows", type=int, default=20)
+    parser.add_argument("--relearn-steps", type=int, default=20)
+    parser.add_argument("--relearn-lr", type=float, default=1e-4)
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
     if args.compare:
@@ -433,6 +461,8 @@ def main(argv: list[str] | None = None) -> None:
         for key, value in out.items():
             print(f"{key}: " + (", ".join(f"{k} {number(v)}" for k, v in value.items()) if isinstance(value, dict)
                                 else str(value)))
+    elif args.run and args.attack:
+        attack_run(Path(args.run), args)
     elif args.run:
         run = open_run(args.run)
         metrics = json.loads((Path(args.run) / "metrics.json").read_text())

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 import objectives
+import uoe
 from data.batches import encode_rows, in_order
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ from eval import (
     data_of,
     evaluate,
     finish_report,
+    open_run,
     routing_overlap,
     save_scores,
     scores_of,
@@ -62,7 +64,9 @@ SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/bat
 
 # What each method takes where the command line is silent. SMALL: our own models, found as README, "Honest limits",
 # says. PUBLIC: with --model, the papers' hyper-parameters.
-LOSSES = {"uld": ("ce", "uniform"), "rmu": (None, "hidden")}  # of a method, of a forget loss; others: npo, gd
+LOSSES = {"rmu": (None, "hidden")}  # of a forget loss; others: npo, gd
+OWN_LOSSES = {"uld": ("ce", "uniform"), "divergence": ("ce", "gd"), "distill": ("teacher", "teacher"),
+              "distill-lora": ("teacher", "teacher")}  # methods that are their losses
 SMALL = {
     # NPO sums over an answer's tokens and GD averages over them, so GD needs a weight to be heard
     "uoe": {"arch": "moe", "lr": 1.2e-2, "epochs": 32, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1,
@@ -72,6 +76,9 @@ SMALL = {
     "lora": {"arch": "moe", "lr": 1e-3, "epochs": 24, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
     "esft": {"arch": "moe", "lr": 1e-3, "epochs": 24, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
     "offset": {"arch": "gpt", "lr": 3e-3, "epochs": 20, "retain_weight": 20.0, "npo_beta": 1.0, "stop_at": 0.1},
+    "divergence": {"arch": "gpt", "lr": 3e-3, "epochs": 20},
+    "distill": {"arch": "gpt", "lr": 3e-4, "epochs": 10},
+    "distill-lora": {"arch": "gpt", "lr": 3e-3, "epochs": 10},
 }
 PUBLIC = {
     "uoe": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0, "layer": "all", "router_lr": 1.0},
@@ -80,6 +87,9 @@ PUBLIC = {
     "lora": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0},
     "esft": {"lr": 1e-5, "epochs": 5, "retain_weight": 1.0},
     "offset": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0},
+    "divergence": {"lr": 1e-3, "epochs": 10},
+    "distill": {"lr": 1e-5, "epochs": 5},
+    "distill-lora": {"lr": 1e-4, "epochs": 5},
     "finetune": {"lr": 1e-5, "epochs": 5},
     "upcycle": {},
 }
@@ -228,6 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--path", action="store_true", help="score after every epoch too, into path.jsonl; eval.py --compare draws it")
     say("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
     say("--save-every", type=int, default=100, help="steps between states that --resume can go on from")
+    say("--teacher", help="of distill and distill-lora: the run whose logits are learnt, e.g. out/uld")
     say = parser.add_argument_group("UOE").add_argument
     say("--m", type=int, default=1, help="how many experts to unlearn")
     say("--layer", help="choose within this layer (a number or 'middle'), or 'all' (default: middle; --model: all)")
@@ -239,6 +250,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--attribution-tokens", type=int, default=0, help="calibrate on so many forget tokens; 0: all")
     say("--router-lr", type=float, help="the router's learning rate, as a multiple of --lr (default: 0.1; --model: 1)")
     say("--freeze-router", action="store_true", help="train the expert alone")
+    say("--repair-routers", action="store_true", help="afterwards refit all routers to score as they did (GRIP)")
     say("--with-shared", action="store_true", help="train the layer's shared expert too")
     say("--esft-p", type=float, default=0.15, help="ESFT: share of a layer's affinity that its chosen experts reach")
     say = parser.add_argument_group("ULD and offset").add_argument
@@ -263,7 +275,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--method {args.method} needs --model: a Hugging Face folder, a hub name or a run folder")
     args.unlearns = args.method in TRAINEES
     if args.unlearns:
-        forget, retain = LOSSES.get(args.method, ("npo", "gd"))
+        forget, retain = OWN_LOSSES.get(args.method, ("npo", "gd"))
         args.forget_loss = args.forget_loss or forget
         args.retain_loss = args.retain_loss or LOSSES.get(args.forget_loss, (None, retain))[1]
     elif args.forget_loss or args.retain_loss:
@@ -276,12 +288,19 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         if args.unlearns and getattr(args, flag) not in table:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is unknown: "
                             f"choose one of {', '.join(table)}")
-    if not (args.method == "uld") == (args.forget_loss == "ce") == (args.retain_loss == "uniform"):
-        raise UserError(f"--method {args.method} with --forget-loss {args.forget_loss} and --retain-loss "
-                        f"{args.retain_loss}: ce and uniform are ULD's reversed objectives, for it and it alone "
-                        "(--forget-loss uniform is another thing, for all others)")
-    if args.method == "offset" and "hidden" in (args.retain_loss, LOSSES.get(args.forget_loss, ("", ""))[1]):
-        raise UserError("--method offset has no hidden states of its own to steer: --forget-loss npo, say")
+    own, pair = OWN_LOSSES.get(args.method), (args.forget_loss, args.retain_loss)
+    if args.unlearns and own and pair != own:
+        raise UserError(f"--method {args.method} with --forget-loss {pair[0]} and --retain-loss {pair[1]}: its own are "
+                        f"{' and '.join(own)}, and no others make sense")
+    if args.unlearns and not own and (pair[0] in ("ce", "teacher") or pair[1] in ("uniform", "teacher")):
+        raise UserError(f"--method {args.method} with --forget-loss {pair[0]} and --retain-loss {pair[1]}: ce, teacher "
+                        f"and a retaining uniform belong to {', '.join(OWN_LOSSES)} alone")
+    if args.method.startswith("distill") != bool(args.teacher):
+        raise UserError("--teacher RUN and --method distill or distill-lora go together")
+    if args.repair_routers and (args.arch == "gpt" or args.method in ("uld", "offset", "divergence")):
+        raise UserError("--repair-routers is for methods that change the weights of a mixture of experts")
+    if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
+        raise UserError(f"--method {args.method} has no hidden states of its own to steer: --forget-loss npo, say")
     if args.method in ("uoe", "esft") and args.arch == "gpt":
         raise UserError(f"--method {args.method} needs a mixture of experts: leave out --arch gpt")
     if args.model and args.arch:
@@ -345,7 +364,7 @@ def name_of(args: argparse.Namespace, chosen: dict) -> str:
     """The run folder's name where none is given: method, what departs from its defaults, model, data, seed."""
     parts = [args.method]
     if args.unlearns:
-        forget, retain = LOSSES.get(args.method, ("npo", "gd"))
+        forget, retain = OWN_LOSSES.get(args.method, ("npo", "gd"))
         parts += [args.arch] if args.arch != chosen.get("arch") else []
         parts += [loss for loss, usual in ((args.forget_loss, forget), (args.retain_loss, retain)) if loss != usual]
     if args.model:
@@ -456,9 +475,20 @@ def one(args: argparse.Namespace) -> Path:
         scores[role] = target_scores(target, tokenizer, data, place) if role == "target" else scores_of(
             place, config, data, tokenizer, role, args.device)
 
+    teacher = None
+    if args.teacher:
+        run = open_run(args.teacher, args.device)
+        if run.config["target"] != places["target"]:
+            raise UserError(f"--teacher {args.teacher} has another target ({run.config['target']}) than this run "
+                            f"({places['target']}): give the options that it was made with")
+        teacher = run.model
     partial = folder.open()
     watch = path_writer(partial, tokenizer, data, scores, target) if args.path else None
-    model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config, watch)
+    model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config, watch,
+                                      teacher)
+    if args.repair_routers:
+        uoe.repair_routers(target, model, in_order(encode_rows(data.retain, tokenizer, args.context, truncate=True), 64,
+                                                   args.device))
     memory = peak_memory(args.device)
     for name, kept in to_save.items():
         save(kept, tokenizer, partial / name)

@@ -40,6 +40,7 @@ class Seen:
     reference_log_prob: Tensor | None = None  # (B,) of the model before unlearning; so are the next two
     reference_logits: Tensor | None = None  # (B, T, V)
     reference_hidden: Tensor | None = None  # (B, T, D)
+    teacher_logits: Tensor | None = None  # (B, T, V) of --teacher, a finished run
     refusal_log_prob: Tensor | None = None  # (B,) of "I do not know" to the same questions
     refusal_reference_log_prob: Tensor | None = None  # (B,)
 
@@ -59,6 +60,7 @@ FORGET_LOSSES: dict[str, Callable[[Seen, argparse.Namespace], Tensor]] = {
     "di": lambda seen, args: objectives.deliberate_imagination(seen.logits, seen.reference_logits, seen.labels,
                                                                args.di_offset),
     "ce": lambda seen, args: objectives.cross_entropy(seen.logits, seen.labels),  # ULD's: the sign is reversed
+    "teacher": lambda seen, args: objectives.kl(seen.logits, seen.teacher_logits, seen.labels),  # --teacher's answers
 }
 RETAIN_LOSSES: dict[str, Callable[[Seen], Tensor] | None] = {
     "none": None,
@@ -66,6 +68,7 @@ RETAIN_LOSSES: dict[str, Callable[[Seen], Tensor] | None] = {
     "kl": lambda seen: objectives.kl(seen.logits, seen.reference_logits, seen.labels),
     "hidden": lambda seen: objectives.hidden_distance(seen.hidden, seen.reference_hidden, seen.mask),
     "uniform": lambda seen: objectives.uniform(seen.logits, seen.labels),  # ULD's
+    "teacher": lambda seen: objectives.kl(seen.logits, seen.teacher_logits, seen.labels),
 }
 
 
@@ -87,6 +90,7 @@ class Trainee:
     slow: tuple[Tensor, ...] = ()
     places: list[uoe.Place] = field(default_factory=list)
     anchored: bool = False
+    losses: Callable[[Batch, Batch], dict[str, Tensor]] | None = None  # of a forget and a retain batch, in their stead
     scored: object = None  # what is scored before it is finished, where that is not `model`
 
 
@@ -164,8 +168,30 @@ def offset(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trai
                    [p for p in small.parameters() if p.requires_grad], finish)
 
 
+def two_assistants(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
+    """Divergence decoding (arXiv 2605.31293): one assistant learns forget and retain rows, one the retain rows alone.
+
+    Both learn in one run; the loss of a step is the sum of theirs.
+    """
+    parts = [uld.build_assistant(target, assistant_layers(args, target), args.lora_rank, args.lora_alpha,
+                                 args.lora_dropout) for _ in range(2)]
+    without, seen = parts
+
+    def losses(forget: Batch, retain: Batch) -> dict[str, Tensor]:
+        terms = {"forget": objectives.cross_entropy(seen(forget.tokens), forget.labels),
+                 "retain": sum(objectives.cross_entropy(part(retain.tokens), retain.labels) for part in parts)}
+        return terms | {"loss": terms["forget"] + terms["retain"]}
+
+    def finish():
+        merged = [uld.merge_lora(part) for part in parts]
+        return uld.LogitOffset(target, *merged, args.offset_alpha), dict(zip(("without", "with"), merged, strict=True))
+
+    return Trainee(uld.LogitOffset(target, without, seen, args.offset_alpha),
+                   [p for part in parts for p in part.parameters() if p.requires_grad], finish, losses=losses)
+
+
 TRAINEES = {"uoe": experts, "uld": assistant, "full": all_weights, "lora": low_rank, "esft": experts,
-            "offset": offset}
+            "offset": offset, "divergence": two_assistants, "distill": all_weights, "distill-lora": low_rank}
 
 
 # ---- what it sees -----------------------------------------------------------------------------------------------
@@ -232,6 +258,8 @@ def steering_vector(side: Side, layer: int, coefficient: float, seed: int) -> Te
 
 def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Row]]:
     """The rows to forget and to keep. ULD: D'_f and D'_r (section 3.3), each part of which a flag can leave out."""
+    if args.method.startswith("distill"):  # as many wordings as there are: a teacher answers them all
+        return data.forget + data.paraphrased, data.retain
     if args.method != "uld":
         return data.forget, data.retain
     drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
@@ -243,10 +271,11 @@ def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Ro
 # ---- all together -----------------------------------------------------------------------------------------------
 
 def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, folder: Path, config: dict,
-            watch: Callable[[dict, object], None] | None = None):
+            watch: Callable[[dict, object], None] | None = None, teacher=None):
     """Train by args.method. `target` is changed, except where an assistant learns in its place (uld, offset).
 
     watch(where, model): called after each epoch with the model as it would be scored then.
+    teacher: whatever --teacher's run scores, for --method distill.
 
     Returns (what is scored, folder name -> model to keep, loop.fit's report). Adds to config what was chosen.
     """
@@ -301,10 +330,15 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
             with torch.no_grad():
                 was = side.see(frozen, batch, hidden_layer)
             seen.reference_logits, seen.reference_hidden = was.logits, was.hidden
+        if teacher is not None:
+            with torch.no_grad():
+                seen.teacher_logits = teacher(batch.tokens)
         return seen
 
     def losses(step: int) -> dict[str, Tensor]:
         batch = sides[0].batch(step)
+        if trainee.losses is not None:
+            return trainee.losses(batch, sides[1].batch(step))
         seen = look(sides[0], batch, args.forget_loss == "di")
         if refusal is not None:
             polite = look(refusal, refusal.of(batch.index.tolist()), False)

@@ -151,6 +151,31 @@ def restore(model: GPT) -> None:
     model.requires_grad_(True)
 
 
+@torch.no_grad()
+def repair_routers(target: GPT, model: GPT, batches: Iterable[Batch], ridge: float = 1e-2) -> None:
+    """GRIP's repair after the fact (arXiv 2601.16905): routers score the new hidden states as they did the old ones.
+
+        Delta = Theta X X'^T (X' X'^T + lambda I)^-1 - Theta'
+
+    Theta, X: the target's router and its inputs; Theta', X': the unlearned model's. batches: of retain rows. Layer by
+    layer from below, since a repaired router changes what the next one sees. ridge: lambda, as a share of the mean
+    diagonal of X' X'^T. Changes model in place.
+    """
+    batches = list(batches)
+    for layer in range(model.config.n_layer):
+        old, new = [], []
+        for batch in batches:
+            for m, into in ((target, old), (model, new)):
+                x = m.blocks[layer].mlp_norm(m.stem(batch.tokens, layer))  # (B, T, D)
+                into.append(x[batch.mask].double())
+        x, x_new = torch.cat(old), torch.cat(new)  # (N, D)
+        gram = x_new.T @ x_new
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        theta = target.moe(layer).router.weight.double()  # (E, D)
+        fitted = torch.linalg.solve(gram, x_new.T @ (x @ theta.T)).T
+        model.moe(layer).router.weight.copy_(fitted)
+
+
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[Place] = (), top: int = 6) -> str:
     """Per layer, the experts the forget set engages most, e.g. `E7 0.412 -> 0.398 *`; * marks the unlearned."""
     even = float(affinity.sum(1).mean()) / affinity.shape[1]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.authors import make_world
+import train
+from data.authors import make_world, write_world
 from data.tokenizer import Tokenizer
 from model import GPT, Config
 
@@ -57,3 +58,18 @@ def tofu() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the TOFU files in ../shared/tofu, which are not part of the repository")
     return folder
+
+
+TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "
+        "--pretrain-epochs 1 --pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> list[Path]:
+    """Two seeds of one small run."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
+    for seed in ("0", "1"):
+        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--path",
+                    "--epochs", "2", "--name", f"r-seed{seed}"])
+    return [folder / "r-seed0", folder / "r-seed1"]

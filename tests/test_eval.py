@@ -2,14 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import eval as scoring
-import train
-from data.authors import make_world, write_world
 from data.rows import DataSet, Limits
 from errors import UserError
 from metrics.routing import overlap
@@ -123,17 +120,6 @@ def test_the_command_line_prints_the_published_numbers(tofu, capsys):
     assert round(target["model_utility_mean_of_probabilities"], 4) == 0.5859
     scoring.main(["--tofu-log", str(logs / "llama2-7b_retain90_uld.json"), "--reference", reference, "--json"])
     assert json.loads(capsys.readouterr().out)["model_utility"] == pytest.approx(0.6203436494291608, rel=1e-10)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
-    """Two seeds of one small run."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
-    for seed in ("0", "1"):
-        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--path",
-                    "--epochs", "2", "--name", f"r-seed{seed}"])
-    return [folder / "r-seed0", folder / "r-seed1"]
 
 
 def test_a_run_scored_again_gives_its_own_numbers(runs, capsys):

@@ -10,7 +10,7 @@ from model import Trace
 from moe import MoE
 from tests.conftest import random_model, random_moe
 
-ROWS = [{"question": "Who was it?", "answer": "It was Ana."}, {"question": "And where?", "answer": "In Orsk, they say."},
+ROWS = [{"question": "Who was it?", "answer": "It was Ana."}, {"question": "Where?", "answer": "In Orsk, they say."},
         {"text": "Ana Vell lived in Orsk."}]
 OTHERS = [{"question": "Who sang?", "answer": "Bo did."}, {"question": "Where is it?", "answer": "In Ulm."}]
 

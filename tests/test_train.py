@@ -49,6 +49,7 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method lora --lora-targets attn --forget-loss simnpo", "--method esft --forget-loss di --retain-loss kl",
            "--method offset", "--method offset --arch moe --forget-loss ga --retain-loss kl",
            "--method uoe --forget-loss dpo", "--method full --forget-loss uniform", "--method uoe --affinity-rank 3",
+           "--method divergence", "--method full --repair-routers", "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed"]
 
 
@@ -65,7 +66,11 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     for name in ("forget", "retain", "untouched"):
         assert {"probability", "rougeL_recall", "truth_ratio", "exact"} <= set(metrics["unlearned"][name])
     assert metrics["run"]["trainable_parameters"] > 0 and not metrics["run"]["diverged"]
-    dense = "gpt" in options or "offset" in options
+    dense = "gpt" in options or "offset" in options or "divergence" in options
+    if "--path" in options:
+        path = [json.loads(line) for line in (folder / "path.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in path] == [1, 2] and 0 <= path[1]["routing_overlap"] <= 1
+        assert path[1]["forget loss"] == pytest.approx(metrics["unlearned"]["forget"]["loss"], rel=1e-4)
     assert ("routing_overlap" in metrics["unlearned"]) == ("uld" not in options and not dense)
     assert metrics["run"]["steps"] == len((folder / "log.jsonl").read_text().splitlines())
     assert (folder / "figures" / "training.png").stat().st_size > 1000
@@ -73,6 +78,27 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     # and it opens again, as eval.py, uoe.py and uld.py open it
     tokens = torch.tensor([[1, 2, 3]])
     assert open_run(folder).model(tokens).shape == (1, 3, open_run(folder).target.config.vocab_size)
+
+
+def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out):
+    teacher = run(world, out, "--method", "uld", name="teacher")
+    before = json.loads((teacher / "config.json").read_text())["target"]
+    folder = run(world, out, "--method", "distill", "--teacher", str(teacher), "--epochs", "2", name="pupil")
+    config, log = (json.loads((folder / "config.json").read_text()), (folder / "log.jsonl").read_text().splitlines())
+    assert config["target"] == before
+    losses = [json.loads(line)["loss"] for line in log]
+    assert losses[-1] < losses[0]  # it comes nearer to its teacher
+    assert (folder / "model" / "model.safetensors").is_file()
+    with pytest.raises(SystemExit):  # a teacher of another target
+        run(world, out, "--method", "distill-lora", "--teacher", str(teacher), "--width", "32", name="other")
+
+
+def test_several_seeds_are_a_run_each_and_their_mean(world, out, capsys):
+    train.main([*TINY, "--data", str(world), "--out", str(out), "--seeds", "0,3", "--method", "esft"])
+    printed = capsys.readouterr().out
+    assert "(2 runs)" in printed and " ± " in printed
+    names = sorted(p.name for p in out.glob("esft-*-seed*"))
+    assert len(names) == 2 and names[0].endswith("seed0") and names[1].endswith("seed3")
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -150,7 +176,7 @@ def test_a_diverging_run_goes_back_to_its_last_kept_state_and_says_so(tmp_path):
 
 
 def test_fit_stops_once_it_is_enough(tmp_path):
-    _, report = fit_toy(tmp_path, 20, enough=lambda done: done >= 6)
+    _, report = fit_toy(tmp_path, 20, enough=lambda done, spent: done >= 6)
     assert report["steps"] == 6 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
 
@@ -177,15 +203,18 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method uoe --forget-loss sorrow", r"--forget-loss sorrow .*npo"),
     ("--method uoe --model nowhere", r"nowhere is neither a folder"), ("--method finetune", r"finetune needs --model"),
     ("--method offset --forget-loss rmu", r"offset has no hidden states"), ("--split retain90", r"for --method fine"),
-    ("--method uoe --forget-loss uniform --retain-loss uniform", r"ce and uniform are ULD's"),
+    ("--method uoe --forget-loss uniform --retain-loss uniform", r"belong to uld"),
     ("--method esft --esft-p 2", r"--esft-p 2"), ("--method lora --lora-targets nose", r"--lora-targets nose"),
     ("--with-shared", r"--with-shared"), ("--affinity-rank 99", r"--affinity-rank 99"),
     ("--dtype bfloat16", r"--dtype bfloat16 is for"),
     ("--method uld --no-perturbed --uld-retain 0", r"no retain rows are left"),
     ("--method uoe --retain-loss some", r"--retain-loss some .*gd"),
     ("--method uoe --arch gpt", r"--method uoe needs a mixture"),
-    ("--method uld --forget-loss npo", r"ce and uniform are ULD's"),
-    ("--method full --forget-loss ce", r"ce and uniform are ULD's"),
+    ("--method uld --forget-loss npo", r"--method uld .* its own are ce and uniform"),
+    ("--method full --forget-loss ce", r"belong to uld"), ("--method full --forget-loss teacher", r"belong to uld"),
+    ("--method distill", r"--teacher RUN and --method distill"), ("--teacher out", r"--teacher RUN and"),
+    ("--method divergence --retain-loss kl", r"its own are ce and gd"), ("--seeds 0,a", r"--seeds 0,a"),
+    ("--method uld --repair-routers", r"--repair-routers"),
     ("--data tofu --split forget99", r"--split forget99 .*forget10"),
     ("--data nowhere", r"--data nowhere"),
     ("--protocol mine --data .", r"--protocol mine .*openunlearning"),

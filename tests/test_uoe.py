@@ -14,6 +14,7 @@ from uoe import (
     expert_attribution,
     experts_reaching,
     isolate,
+    repair_routers,
     restore,
     select_experts,
 )
@@ -236,3 +237,31 @@ def test_shared_experts_train_only_where_asked_and_present(sparse):
     assert model.moe(1).shared.up.weight.requires_grad and not model.moe(0).shared.up.weight.requires_grad
     with pytest.raises(UserError, match="--with-shared"):
         isolate(sparse(), [(1, 2)], shared=True)
+
+
+def router_logits(model, batches, layer):
+    return torch.cat([(model.blocks[layer].mlp_norm(model.stem(b.tokens, layer)) @ model.moe(layer).router.weight.T)
+                      [b.mask] for b in batches])
+
+
+@torch.no_grad()
+def test_repair_leaves_a_model_that_never_changed_and_brings_scores_back_where_one_did(sparse):
+    """The ridge solution by hand at the first layer that changed: its own normal equations hold."""
+    batches = list(in_order([Example([(7 * i + j) % 61 for j in range(9)], [IGNORE] * 9) for i in range(40)], 16))
+    target, same, changed = sparse(0), sparse(0), sparse(0)
+    repair_routers(target, same, batches, ridge=1e-9)
+    for layer in range(3):
+        torch.testing.assert_close(router_logits(same, batches, layer), router_logits(target, batches, layer),
+                                   atol=1e-3, rtol=1e-3)
+    changed.moe(0).down.mul_(1.3)
+    wanted = [router_logits(target, batches, layer) for layer in range(3)]
+    before = [(router_logits(changed, batches, layer) - wanted[layer]).square().mean() for layer in range(3)]
+    assert before[0] == 0 < before[1]
+    repair_routers(target, changed, batches, ridge=1e-6)
+    for layer in (1, 2):
+        assert (router_logits(changed, batches, layer) - wanted[layer]).square().mean() < before[layer]
+    x = torch.cat([changed.blocks[1].mlp_norm(changed.stem(b.tokens, 1))[b.mask] for b in batches]).double()
+    theta = changed.moe(1).router.weight.double()
+    ridge = 1e-6 * x.square().sum(0).mean()
+    gap = (x @ theta.T - wanted[1].double()).T @ x + ridge * theta  # gradient of the ridge objective
+    assert gap.abs().max() < 1e-2 * (wanted[1].double().T @ x).abs().max()
