@@ -80,6 +80,7 @@ SMALL = {
     "distill": {"arch": "gpt", "lr": 3e-4, "epochs": 10},
     "distill-lora": {"arch": "gpt", "lr": 3e-3, "epochs": 10},
 }
+SMALL_BY_LOSS = {"rmu": {"retain_weight": 40.0}, "ga": {"retain_weight": 5.0}}  # before the method's
 PUBLIC = {
     "uoe": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0, "layer": "all", "router_lr": 1.0},
     "uld": {"lr": 1e-3, "epochs": 10, "retain_weight": 6.5, "subtract": 0.75, "filter_rate": 1e-2},
@@ -281,7 +282,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     elif args.forget_loss or args.retain_loss:
         raise UserError(f"--forget-loss and --retain-loss: --method {args.method} forgets nothing")
     chosen = methods[args.method]
-    for key, value in (OTHERWISE | chosen).items():
+    by_loss = SMALL_BY_LOSS.get(args.forget_loss, {}) if not args.model else {}
+    for key, value in (OTHERWISE | chosen | by_loss).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for flag, table in (("forget_loss", FORGET_LOSSES), ("retain_loss", RETAIN_LOSSES)):
