@@ -12,8 +12,6 @@ Shapes: B batch   T tokens   V vocabulary   E experts   K experts per token
 import argparse
 import hashlib
 import json
-import re
-import statistics
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -31,6 +29,7 @@ from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_r
 from model import GPT, Trace
 from objectives import token_log_probs
 from pretrained import load
+from tables import by_kind, compare, compare_at, number, read_path, table
 from uld import LogitDifference, LogitOffset
 
 Scores = dict[str, RowScores]
@@ -297,53 +296,6 @@ def probe(models: dict[str, object], role: str, tokenizer, data: DataSet, scores
     return out
 
 
-MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
-            ("truth_ratio", "truth ratio"))
-
-
-SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
-           ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
-           ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
-           ("auc_loss", "membership AUC, loss"), ("auc_zlib", "                zlib"),
-           ("auc_min_k", "                min-k"), ("auc_min_k_plus_plus", "                min-k++"),
-           ("auc_reference", "                reference"),
-           ("priv_leak", "PrivLeak, %"), ("perplexity", "perplexity of its answers"),
-           ("repetition", "repeated 4-grams"), ("routing_overlap", "routing overlap on forget"),
-           ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))
-
-
-def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
-    """(label, one number or None per role) for each line of the table."""
-    sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
-    rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
-            for name in sets for key, label in MEASURES]
-    for key, label in SINGLES:
-        rows.append((label, [metrics[role].get(key) for role in roles]))
-    return [(label, values) for label, values in rows if any(v is not None for v in values)]
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
-
-
-def table(metrics: dict) -> str:
-    """Target, reference(s) and unlearned, one line per measure."""
-    roles = [role for role in metrics if role != "run"]
-    lines = [f"{'':<30}" + "".join(f"{role:>13}" for role in roles)]
-    lines += [f"{label:<30}" + "".join(f"{number(v):>13}" for v in values) for label, values in rows_of(metrics, roles)]
-    run, n = metrics["run"], metrics.get("unlearned", {}).get("forget_quality_n")
-    if n:
-        lines.append("(forget quality: two-sample KS test of truth ratios against the reference, "
-                     f"n = {n}; p falls with n, compare it only at one n)")
-    by = f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}" if run["forget_loss"] else run["method"]
-    lines.append(f"{by}: trained "
-                 f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters for {run['steps']} steps"
-                 + (", stopped because it diverged" if run["diverged"] else ""))
-    return "\n".join(lines)
-
-
 def three_questions(data: DataSet, tokenizer, models: dict) -> str:
     """One scored question of each of the first three sets, with every model's greedy answer."""
     lines = []
@@ -359,36 +311,6 @@ def three_questions(data: DataSet, tokenizer, models: dict) -> str:
 
 
 # ---- command line -----------------------------------------------------------------------------------------------
-
-def by_kind(folders: list[str]) -> dict[str, list[Path]]:
-    """Run folders by their names without the seed: out/uoe and out/uoe-seed1 are two of a kind."""
-    kinds: dict[str, list[Path]] = {}
-    for folder in map(Path, folders):
-        if not (folder / "metrics.json").is_file():
-            raise UserError(f"{folder / 'metrics.json'} is missing: --compare takes finished run folders")
-        kinds.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(folder)
-    return kinds
-
-
-def compare(folders: list[str]) -> str:
-    """Mean +- standard deviation of every measure over runs of a kind."""
-    kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
-             for kind, of in by_kind(folders).items()}
-    lines = []
-    for kind, runs in kinds.items():
-        roles = [role for role in runs[0] if role != "run" and all(role in run for run in runs)]
-        lines += [f"{kind} ({len(runs)} {'run' if len(runs) == 1 else 'runs'})",
-                  f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
-        for i, (label, _) in enumerate(rows_of(runs[0], roles)):
-            cells = []
-            for j in range(len(roles)):
-                values = [rows_of(run, roles)[i][1][j] for run in runs]
-                cells.append("-" if None in values else number(statistics.mean(values)) +
-                             (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
-            lines.append(f"{label:<30}" + "".join(f"{cell:>18}" for cell in cells))
-        lines.append("")
-    return "\n".join(lines)
-
 
 def score_log(log: str, reference: str | None) -> dict:
     """The same functions on a published log: per-set numbers, both definitions' model utility, forget quality."""
@@ -432,6 +354,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="score a run, compare runs, score a published log")
     parser.add_argument("run", nargs="?", help="a run folder to score again")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
+    parser.add_argument("--at", type=float, metavar="LEVEL", help="with --compare, of runs with --path: read every run "
+                                                                  "where so many forget answers are left, as 0.15")
     parser.add_argument("--figures", metavar="DIR", help="with --compare, of runs with --path: draw into this folder")
     parser.add_argument("--tofu-log", help="an eval_log_aggregated.json to score")
     parser.add_argument("--reference", help="the retain-only model's log")
@@ -440,18 +364,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--relearn-rows", type=int, default=20)
     parser.add_argument("--relearn-steps", type=int, default=20)
     parser.add_argument("--relearn-lr", type=float, default=1e-4)
+    parser.add_argument("--subtract", type=float, help="with a run of ULD: another alpha than it was made with")
+    parser.add_argument("--filter-rate", type=float, help="with a run of ULD: another filter")
+    parser.add_argument("--save", metavar="DIR", help="with a run: write its new metrics.json there")
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
     if args.compare:
-        print(compare(args.compare))
+        print(compare(args.compare) if args.at is None else compare_at(args.compare, args.at))
         if args.figures:
             from figures import draw_paths
 
-            paths = {kind: [[json.loads(line) for line in (folder / "path.jsonl").read_text().splitlines()]
-                            for folder in of if (folder / "path.jsonl").is_file()]
-                     for kind, of in by_kind(args.compare).items()}
-            if not any(paths.values()):
-                raise UserError("--figures: none of these runs has a path.jsonl; run train.py with --path")
+            paths = {kind: [read_path(folder) for folder in of] for kind, of in by_kind(args.compare).items()}
             print("drew " + ", ".join(map(str, draw_paths(paths, Path(args.figures)))))
     elif args.tofu_log:
         out = score_log(args.tofu_log, args.reference)
@@ -465,6 +388,12 @@ def main(argv: list[str] | None = None) -> None:
         attack_run(Path(args.run), args)
     elif args.run:
         run = open_run(args.run)
+        for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate")):
+            if getattr(args, flag) is not None:
+                if not isinstance(run.model, LogitDifference):
+                    raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
+                setattr(run.model, name, getattr(args, flag))
+                run.config[flag] = getattr(args, flag)
         metrics = json.loads((Path(args.run) / "metrics.json").read_text())
         scores = {role: scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
                   for role in metrics if role not in ("run", "unlearned")}
@@ -475,7 +404,11 @@ def main(argv: list[str] | None = None) -> None:
             models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
         for role in models:
             fresh[role] |= probe(models, role, run.tokenizer, run.data, scores[role])
-        print(json.dumps(fresh, indent=1) if args.json else table(fresh | {"run": metrics["run"]}))
+        fresh["run"] = metrics["run"]
+        if args.save:
+            Path(args.save).mkdir(parents=True, exist_ok=True)
+            (Path(args.save) / "metrics.json").write_text(json.dumps(fresh, indent=1))
+        print(json.dumps(fresh, indent=1) if args.json else table(fresh))
     else:
         raise UserError("nothing to score: give a run folder, --compare RUN..., or --tofu-log LOG")
 

@@ -40,7 +40,6 @@ from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from eval import (
     Scores,
-    compare,
     data_of,
     evaluate,
     finish_report,
@@ -56,6 +55,7 @@ from loop import collate_at, fit
 from model import GPT, Config, Trace
 from moe import load_balancing_loss
 from pretrained import load, save
+from tables import compare
 from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES, unlearn
 from upcycling import upcycle
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eval as scoring
+import tables
 from data.rows import DataSet, Limits
 from errors import UserError
 from metrics.routing import overlap
@@ -136,7 +137,7 @@ def test_compare_prints_mean_and_standard_deviation(runs, capsys):
     values = [json.loads((r / "metrics.json").read_text())["unlearned"]["routing_overlap"] for r in runs]
     mean, spread = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
     assert "(2 runs)" in printed
-    assert f"{scoring.number(mean)} ± {scoring.number(spread)}" in printed
+    assert f"{tables.number(mean)} ± {tables.number(spread)}" in printed
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -160,4 +161,40 @@ def test_a_run_folder_without_weights_is_named(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(("value", "printed"), [(None, "-"), (0.0, "0.000"), (0.1234, "0.123"), (2e-21, "2e-21")])
 def test_numbers_are_printed_short(value, printed):
-    assert scoring.number(value) == printed
+    assert tables.number(value) == printed
+
+
+def test_the_path_of_a_run_begins_at_its_target_and_is_read_between_epochs(runs):
+    path = tables.read_path(runs[0])
+    assert [row["epoch"] for row in path] == [0, *range(1, len(path))] and path[0]["routing_overlap"] == 1.0
+    rows = [{"forget exact": f, "retain exact": r, "epoch": e, "none": None}
+            for e, (f, r) in enumerate([(1.0, 1.0), (0.6, 0.9), (0.2, 0.7), (0.3, 0.6), (0.0, 0.1)])]
+    assert tables.at_level(rows, 0.4) == pytest.approx({"forget exact": 0.4, "retain exact": 0.8, "epoch": 1.5})
+    assert tables.at_level(rows, 0.2)["epoch"] == 2  # the first time, though it comes up again
+    assert tables.at_level(rows[:3], 0.1) is None and tables.at_level(rows, 1.0) is None
+
+
+def test_compare_at_a_level_counts_the_runs_that_reach_it(runs, tmp_path, capsys):
+    for i, last in enumerate((0.1, 0.5)):
+        folder = tmp_path / f"x-seed{i}"
+        folder.mkdir()
+        block = {"exact": 1.0, "rougeL_recall": 1.0, "loss": 0.1}
+        (folder / "metrics.json").write_text(json.dumps({"target": {
+            "forget": block, "retain": block, "model_utility": 0.8, "forget_quality": 1e-9, "forget_quality_D": 0.6}}))
+        line = {"epoch": 1, "step": 5, "seconds": 3.0, "forget exact": last, "retain exact": 0.5,
+                "untouched exact": None, "model_utility": 0.6, "forget_quality": 0.1}
+        (folder / "path.jsonl").write_text(json.dumps(line) + "\n")
+    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.2"])
+    printed = capsys.readouterr().out.splitlines()
+    assert "1/2" in printed[1] and tables.number(1 - 0.5 * 0.8 / 0.9) in printed[1]
+
+
+def test_figures_of_paths_are_drawn_for_runs_that_have_one(runs, tmp_path, capsys):
+    scoring.main(["--compare", *map(str, runs), "--figures", str(tmp_path / "f")])
+    assert {p.name for p in (tmp_path / "f").iterdir()} >= {"forgetting.png", "collateral.png", "overlap.png"}
+
+
+def test_another_filter_needs_a_run_of_uld(runs, capsys):
+    with pytest.raises(SystemExit):
+        scoring.main([str(runs[0]), "--filter-rate", "0.1"])
+    assert "--filter-rate is for runs of --method uld" in capsys.readouterr().err

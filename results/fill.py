@@ -1,0 +1,130 @@
+"""Fills the tables of the pages beside this file from the metrics.json and path.jsonl of runs. The prose is by hand.
+
+    python results/fill.py out [more folders of runs]
+
+A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND=label -->` ... `<!-- end -->`; what lies
+between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND, out/KIND-seed1, ...).
+`<!-- at LEVEL: ... -->` reads every run's path where so many forget answers are left. A kind without runs is left out
+and named on standard error.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from errors import UserError, one_line_errors
+from tables import at_level, by_kind, number, read_path
+
+HERE = Path(__file__).resolve().parent
+
+COLUMNS = {
+    "unlearning": [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
+                   ("retain exact", "retain", "exact"), ("untouched exact", "untouched", "exact"),
+                   ("model utility", None, "model_utility"), ("forget quality p, by seed", None, "forget_quality"),
+                   ("D", None, "forget_quality_D")],
+    "memory": [("exact memorisation", None, "exact_memorization"), ("extraction strength", None, "extraction_strength"),
+               ("membership AUC, loss", None, "auc_loss"), ("min-k++", None, "auc_min_k_plus_plus"),
+               ("PrivLeak %", None, "priv_leak"), ("perplexity of answers", None, "perplexity"),
+               ("repeated 4-grams", None, "repetition")],
+    "routing": [("forget exact", "forget", "exact"), ("retain exact", "retain", "exact"),
+                ("untouched exact", "untouched", "exact"), ("routing overlap", None, "routing_overlap"),
+                ("known, own routing", None, "free_known"), ("known, target's routing", None, "forced_known"),
+                ("trained %", "run", "share"), ("steps", "run", "steps")],
+    "tofu": [("forget prob.", "forget", "probability"), ("forget ROUGE-L", "forget", "rougeL_recall"),
+             ("retain prob.", "retain", "probability"), ("retain ROUGE-L", "retain", "rougeL_recall"),
+             ("real authors ROUGE-L", "real_authors", "rougeL_recall"),
+             ("world facts ROUGE-L", "world_facts", "rougeL_recall"), ("model utility", None, "model_utility"),
+             ("forget quality p", None, "forget_quality"), ("D", None, "forget_quality_D"),
+             ("routing overlap", None, "routing_overlap")],
+}
+AT = ["retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "seconds"]
+
+
+def spread(values: list[float]) -> str:
+    """`0.970 ± 0.026`, or the number alone where there is one run."""
+    if any(v is None for v in values) or not values:
+        return "-"
+    return number(statistics.mean(values)) + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
+
+
+def cell(runs: list[dict], role: str, where: str | None, key: str) -> str:
+    if where == "run":
+        if role != "unlearned":
+            return "-"
+        values = [100 * r["run"]["trainable_parameters"] / r["run"]["total_parameters"] if key == "share"
+                  else r["run"][key] for r in runs]
+        return spread(values)
+    values = [(r.get(role, {}).get(where, {}) if where else r.get(role, {})).get(key) for r in runs]
+    if key == "forget_quality":  # p-values do not average
+        return ", ".join("-" if v is None else f"{v:.2g}" for v in values)
+    return spread(values)
+
+
+def entries(spec: str) -> list[tuple[str, str, str]]:
+    """`uoe=UOE; uoe:target=MoE target` -> (kind, role, label) each."""
+    out = []
+    for part in filter(None, (p.strip() for p in spec.split(";"))):
+        kind, _, label = part.partition("=")
+        kind, _, role = kind.strip().partition(":")
+        out.append((kind, role or "unlearned", label.strip() or kind))
+    return out
+
+
+def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
+    if columns not in COLUMNS:
+        raise UserError(f"columns {columns!r} are unknown: {', '.join(COLUMNS)}")
+    lines = []
+    for kind, role, label in entries(spec):
+        if kind not in kinds:
+            print(f"no runs of {kind}: its row is left out", file=sys.stderr)
+            continue
+        runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds[kind]]
+        lines.append([f"{label} ({len(runs)})", *(cell(runs, role, where, key) for _, where, key in COLUMNS[columns])])
+    heads = ["(runs)", *(name for name, _, _ in COLUMNS[columns])]
+    keep = [i for i in range(len(heads)) if i == 0 or any(line[i].strip("-, ") for line in lines)]
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join("| " + " | ".join(row[i] for i in keep) + " |\n" for row in rows)
+
+
+def table_at(level: float, spec: str, kinds: dict[str, list[Path]]) -> str:
+    rows = [[f"at forget exact {level:g}", *(key.replace("_", " ") for key in AT)], ["---"] * (len(AT) + 1)]
+    for kind, _, label in entries(spec):
+        if kind not in kinds:
+            print(f"no runs of {kind}: its row is left out", file=sys.stderr)
+            continue
+        points = [at_level(read_path(folder), level) for folder in kinds[kind]]
+        reached = [p for p in points if p]
+        rows.append([f"{label} ({len(reached)} of {len(points)} get there)",
+                     *(spread([p.get(key) for p in reached]) for key in AT)])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def fill(text: str, kinds: dict[str, list[Path]]) -> str:
+    def one(match: re.Match) -> str:
+        what, argument, spec = match["what"], match["argument"], match["spec"]
+        body = table(argument, spec, kinds) if what == "table" else table_at(float(argument), spec, kinds)
+        return f"{match['open']}\n{body}<!-- end -->"
+
+    return re.sub(r"(?P<open><!-- (?P<what>table|at) (?P<argument>[\w.]+): (?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one,
+                  text, flags=re.DOTALL)
+
+
+@one_line_errors
+def main() -> None:
+    if len(sys.argv) < 2:
+        raise UserError("give the folder that holds the runs, such as out")
+    runs = sorted(p.parent for root in sys.argv[1:] for p in Path(root).glob("*/metrics.json"))
+    kinds = by_kind(list(map(str, runs)))
+    for page in sorted(HERE.glob("*.md")):
+        old = page.read_text(encoding="utf-8")
+        new = fill(old, kinds)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"filled {page.name}")
+
+
+if __name__ == "__main__":
+    main()

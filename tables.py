@@ -1,0 +1,129 @@
+"""metrics.json files as tables: of one run, over seeds, and along the way at one level of forgetting."""
+
+import json
+import re
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+from errors import UserError
+
+MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
+            ("truth_ratio", "truth ratio"))
+
+
+SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
+           ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
+           ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
+           ("auc_loss", "membership AUC, loss"), ("auc_zlib", "                zlib"),
+           ("auc_min_k", "                min-k"), ("auc_min_k_plus_plus", "                min-k++"),
+           ("auc_reference", "                reference"),
+           ("priv_leak", "PrivLeak, %"), ("perplexity", "perplexity of its answers"),
+           ("repetition", "repeated 4-grams"), ("routing_overlap", "routing overlap on forget"),
+           ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))
+
+
+def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
+    """(label, one number or None per role) for each line of the table."""
+    sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
+    rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
+            for name in sets for key, label in MEASURES]
+    for key, label in SINGLES:
+        rows.append((label, [metrics[role].get(key) for role in roles]))
+    return [(label, values) for label, values in rows if any(v is not None for v in values)]
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
+
+
+def table(metrics: dict) -> str:
+    """Target, reference(s) and unlearned, one line per measure."""
+    roles = [role for role in metrics if role != "run"]
+    lines = [f"{'':<30}" + "".join(f"{role:>13}" for role in roles)]
+    lines += [f"{label:<30}" + "".join(f"{number(v):>13}" for v in values) for label, values in rows_of(metrics, roles)]
+    run, n = metrics["run"], metrics.get("unlearned", {}).get("forget_quality_n")
+    if n:
+        lines.append("(forget quality: two-sample KS test of truth ratios against the reference, "
+                     f"n = {n}; p falls with n, compare it only at one n)")
+    by = f"{run['method']}, {run['forget_loss']} + {run['retain_loss']}" if run["forget_loss"] else run["method"]
+    lines.append(f"{by}: trained "
+                 f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters for {run['steps']} steps"
+                 + (", stopped because it diverged" if run["diverged"] else ""))
+    return "\n".join(lines)
+
+
+def by_kind(folders: list[str]) -> dict[str, list[Path]]:
+    """Run folders by their names without the seed: out/uoe and out/uoe-seed1 are two of a kind."""
+    kinds: dict[str, list[Path]] = {}
+    for folder in map(Path, folders):
+        if not (folder / "metrics.json").is_file():
+            raise UserError(f"{folder / 'metrics.json'} is missing: --compare takes finished run folders")
+        kinds.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(folder)
+    return kinds
+
+
+def compare(folders: list[str]) -> str:
+    """Mean +- standard deviation of every measure over runs of a kind."""
+    kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
+             for kind, of in by_kind(folders).items()}
+    lines = []
+    for kind, runs in kinds.items():
+        roles = [role for role in runs[0] if role != "run" and all(role in run for run in runs)]
+        lines += [f"{kind} ({len(runs)} {'run' if len(runs) == 1 else 'runs'})",
+                  f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
+        for i, (label, _) in enumerate(rows_of(runs[0], roles)):
+            cells = []
+            for j in range(len(roles)):
+                values = [rows_of(run, roles)[i][1][j] for run in runs]
+                cells.append("-" if None in values else number(statistics.mean(values)) +
+                             (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
+            lines.append(f"{label:<30}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def at_level(path: list[dict], level: float, key: str = "forget exact") -> dict | None:
+    """A path.jsonl where `key` first falls to `level`, each number interpolated between the two epochs around it.
+
+    End points of runs lie at different levels of forgetting, so they do not compare; this does. None where the level
+    is never reached. The path begins at the target, which is its first line's epoch 0 where that is given.
+    """
+    for before, after in pairwise(path):
+        if before[key] > level >= after[key]:
+            share = (before[key] - level) / (before[key] - after[key])
+            return {name: before[name] + share * (after[name] - before[name]) for name in after
+                    if isinstance(after[name], int | float) and isinstance(before.get(name), int | float)}
+    return None
+
+
+def read_path(folder: Path) -> list[dict]:
+    """A run's path.jsonl behind a line for the target (epoch 0). Raises UserError where the run was without --path."""
+    file = Path(folder) / "path.jsonl"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: run train.py with --path")
+    target = json.loads((Path(folder) / "metrics.json").read_text())["target"]
+    start = {"epoch": 0, "step": 0, "seconds": 0.0, "routing_overlap": 1.0,
+             **{key: target[key] for key in ("model_utility", "forget_quality", "forget_quality_D")}}
+    for name, of in target.items():
+        if isinstance(of, dict):
+            start |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
+                      f"{name} loss": of["loss"]}
+    return [start, *(json.loads(line) for line in file.read_text().splitlines())]
+
+
+def compare_at(folders: list[str], level: float) -> str:
+    """Mean +- standard deviation over runs of a kind, each read where it has forgotten down to `level`."""
+    keys = ("retain exact", "untouched exact", "model_utility", "forget_quality", "routing_overlap", "seconds")
+    lines = [f"{f'forget exact = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in keys)]
+    for kind, of in by_kind(folders).items():
+        points = [point for point in (at_level(read_path(folder), level) for folder in of) if point]
+        cells = []
+        for key in keys:
+            values = [point[key] for point in points if key in point]
+            cells.append("-" if len(values) < max(1, len(points)) else number(statistics.mean(values)) +
+                         (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
+        lines.append(f"{kind:<24}{f'{len(points)}/{len(of)}':>6}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
