@@ -25,23 +25,26 @@ def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return token_log_probs(logits, labels).sum(-1)
 
 
-def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of (B, T) values over answer positions only; 0 where there are none."""
+def answer_mean(values: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of (B, T) values over answer positions only, weighted by weights (B, T) where given; 0 where there are none.
+
+    Divided by the number of positions either way: weights whose mean over the whole set is 1 leave the scale alone.
+    """
     kept = labels != IGNORE
-    return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
+    return torch.where(kept, values if weights is None else weights * values, 0.0).sum() / kept.sum().clamp_min(1)
 
 
 # ---- keep or learn ----------------------------------------------------------------------------------------------
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean negative log-likelihood per answer token: learns. GD as a retain loss; ULD's equation 4 on D'_f."""
-    return answer_mean(-token_log_probs(logits, labels), labels)
+    return answer_mean(-token_log_probs(logits, labels), labels, weights)
 
 
-def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
+def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """KL(reference || model) per answer token, over the whole vocabulary (TOFU, arXiv 2401.06121, section 4.2)."""
     log_p, log_q = reference_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels)
+    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels, weights)
 
 
 def uniform(logits: Tensor, labels: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--attribution-tokens", type=int, default=0, help="calibrate on so many forget tokens; 0: all")
     say("--router-lr", type=float, help="the router's learning rate, as a multiple of --lr (default: 0.1; --model: 1)")
     say("--freeze-router", action="store_true", help="train the expert alone")
+    say("--balance-retain", action="store_true", help="weigh retain tokens so that they engage experts as forget "
+                                                            "tokens do (TRACE); for --retain-loss gd or kl")
     say("--repair-routers", action="store_true", help="afterwards refit all routers to score as they did (GRIP)")
     say("--with-shared", action="store_true", help="train the layer's shared expert too")
     say("--esft-p", type=float, default=0.15, help="ESFT: share of a layer's affinity that its chosen experts reach")
@@ -175,6 +177,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--teacher RUN and --method distill or distill-lora go together")
     if args.repair_routers and (args.arch == "gpt" or args.method in ("uld", "offset", "divergence")):
         raise UserError("--repair-routers is for methods that change the weights of a mixture of experts")
+    if args.balance_retain and (args.arch == "gpt" or args.retain_loss not in ("gd", "kl")):
+        raise UserError("--balance-retain weighs the retain tokens of a mixture of experts, by --retain-loss gd or kl")
     if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
         raise UserError(f"--method {args.method} has no hidden states of its own to steer: --forget-loss npo, say")
     if args.method in ("uoe", "esft") and args.arch == "gpt":

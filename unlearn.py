@@ -35,6 +35,7 @@ class Seen:
     mask: Tensor  # (B, T)
     logits: Tensor  # (B, T, V)
     trace: Trace
+    weights: Tensor | None = None  # (B, T) of retain tokens, with --balance-retain
     hidden: Tensor | None = None  # (B, T, D) after the layer that RMU steers
     control: Tensor | None = None  # (D,)
     reference_log_prob: Tensor | None = None  # (B,) of the model before unlearning; so are the next two
@@ -64,8 +65,8 @@ FORGET_LOSSES: dict[str, Callable[[Seen, argparse.Namespace], Tensor]] = {
 }
 RETAIN_LOSSES: dict[str, Callable[[Seen], Tensor] | None] = {
     "none": None,
-    "gd": lambda seen: objectives.cross_entropy(seen.logits, seen.labels),
-    "kl": lambda seen: objectives.kl(seen.logits, seen.reference_logits, seen.labels),
+    "gd": lambda seen: objectives.cross_entropy(seen.logits, seen.labels, seen.weights),
+    "kl": lambda seen: objectives.kl(seen.logits, seen.reference_logits, seen.labels, seen.weights),
     "hidden": lambda seen: objectives.hidden_distance(seen.hidden, seen.reference_hidden, seen.mask),
     "uniform": lambda seen: objectives.uniform(seen.logits, seen.labels),  # ULD's
     "teacher": lambda seen: objectives.kl(seen.logits, seen.teacher_logits, seen.labels),
@@ -208,6 +209,7 @@ class Side:
         self.batch_size, self.seed = batch_size, seed
         self.stem: list[Tensor] | None = None
         self.log_prob: Tensor | None = None  # (rows,) of the model as it was
+        self.weights: list[Tensor] | None = None  # of each row's tokens
         if start is not None:
             self.stem = [None] * len(examples)
             with torch.no_grad():
@@ -229,7 +231,9 @@ class Side:
             logits = model.head(model.tail(x, self.start, trace=trace))
         else:
             logits = model(batch.tokens, trace=trace)
-        return Seen(batch.labels, batch.mask, logits, trace, trace.hidden.get(hidden_layer))
+        weights = None if self.weights is None else torch.nn.utils.rnn.pad_sequence(
+            [self.weights[i] for i in batch.index.tolist()], True)
+        return Seen(batch.labels, batch.mask, logits, trace, weights, trace.hidden.get(hidden_layer))
 
     @torch.no_grad()
     def remember_log_prob(self) -> "Side":
@@ -299,6 +303,13 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
 
     sides = [Side(trained, forget, start, args.batch_size, args.seed),
              Side(trained, retain, start, args.batch_size, args.seed + 1)]
+    if args.balance_retain:
+        batches = list(in_order(retain, 64, target.device))
+        by_row = uoe.balanced_weights(target, in_order(forget, 64, target.device), batches)
+        sides[1].weights = [None] * len(retain)
+        for batch, weights in zip(batches, by_row, strict=True):
+            for i, row, n in zip(batch.index.tolist(), weights, batch.mask.sum(1).tolist(), strict=True):
+                sides[1].weights[i] = row[:n]
     refusal = None
     if args.forget_loss in ("npo", "dpo"):
         sides[0].remember_log_prob()

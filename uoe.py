@@ -12,10 +12,13 @@ Departures from the paper
     Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
-    What lies below the chosen layer is frozen and never changes, so it is computed once (train.py).
-    The router learns at half the expert's rate. The anchor pulls forget tokens to the expert that were never
-    routed there, so it shifts the very selection it is to hold; at full rate, overlap in that layer falls to a half.
-    By default the expert is the top one of the middle layer, not of all layers (`--layer all`). Small models see no
+    What lies below the chosen layer is frozen and never changes, so it is computed once (unlearn.py).
+    On the small models, the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert
+    that were never routed there, so it shifts the very selection it is to hold; at one rate for both, overlap in that
+    layer falls to a half.
+    On the small models, NPO's beta is 1 (paper: 0.001). A row is then let go once its answer is a few nats less likely
+    than it was; a small beta pushes on, and knowledge in neither set pays for it.
+    On the small models, the expert is the top one of the middle layer, not of all layers (`--layer all`). They see no
     topic in layer 0, only words; where its top expert wins, as on some seeds, unlearning it costs the retain set.
 
 Shapes: B batch   T tokens   E experts   L layers
@@ -149,6 +152,45 @@ def restore(model: GPT) -> None:
     for layer in range(model.config.n_layer):
         model.moe(layer).put_back()
     model.requires_grad_(True)
+
+
+@torch.no_grad()
+def balanced_weights(model: GPT, forget: Iterable[Batch], retain: list[Batch], rounds: int = 20) -> list[Tensor]:
+    """TRACE (arXiv 2606.10338): weights of retain tokens under which experts are as busy as on the forget set.
+
+    An expert that forget tokens engage and retain tokens seldom do is changed by the one loss and protected by
+    nothing. Iterative scaling: a token's weight is multiplied by wanted / current share of its experts, geometric mean
+    over experts and layers, until the shares match. Returns one (B, T) float32 per retain batch, mean 1 over real
+    tokens, 0 on padding. Shares that cannot be reached (an expert no retain token engages) are left as near as it gets.
+    """
+    def assignments(batches: Iterable[Batch]) -> list[Tensor]:  # per layer (N, E), each row sums to 1
+        out: list[list[Tensor]] = [[] for _ in range(model.config.n_layer)]
+        for batch in batches:
+            trace = Trace()
+            model.hidden(batch.tokens, trace=trace)
+            for layer, routing in trace.routing.items():
+                hit = torch.zeros_like(routing.probs).scatter(-1, routing.chosen, 1 / routing.chosen.shape[-1])
+                out[layer].append(hit[batch.mask])
+        return [torch.cat(parts) for parts in out]
+
+    wanted = [hit.mean(0) for hit in assignments(forget)]  # (E,)
+    theirs = assignments(retain)
+    weight = torch.ones(len(theirs[0]), device=model.device)
+    for _ in range(rounds):
+        step = torch.zeros_like(weight)
+        for want, hit in zip(wanted, theirs, strict=True):
+            share = (weight[:, None] * hit).mean(0)
+            ratio = (want.clamp_min(1e-4) / share.clamp_min(1e-4)).clamp(0.1, 10)
+            step += hit @ ratio.log() / len(wanted)
+        weight = weight * step.exp()
+        weight = weight / weight.mean()
+    out, start = [], 0
+    for batch in retain:
+        n = int(batch.mask.sum())
+        padded = torch.zeros(batch.mask.shape, device=model.device)
+        padded[batch.mask] = weight[start : start + n]
+        out, start = [*out, padded], start + n
+    return out
 
 
 @torch.no_grad()

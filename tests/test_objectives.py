@@ -233,3 +233,14 @@ def test_deliberate_imagination_by_hand():
     assert own.grad.abs().max() < 1e-6
     unlabelled = torch.full((1, 3), objectives.IGNORE)
     assert objectives.deliberate_imagination(own, own.detach(), unlabelled, 5.0).item() == 0
+
+
+def test_weights_of_one_change_nothing_and_others_scale_their_positions():
+    ones, labels = torch.ones(LABELS.shape), LABELS
+    assert objectives.cross_entropy(LOGITS, labels, ones) == objectives.cross_entropy(LOGITS, labels)
+    each = -objectives.token_log_probs(LOGITS, labels)
+    weights = torch.arange(labels.numel()).view(labels.shape).float()
+    expected = (weights * each).sum() / (labels >= 0).sum()
+    torch.testing.assert_close(objectives.cross_entropy(LOGITS, labels, weights), expected)
+    other = LOGITS.flip(-1)
+    torch.testing.assert_close(objectives.kl(LOGITS, other, labels, 2 * ones), 2 * objectives.kl(LOGITS, other, labels))

@@ -49,7 +49,8 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method lora --lora-targets attn --forget-loss simnpo", "--method esft --forget-loss di --retain-loss kl",
            "--method offset", "--method offset --arch moe --forget-loss ga --retain-loss kl",
            "--method uoe --forget-loss dpo", "--method full --forget-loss uniform", "--method uoe --affinity-rank 3",
-           "--method divergence", "--method full --repair-routers", "--method uoe --path --epochs 2 --stop-at -1",
+           "--method divergence", "--method full --repair-routers", "--method uoe --balance-retain",
+           "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed"]
 
 
@@ -214,7 +215,8 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method full --forget-loss ce", r"belong to uld"), ("--method full --forget-loss teacher", r"belong to uld"),
     ("--method distill", r"--teacher RUN and --method distill"), ("--teacher out", r"--teacher RUN and"),
     ("--method divergence --retain-loss kl", r"its own are ce and gd"), ("--seeds 0,a", r"--seeds 0,a"),
-    ("--method uld --repair-routers", r"--repair-routers"),
+    ("--method uld --repair-routers", r"--repair-routers"), ("--method uld --balance-retain", r"--balance-retain"),
+    ("--method uoe --forget-loss rmu --balance-retain", r"--balance-retain"),
     ("--data tofu --split forget99", r"--split forget99 .*forget10"),
     ("--data nowhere", r"--data nowhere"),
     ("--protocol mine --data .", r"--protocol mine .*openunlearning"),

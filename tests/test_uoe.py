@@ -6,10 +6,12 @@ from torch.testing import assert_close
 
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
+from model import Trace
 from moe import Routing
 from uoe import (
     affinity_table,
     anchor_loss,
+    balanced_weights,
     check_place,
     expert_attribution,
     experts_reaching,
@@ -265,3 +267,36 @@ def test_repair_leaves_a_model_that_never_changed_and_brings_scores_back_where_o
     ridge = 1e-6 * x.square().sum(0).mean()
     gap = (x @ theta.T - wanted[1].double()).T @ x + ridge * theta  # gradient of the ridge objective
     assert gap.abs().max() < 1e-2 * (wanted[1].double().T @ x).abs().max()
+
+
+@torch.no_grad()
+def test_balanced_weights_bring_the_experts_shares_to_those_of_the_forget_set(sparse):
+    def batches(seed, n):
+        draw = torch.Generator().manual_seed(seed)
+        rows = [torch.randint(61, (5 + i % 6,), generator=draw).tolist() for i in range(n)]
+        return list(in_order([Example(row, [IGNORE] * len(row)) for row in rows], 16))
+
+    def shares(model, parts, weights):
+        """Of the assignments at layer 0, weighted."""
+        total = torch.zeros(7)
+        for batch, weight in zip(parts, weights, strict=True):
+            trace = Trace()
+            model(batch.tokens, trace=trace)
+            for b, t in batch.mask.nonzero().tolist():
+                for e in trace.routing[0].chosen[b, t].tolist():
+                    total[e] += weight[b, t]
+        return total / total.sum()
+
+    model = sparse(n_layer=1)
+    forget, retain = batches(0, 8), batches(1, 80)
+    weights = balanced_weights(model, forget, retain, rounds=50)
+    real = torch.cat([w[b.mask] for w, b in zip(weights, retain, strict=True)])
+    assert real.mean() == pytest.approx(1, abs=1e-4) and all((w[~b.mask] == 0).all() for w, b in
+                                                             zip(weights, retain, strict=True))
+    ones = lambda parts: [b.mask.float() for b in parts]  # noqa: E731
+    wanted, before = shares(model, forget, ones(forget)), shares(model, retain, ones(retain))
+    after = shares(model, retain, weights)
+    assert (after - wanted).abs().max() < 0.1 * (before - wanted).abs().max()
+    same = balanced_weights(model, retain, retain)
+    assert torch.allclose(torch.cat([w[b.mask] for w, b in zip(same, retain, strict=True)]), torch.ones(len(real)),
+                          atol=1e-4)
