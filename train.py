@@ -243,8 +243,9 @@ def one(args: argparse.Namespace) -> Path:
         teacher = run.model
     partial = folder.open()
     watch = path_writer(partial, tokenizer, data, scores, target) if args.path else None
-    model, to_save, report = unlearn(args, copy.deepcopy(target), tokenizer, data, partial, config, watch,
-                                      teacher)
+    # methods that train assistants leave the target as it is; the others change a copy, which is compared with it
+    learner = target if args.method in ("uld", "offset", "divergence") else copy.deepcopy(target)
+    model, to_save, report = unlearn(args, learner, tokenizer, data, partial, config, watch, teacher)
     if args.repair_routers:
         uoe.repair_routers(target, model, in_order(encode_rows(data.retain, tokenizer, args.context, truncate=True), 64,
                                                    args.device))

@@ -382,7 +382,8 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
         stop = False
         if args.stop_at is not None and args.stop_at >= 0 and asked:
             said = greedy_answers(trained, tokenizer, [row["question"] for row in asked], data.limits)
-            stop = sum(a == row["answer"] for a, row in zip(said, asked, strict=True)) <= args.stop_at * len(asked)
+            right = sum(a.strip() == row["answer"].strip() for a, row in zip(said, asked, strict=True))
+            stop = right <= args.stop_at * len(asked)
         trained.train()
         return stop
 

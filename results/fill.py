@@ -1,11 +1,11 @@
-"""Fills the tables of the pages beside this file from the metrics.json and path.jsonl of runs. The prose is by hand.
+"""Fills the tables of the README and of the pages beside this file from metrics.json and path.jsonl of runs.
 
     python results/fill.py out [more folders of runs]
 
-A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND=label -->` ... `<!-- end -->`; what lies
-between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND, out/KIND-seed1, ...).
-`<!-- at LEVEL: ... -->` reads every run's path where so many forget answers are left. A kind without runs is left out
-and named on standard error.
+The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
+`<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
+out/KIND-seed1, ...). `<!-- at LEVEL: ... -->` reads every run's path where so many forget answers are left. A kind
+without runs is left out and named on standard error.
 """
 
 import json
@@ -118,7 +118,7 @@ def main() -> None:
         raise UserError("give the folder that holds the runs, such as out")
     runs = sorted(p.parent for root in sys.argv[1:] for p in Path(root).glob("*/metrics.json"))
     kinds = by_kind(list(map(str, runs)))
-    for page in sorted(HERE.glob("*.md")):
+    for page in [*sorted(HERE.glob("*.md")), HERE.parent / "README.md"]:
         old = page.read_text(encoding="utf-8")
         new = fill(old, kinds)
         if new != old:
