@@ -27,7 +27,7 @@ def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | N
                                                 ("retain", "retain loss"), ("anchor", "anchor loss")), STYLES,
                                                strict=False):
             if key in log[0]:
-                axis.plot([e["step"] for e in log], [e[key] for e in log], line, color=shade, label=label)
+                axis.plot([e["step"] for e in log], [e[key] for e in log], linestyle=line, color=shade, label=label)
         axis.set(xlabel="step", ylabel="loss (nats, anchor: squared distance)")
         axis.legend(frameon=False)
         write(figure, folder / "figures" / "training.png")
@@ -35,8 +35,8 @@ def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | N
     if all(ratios.values()):
         figure, axis = plt.subplots(figsize=(6, 3.5))
         for (role, values), (shade, line) in zip(ratios.items(), STYLES, strict=False):
-            axis.step(values, [(i + 1) / len(values) for i in range(len(values))], line, color=shade, label=role,
-                      where="post")
+            share = [(i + 1) / len(values) for i in range(len(values))]
+            axis.step(values, share, linestyle=line, color=shade, label=role, where="post")
         axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")
         axis.axvline(1, color="0.85", zorder=0)
         axis.legend(frameon=False)

@@ -69,7 +69,8 @@ def membership(model, tokenizer, data: DataSet, reference=None) -> dict[str, flo
         out["auc_reference"] = privacy.auc(*([a - b for a, b in zip(of["loss"], ref["loss"], strict=True)]
                                              for of, ref in zip((members, others), theirs, strict=True)))
         retrained = privacy.auc(theirs[0]["min_k_40"], theirs[1]["min_k_40"])
-        out["priv_leak"] = privacy.priv_leak(privacy.auc(members["min_k_40"], others["min_k_40"]), retrained)
+        unlearned = privacy.auc(members["min_k_40"], others["min_k_40"])
+        out["priv_leak"] = privacy.priv_leak(unlearned, retrained) if retrained < 1 else None  # nothing to divide by
     return out
 
 

@@ -198,3 +198,13 @@ def test_another_filter_needs_a_run_of_uld(runs, capsys):
     with pytest.raises(SystemExit):
         scoring.main([str(runs[0]), "--filter-rate", "0.1"])
     assert "--filter-rate is for runs of --method uld" in capsys.readouterr().err
+
+
+def test_every_figure_is_drawn_for_as_many_models_as_there_may_be(tmp_path):
+    """Five references and more: every line style is a style, none is taken for data."""
+    from figures import STYLES, draw
+    of = {"forget": scoring.RowScores([1.0, 2.0], [1.0, 2.0], [[2.0], [3.0]], [1.0, 1.0])}
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "forget_ce": 1.0, "retain": 0.5, "anchor": 0.1}\n')
+    shares = {"target": [[0.5, 0.5]], "unlearned": [[1.0, 0.0]]}
+    draw(tmp_path, {f"reference-{i}": of for i in range(len(STYLES) + 2)}, shares)
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"training.png", "truth_ratio.png", "experts.png"}
