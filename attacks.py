@@ -24,7 +24,7 @@ from data.batches import encode_rows, left_pad
 from data.rows import Limits, Row
 from errors import UserError
 from eval import greedy_answers
-from loop import collate_at
+from loop import Weights, collate_at
 from metrics.tofu import rouge_l_recall
 
 Outcome = dict[str, float]  # exact, rougeL_recall
@@ -43,18 +43,24 @@ def ask(model, tokenizer, rows: list[Row], limits: Limits, key: str = "question"
 
 def relearn(model, tokenizer, taught: list[Row], asked: list[Row], limits: Limits, steps: int = 20, lr: float = 1e-4,
             batch_size: int = 16, seed: int = 0) -> Outcome:
-    """Fine-tune a copy on `taught` for so many steps of AdamW, all weights; then ask `asked`, other rows of the set."""
+    """Fine-tune a copy on `taught` for so many steps of AdamW, all weights; then ask `asked`, other rows of the set.
+
+    A model of several parts (target and assistant) learns in all of them. bf16 weights learn as in loop.fit.
+    """
     model = copy.deepcopy(model).requires_grad_(True).train()
+    weights = Weights(list(model.parameters()))
     examples = encode_rows(taught, tokenizer, model.config.max_len, truncate=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.full, lr=lr, weight_decay=0.0)
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
         batch = collate_at(examples, batch_size, seed, step, model.device)
         loss = objectives.cross_entropy(model(batch.tokens), batch.labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        weights.take_gradients()
+        torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
         optimizer.step()
+        weights.give_back()
     return ask(model.eval(), tokenizer, asked, limits)
 
 
@@ -98,7 +104,10 @@ def attack(name: str, model, tokenizer, forget: list[Row], scored: list[Row], li
     """One attack of the list above on one model. Raises UserError for an unknown name or rows that do not allow it."""
     if name not in ATTACKS:
         raise UserError(f"--attack {name} is unknown: choose from {', '.join(ATTACKS)}")
-    return ATTACKS[name](model, tokenizer, forget, [row for row in scored if "question" in row], limits, **relearning)
+    asked = [row for row in scored if "question" in row]
+    if not asked:
+        raise UserError("--attack asks questions, and the forget set has passages only")
+    return ATTACKS[name](model, tokenizer, forget, asked, limits, **relearning)
 
 
 def _relearn(model, tokenizer, forget, scored, limits, rows: int = 20, **how):

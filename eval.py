@@ -24,6 +24,7 @@ from data import load_data
 from data.batches import Batch, encode_row, encode_rows, in_order, left_pad, rows_that_fit
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from errors import UserError, one_line_errors
+from metrics import choice
 from metrics.routing import expert_share, overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT, Trace
@@ -132,28 +133,34 @@ def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
              / sum(mask.sum() for _, mask in traces)).tolist() for layer in range(model.config.n_layer)]
 
 
-def scores_key(data: DataSet) -> str:
-    """Changes with the scored rows and with the code that scores."""
+def as_read(model, tokenizer) -> str:
+    """What scores depend on beside the weights on disk: their dtype in memory, and the template of prompts."""
+    return f"{next(model.parameters()).dtype} {getattr(tokenizer, 'template', None)}"
+
+
+def scores_key(data: DataSet, how: str) -> str:
+    """Changes with the scored rows, with as_read's answer, and with the code that scores."""
     here = Path(__file__).parent
-    sources = ("eval.py", "model.py", "moe.py", "metrics/tofu.py", "data/batches.py")
-    made_of = [data.scored, data.limits, *((here / name).read_text() for name in sources)]
+    sources = ("eval.py", "model.py", "moe.py", "objectives.py", "uld.py", "metrics/tofu.py", "data/batches.py",
+               "data/tokenizer.py", "data/hub_tokenizer.py")
+    made_of = [data.scored, data.limits, how, *((here / name).read_text() for name in sources)]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save_scores(folder: Path, data: DataSet, scores: Scores) -> None:
+def save_scores(folder: Path, data: DataSet, scores: Scores, how: str) -> None:
     """Into folder/scores.json, with the key of what was scored."""
-    text = json.dumps({"key": scores_key(data), "scores": {name: asdict(s) for name, s in scores.items()}})
+    text = json.dumps({"key": scores_key(data, how), "scores": {name: asdict(s) for name, s in scores.items()}})
     (folder / "scores.tmp").write_text(text)
     (folder / "scores.tmp").replace(folder / "scores.json")
 
 
-def stored_scores(folder: Path, data: DataSet) -> Scores | None:
+def stored_scores(folder: Path, data: DataSet, how: str) -> Scores | None:
     """What save_scores wrote, if it was for the same rows and code."""
     path = Path(folder) / "scores.json"
     if not path.is_file():
         return None
     stored = json.loads(path.read_text())
-    if stored["key"] != scores_key(data):
+    if stored["key"] != scores_key(data, how):
         return None
     return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
 
@@ -162,13 +169,13 @@ def stored_scores(folder: Path, data: DataSet) -> Scores | None:
 
 @dataclass
 class Run:
-    """A finished run, opened. model: the unlearned one, a GPT or a LogitDifference."""
+    """A finished run, opened. model: the unlearned one; a fine-tuned run has its model as target too."""
 
     config: dict
     data: DataSet
     tokenizer: object
     target: GPT
-    model: GPT | LogitDifference
+    model: GPT | LogitDifference | LogitOffset
 
     def forget_batches(self) -> list[Batch]:
         """The forget set as it was trained on."""
@@ -196,7 +203,9 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
         raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
     data = data_of(config)
     dtype = getattr(torch, config["dtype"])
-    target, tokenizer = load(weights_of(config["target"]), dtype, device, config["template"])
+    tuned = config["method"] == "finetune"  # its own model is what there is to look at
+    target, tokenizer = load(folder / "model" if tuned else weights_of(config["target"]), dtype, device,
+                             config["template"])
     kept = [load(folder / part, dtype, device)[0] for part in parts]
     if config["method"] == "uld":
         model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
@@ -220,12 +229,14 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer, role: str, devi
     """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours."""
     if Path(path).is_file():
         return read_log(Path(path))
-    scores = stored_scores(path, data)
+    dtype = getattr(torch, config["dtype"])
+    how = f"{dtype} {getattr(tokenizer, 'template', None)}"  # as_read of a model that may not have to be read
+    scores = stored_scores(path, data, how)
     if scores is None:
-        model, _ = load(weights_of(path), getattr(torch, config["dtype"]), device, config["template"])
+        model, _ = load(weights_of(path), dtype, device, config["template"])
         scores = evaluate(model, tokenizer, data, role)
         if (Path(path) / "model").is_dir():
-            save_scores(Path(path), data, scores)
+            save_scores(Path(path), data, scores, how)
     return scores
 
 
@@ -239,8 +250,9 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         whole = all(name in of for name in data.utility)  # a published log may lack sets
         block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
-        if role != "reference" and reference:
-            quality = forget_quality(of["forget"].truth_ratios(), reference)
+        ratios = of["forget"].truth_ratios()
+        if role != "reference" and reference and ratios:
+            quality = forget_quality(ratios, reference)
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
             if null and not role.startswith("reference"):
                 block["forget_quality_null"] = sum(d >= quality.D for d in null) / len(null)
@@ -273,7 +285,8 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
         shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
     metrics["run"] = run
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    save_scores(folder, data, scores["unlearned" if "unlearned" in scores else "target"])
+    last = "unlearned" if "unlearned" in scores else "target"
+    save_scores(folder, data, scores[last], as_read(models[last], tokenizer))
     draw(folder, scores, shares)
     print("\n" + table(metrics) + "\n")
     print(three_questions(data, tokenizer, models))
@@ -284,6 +297,7 @@ def probe(models: dict[str, object], role: str, tokenizer, data: DataSet, scores
     target, model = models["target"], models[role]
     rows = [row for row in data.scored["forget"] if "question" in row]
     out = probes.remembered(model, tokenizer, data.scored["forget"])
+    out |= probes.completion(model, tokenizer, data.scored["forget"])
     out |= probes.membership(model, tokenizer, data, models.get("reference"))
     if rows:
         out |= probes.writing(target, tokenizer, rows, scores["forget"].said)
@@ -317,25 +331,56 @@ def score_log(log: str, reference: str | None) -> dict:
     scores = read_log(Path(log))
     sets = ("retain", "real_authors", "world_facts")
     out = {name: s.summary(name) for name, s in scores.items()}
-    out["model_utility"] = utility_of(out, sets)
-    other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
-    out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
+    if all(name in scores for name in sets):  # open-unlearning's logs may hold the forget set alone
+        out["model_utility"] = utility_of(out, sets)
+        other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
+        out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
     if reference:
         quality = forget_quality(scores["forget"].truth_ratios(), read_log(Path(reference))["forget"].truth_ratios())
         out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
     return out
 
 
-def attack_run(folder: Path, args: argparse.Namespace) -> None:
+def models_of(run: Run) -> dict[str, object]:
+    """Role -> model: target, unlearned, and the reference where the run has one that is a model."""
+    models = {"target": run.target} | ({"unlearned": run.model} if run.config["method"] != "finetune" else {})
+    if run.config.get("reference") and not Path(run.config["reference"]).is_file():
+        models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
+    return models
+
+
+def score_again(folder: Path, run: Run, args: argparse.Namespace) -> None:
+    """Score a run anew and print its table; --save keeps the new metrics.json elsewhere."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    models = models_of(run)
+    scores = {role: evaluate(models[role], run.tokenizer, run.data, role) if role in ("target", "unlearned") else
+              scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
+              for role in metrics if role != "run"}
+    fresh = summarise(scores, run.data)
+    for role in models:
+        fresh[role] |= probe(models, role, run.tokenizer, run.data, scores[role])
+    fresh["run"] = metrics["run"]
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        (Path(args.save) / "metrics.json").write_text(json.dumps(fresh, indent=1))
+    print(json.dumps(fresh, indent=1) if args.json else table(fresh))
+
+
+def choices_table(run: Run, path: str) -> str:
+    """Accuracy of target, unlearned and reference on a file of multiple-choice questions."""
+    rows = choice.read_choices(Path(path))
+    lines = [f"{len(rows)} questions, guessing gets {choice.chance(rows):.3f}"]
+    return "\n".join([*lines, *(f"{role:<12}{probes.choice_accuracy(model, run.tokenizer, rows):.3f}"
+                                for role, model in models_of(run).items())])
+
+
+def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
     from attacks import attack, attack_table  # stands on this file
 
     if min(args.relearn_rows, args.relearn_steps) < 1 or args.relearn_lr <= 0:
         raise UserError("--relearn-rows, --relearn-steps and --relearn-lr are above 0")
-    run = open_run(folder)
-    models = {"target": run.target, "unlearned": run.model}
-    if run.config.get("reference") and not Path(run.config["reference"]).is_file():
-        models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
+    models = models_of(run)
     how = {"rows": args.relearn_rows, "steps": args.relearn_steps, "lr": args.relearn_lr}
     outcomes = {}
     with tqdm(total=(1 + len(args.attack)) * len(models), desc="attack") as bar:
@@ -361,6 +406,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", help="the retain-only model's log")
     parser.add_argument("--attack", nargs="+", metavar="HOW", help="with a run: relearn, int8, int4, paraphrase, hint; "
                                                                    "what comes back goes into attacks.json")
+    parser.add_argument("--choices", metavar="FILE", help="with a run: accuracy on multiple-choice questions, JSON "
+                                                          "lines with question, choices, answer (as WMDP, MMLU)")
     parser.add_argument("--relearn-rows", type=int, default=20)
     parser.add_argument("--relearn-steps", type=int, default=20)
     parser.add_argument("--relearn-lr", type=float, default=1e-4)
@@ -384,8 +431,6 @@ def main(argv: list[str] | None = None) -> None:
         for key, value in out.items():
             print(f"{key}: " + (", ".join(f"{k} {number(v)}" for k, v in value.items()) if isinstance(value, dict)
                                 else str(value)))
-    elif args.run and args.attack:
-        attack_run(Path(args.run), args)
     elif args.run:
         run = open_run(args.run)
         for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate")):
@@ -393,22 +438,12 @@ def main(argv: list[str] | None = None) -> None:
                 if not isinstance(run.model, LogitDifference):
                     raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
                 setattr(run.model, name, getattr(args, flag))
-                run.config[flag] = getattr(args, flag)
-        metrics = json.loads((Path(args.run) / "metrics.json").read_text())
-        scores = {role: scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
-                  for role in metrics if role not in ("run", "unlearned")}
-        scores["unlearned"] = evaluate(run.model, run.tokenizer, run.data, "unlearned")
-        fresh = summarise(scores, run.data)
-        models = {"target": run.target, "unlearned": run.model}
-        if Path(run.config.get("reference") or "").is_dir() and run.config.get("reference"):
-            models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
-        for role in models:
-            fresh[role] |= probe(models, role, run.tokenizer, run.data, scores[role])
-        fresh["run"] = metrics["run"]
-        if args.save:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            (Path(args.save) / "metrics.json").write_text(json.dumps(fresh, indent=1))
-        print(json.dumps(fresh, indent=1) if args.json else table(fresh))
+        if args.attack:
+            attack_run(Path(args.run), run, args)
+        elif args.choices:
+            print(choices_table(run, args.choices))
+        else:
+            score_again(Path(args.run), run, args)
     else:
         raise UserError("nothing to score: give a run folder, --compare RUN..., or --tofu-log LOG")
 

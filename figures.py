@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from metrics.tofu import RowScores
 
-STYLES = [("0.0", "-"), ("0.45", "--"), ("0.0", ":"), ("0.7", "-."), ("0.3", (0, (1, 3))), ("0.6", (0, (6, 2, 1, 2)))]
+STYLES = [("0.0", "-"), ("0.6", "-"), ("0.0", "--"), ("0.6", "--"), ("0.0", ":"), ("0.6", ":")]
 
 
 def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | None) -> None:
@@ -34,7 +34,7 @@ def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | N
     ratios = {role: sorted(of["forget"].truth_ratios()) for role, of in scores.items()}
     if all(ratios.values()):
         figure, axis = plt.subplots(figsize=(6, 3.5))
-        for (role, values), (shade, line) in zip(ratios.items(), STYLES, strict=False):
+        for (role, values), (shade, line) in zip(ratios.items(), STYLES * 3, strict=False):
             share = [(i + 1) / len(values) for i in range(len(values))]
             axis.step(values, share, linestyle=line, color=shade, label=role, where="post")
         axis.set(xlabel="truth ratio on the forget set (wrong over right)", ylabel="share of rows below", xscale="log")

@@ -108,7 +108,7 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
             norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
             if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
                 diverged = True
-                kept, seconds, log = bring_back()
+                kept, _, log = bring_back()  # the time was spent all the same
                 tqdm.write(f"{what}: the loss is no longer finite at step {step}; "
                            f"going back to step {kept} and stopping there (a lower --lr may hold)")
                 steps = kept

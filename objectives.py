@@ -1,5 +1,5 @@
 """Forget and retain losses: pure functions of logits, log-probabilities or hidden states, formula and source beside
-each. None of them knows a model or a trainer; train.py's two tables give them their names on the command line.
+each. None of them knows a model or a trainer; unlearn.py's two tables give them their names on the command line.
 
 Shapes: B batch   T tokens   V vocabulary   D model width
     logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer

@@ -9,7 +9,7 @@ from errors import UserError
 from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES
 
 # What each method takes where the command line is silent. SMALL: our own models, found as README, "Honest limits",
-# says. PUBLIC: with --model, the papers' hyper-parameters.
+# says. PUBLIC: with --model; layers, learning rates, filter and ULD's weights are the papers', the rest is TOFU's.
 LOSSES = {"rmu": (None, "hidden")}  # of a forget loss; others: npo, gd
 OWN_LOSSES = {"uld": ("ce", "uniform"), "divergence": ("ce", "gd"), "distill": ("teacher", "teacher"),
               "distill-lora": ("teacher", "teacher")}  # methods that are their losses
@@ -177,7 +177,16 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("--teacher RUN and --method distill or distill-lora go together")
     if args.repair_routers and (args.arch == "gpt" or args.method in ("uld", "offset", "divergence")):
         raise UserError("--repair-routers is for methods that change the weights of a mixture of experts")
-    if args.balance_retain and (args.arch == "gpt" or args.retain_loss not in ("gd", "kl")):
+    if args.reference and not args.model:
+        raise UserError("--reference is for --model: a small model's reference is trained beside it")
+    if args.model and args.references > 1:
+        raise UserError("--references counts small models that are trained; with --model give --reference")
+    if args.method in ("finetune", "upcycle") and (args.path or args.stop_at is not None):
+        raise UserError(f"--path and --stop-at follow unlearning, and --method {args.method} does none")
+    if args.expert and args.m > 1:
+        raise UserError("--expert names one expert, --m asks for several")
+    if args.balance_retain and (args.arch == "gpt" or args.method in ("offset", "divergence") or
+                                args.retain_loss not in ("gd", "kl")):
         raise UserError("--balance-retain weighs the retain tokens of a mixture of experts, by --retain-loss gd or kl")
     if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
         raise UserError(f"--method {args.method} has no hidden states of its own to steer: --forget-loss npo, say")
@@ -195,8 +204,10 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         args.expert = (layer, expert)
     if args.layer not in ("middle", "all") and not args.layer.isdigit():
         raise UserError(f"--layer {args.layer} is not a layer's number, 'middle' or 'all'")
-    args.experts = args.experts or (8 if args.method == "upcycle" else 16)
-    args.top_k = args.top_k or (2 if args.method == "upcycle" else 4)
+    if args.experts is None:
+        args.experts = 8 if args.method == "upcycle" else 16
+    if args.top_k is None:
+        args.top_k = 2 if args.method == "upcycle" else 4
     args.dtype = args.dtype or ("bfloat16" if args.model else "float32")
     if not args.model and args.dtype != "float32":
         raise UserError(f"--dtype {args.dtype} is for --model: the small models are float32")
@@ -235,8 +246,12 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--device {args.device} is not here: try --device cpu") from None
     if not args.name:
         args.name = name_of(args, chosen)
-    if Path(args.name).name != args.name:
-        raise UserError(f"--name {args.name} is not a plain folder name: --out says where it goes")
+    if Path(args.name).name != args.name or args.name in ("..", "cache"):
+        raise UserError(f"--name {args.name} is not a plain folder name of its own: --out says where it goes")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be made ({error.strerror}): give another folder") from None
     return args
 
 

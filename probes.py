@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data.batches import Batch, encode_row, encode_rows, in_order, rows_that_fit
+from data.batches import IGNORE, Batch, Example, encode_row, encode_rows, in_order, rows_that_fit
 from data.rows import DataSet, Row
-from metrics import fluency, memorization, privacy
+from metrics import choice, fluency, memorization, privacy
 from model import GPT, Trace
 from objectives import row_log_prob, token_log_probs
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 
-def passes(model, tokenizer, rows: list[Row], trace=None) -> Iterator[tuple[Batch, Tensor]]:
+def passes(model, tokenizer, rows: list[Row]) -> Iterator[tuple[Batch, Tensor]]:
     """(batch, logits (B, T, V)) over all rows, longest first."""
     examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
@@ -72,6 +72,47 @@ def membership(model, tokenizer, data: DataSet, reference=None) -> dict[str, flo
         unlearned = privacy.auc(members["min_k_40"], others["min_k_40"])
         out["priv_leak"] = privacy.priv_leak(unlearned, retrained) if retrained < 1 else None  # nothing to divide by
     return out
+
+
+def completion(model, tokenizer, rows: list[Row], prefix: int = 200) -> dict[str, float]:
+    """How passages are gone on with from their first tokens: BLEU and ROUGE-L, means over rows; {} without passages.
+
+    prefix: tokens that are given, half of a passage that has not twice as many (ULD: 200 of 512).
+    """
+    said, right = [], []
+    for row in rows:
+        ids = tokenizer.passage(row["text"])[: model.config.max_len] if "text" in row else []
+        if len(ids) < 4:
+            continue
+        given, rest = memorization.split_prefix(ids, min(prefix, len(ids) // 2))
+        new = model.generate(torch.tensor([given], device=model.device), len(rest), end=tokenizer.stops)
+        said.append(tokenizer.decode(new[0].tolist()))
+        right.append(tokenizer.decode(rest))
+    if not said:
+        return {}
+    rouge = memorization.rouge_l(right, said)
+    return {"completion_bleu": sum(memorization.bleu(right, said)) / len(said),
+            "completion_rougeL_f1": sum(score.f1 for score in rouge) / len(said),
+            "completion_rougeL_recall": sum(score.recall for score in rouge) / len(said)}
+
+
+@torch.no_grad()
+def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float:
+    """Share of multiple-choice questions whose right letter is the likeliest (metrics/choice.py); no template."""
+    pairs = []  # one example per choice, labels on the letter alone
+    for row in rows:
+        before = tokenizer.encode(choice.prompt(row))
+        for letter in choice.letters(row):
+            after = tokenizer.encode(letter)
+            ids = (before + after)[-(model.config.max_len + 1) :]  # a long question loses its beginning, not its letter
+            pairs.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(after)) + after))
+    log_p = [0.0] * len(pairs)
+    for batch in in_order(pairs, rows_that_fit(pairs, model.config.vocab_size, batch_size), model.device):
+        values = row_log_prob(model(batch.tokens), batch.labels).tolist()
+        for i, value in zip(batch.index.tolist(), values, strict=True):
+            log_p[i] = value
+    rest = iter(log_p)
+    return choice.accuracy([[next(rest) for _ in row["choices"]] for row in rows], [row["answer"] for row in rows])
 
 
 @torch.no_grad()

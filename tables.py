@@ -15,6 +15,7 @@ MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("p
 SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
            ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
            ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
+           ("completion_bleu", "completion, BLEU"), ("completion_rougeL_f1", "completion, ROUGE-L F1"),
            ("auc_loss", "membership AUC, loss"), ("auc_zlib", "                zlib"),
            ("auc_min_k", "                min-k"), ("auc_min_k_plus_plus", "                min-k++"),
            ("auc_reference", "                reference"),
@@ -74,10 +75,11 @@ def compare(folders: list[str]) -> str:
         roles = [role for role in runs[0] if role != "run" and all(role in run for run in runs)]
         lines += [f"{kind} ({len(runs)} {'run' if len(runs) == 1 else 'runs'})",
                   f"{'':<30}" + "".join(f"{role:>18}" for role in roles)]
-        for i, (label, _) in enumerate(rows_of(runs[0], roles)):
+        each = [dict(rows_of(run, roles)) for run in runs]  # a run may lack a line that another has
+        for label in dict.fromkeys(label for rows in each for label in rows):
             cells = []
             for j in range(len(roles)):
-                values = [rows_of(run, roles)[i][1][j] for run in runs]
+                values = [rows[label][j] if label in rows else None for rows in each]
                 cells.append("-" if None in values else number(statistics.mean(values)) +
                              (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
             lines.append(f"{label:<30}" + "".join(f"{cell:>18}" for cell in cells))
@@ -89,10 +91,10 @@ def at_level(path: list[dict], level: float, key: str = "forget exact") -> dict 
     """A path.jsonl where `key` first falls to `level`, each number interpolated between the two epochs around it.
 
     End points of runs lie at different levels of forgetting, so they do not compare; this does. None where the level
-    is never reached. The path begins at the target, which is its first line's epoch 0 where that is given.
+    is never reached (or the rows are passages, which have no exact answer).
     """
     for before, after in pairwise(path):
-        if before[key] > level >= after[key]:
+        if None not in (before[key], after[key]) and before[key] > level >= after[key]:
             share = (before[key] - level) / (before[key] - after[key])
             return {name: before[name] + share * (after[name] - before[name]) for name in after
                     if isinstance(after[name], int | float) and isinstance(before.get(name), int | float)}
@@ -100,7 +102,11 @@ def at_level(path: list[dict], level: float, key: str = "forget exact") -> dict 
 
 
 def read_path(folder: Path) -> list[dict]:
-    """A run's path.jsonl behind a line for the target (epoch 0). Raises UserError where the run was without --path."""
+    """A run's path.jsonl behind a line for the target, epoch 0.
+
+    The target was scored on all rows, the epochs on the first 100 of each set but forget.
+    Raises UserError where the run was without --path.
+    """
     file = Path(folder) / "path.jsonl"
     if not file.is_file():
         raise UserError(f"{file} is missing: run train.py with --path")

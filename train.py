@@ -35,12 +35,13 @@ from torch import Tensor
 
 import objectives
 import uoe
-from data.batches import encode_rows, in_order
+from data.batches import encode_rows, in_order, is_cut
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from eval import (
     Scores,
+    as_read,
     data_of,
     evaluate,
     finish_report,
@@ -62,7 +63,7 @@ from unlearn import unlearn
 from upcycling import upcycle
 
 # What a cached model rests on.
-SOURCES = ("model.py", "moe.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
+SOURCES = ("model.py", "moe.py", "loop.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
 
 
 # ---- models to unlearn ------------------------------------------------------------------------------------------
@@ -129,6 +130,8 @@ def open_public(args: argparse.Namespace) -> tuple[GPT, object]:
     """The model of --model and its tokenizer. Sets args.context where the command line did not."""
     model, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype), args.device, args.template)
     args.context = min(args.context or 512, model.config.max_len)
+    if not model.is_moe and (args.repair_routers or args.balance_retain):
+        raise UserError(f"--repair-routers and --balance-retain need a mixture of experts, and {args.model} is dense")
     if args.method in ("uoe", "esft") and not model.is_moe:
         raise UserError(f"--method {args.method} needs a mixture of experts, and {args.model} is dense: make it one "
                         "with --method upcycle, or use --method full")
@@ -151,7 +154,14 @@ class RunFolder:
     def __init__(self, args: argparse.Namespace):
         self.final = Path(args.out) / args.name
         self.partial = self.final.with_name(self.final.name + ".partial")
-        self.asked = json.dumps({key: value for key, value in vars(args).items() if key != "resume"}, sort_keys=True)
+        self.asked = json.dumps({key: value for key, value in vars(args).items() if key not in ("resume", "seeds")},
+                                sort_keys=True)
+        if self.final.exists() and not (self.final / "config.json").is_file():
+            raise UserError(f"{self.final} exists and is no run: give another --name or --out")
+        for flag in ("model", "reference", "teacher"):
+            given = getattr(args, flag)
+            if given and Path(given).exists() and Path(given).resolve() == self.final.resolve():
+                raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
         self.resume = args.resume
         if args.resume:
             if not (self.partial / "asked.json").is_file():
@@ -197,9 +207,17 @@ def peak_memory(device: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.seeds:
-        argv = sys.argv[1:] if argv is None else argv
-        folders = [one(parse([*argv, "--seed", seed, "--seeds", "", *(["--name", f"{args.name}-seed{seed}"])]))
-                   for seed in args.seeds.split(",")]
+        argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        folders = []
+        for seed in args.seeds.split(","):
+            name = f"{args.name}-seed{seed}"
+            folder = Path(args.out) / name
+            if args.resume and (folder / "metrics.json").is_file():  # finished before the cut
+                folders.append(folder)
+                continue
+            cut = args.resume and (folder.with_name(name + ".partial") / "asked.json").is_file()
+            folders.append(one(parse([*argv, "--seed", seed, "--seeds", "", "--name", name,
+                                      *(["--resume"] if cut else [])])))
         if args.unlearns:
             print("\n" + compare(folders))
     else:
@@ -217,6 +235,10 @@ def one(args: argparse.Namespace) -> Path:
         target, tokenizer = open_public(args)
     else:
         tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
+    for name, rows in (("forget", data.forget), ("retain", data.retain)):
+        cut = sum(is_cut(row, tokenizer, args.context) for row in rows)
+        if cut:
+            print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context} and are cut there")
     for name, rows in data.scored.items():  # a row that cannot be scored is said now, not after an hour
         encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
     if args.method == "finetune":
@@ -251,7 +273,12 @@ def one(args: argparse.Namespace) -> Path:
                                                    args.device))
     memory = peak_memory(args.device)
     for name, kept in to_save.items():
+        shutil.rmtree(partial / name, ignore_errors=True)  # of a run that was cut off after this point
         save(kept, tokenizer, partial / name)
+    if report["diverged"] and args.path:  # what was gone back on is no part of the path
+        lines = [line for line in (partial / "path.jsonl").read_text().splitlines()
+                 if json.loads(line)["step"] <= report["steps"]]
+        (partial / "path.jsonl").write_text("".join(line + "\n" for line in lines))
     if args.method == "uld":
         (partial / "assistant" / "README.md").write_text(decoding_note(args, places["target"]))
     config["kept"] = list(to_save)
@@ -288,18 +315,19 @@ def path_writer(folder: Path, tokenizer, data: DataSet, scores: dict[str, Scores
         if batches and isinstance(model, GPT):
             layers = routing_overlap(target, model, batches)
             line["routing_overlap"] = sum(layers) / len(layers)
-        file.write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+        file.with_suffix(".tmp").write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+        file.with_suffix(".tmp").replace(file)
 
     return watch
 
 
 def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:
     """The target is in memory already: no second copy to score it."""
-    scores = stored_scores(Path(place), data)
+    scores = stored_scores(Path(place), data, as_read(target, tokenizer))
     if scores is None:
         scores = evaluate(target, tokenizer, data, "target")
         if (Path(place) / "model").is_dir():
-            save_scores(Path(place), data, scores)
+            save_scores(Path(place), data, scores, as_read(target, tokenizer))
     return scores
 
 

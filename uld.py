@@ -232,10 +232,9 @@ class LogitOffset(nn.Module):
         return target + self.alpha * (plus - minus)
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V). Target and minus give no gradient: they do not learn."""
-        with torch.no_grad():
-            target, minus = self.target(tokens, pad=pad, trace=trace), self.minus(tokens, pad=pad)
-        return self.combine(target, self.plus(tokens, pad=pad), minus)
+        """Logits (B, T, V)."""
+        return self.combine(self.target(tokens, pad=pad, trace=trace), self.plus(tokens, pad=pad),
+                            self.minus(tokens, pad=pad))
 
     def new_cache(self, batch: int, max_len: int) -> tuple[Cache, Cache, Cache]:
         return tuple(part.new_cache(batch, max_len) for part in (self.target, self.plus, self.minus))
@@ -288,7 +287,9 @@ def main() -> None:
     run = open_run(args.run)
     if run.config["method"] != "uld":
         raise UserError(f"{args.run} is a run of --method {run.config['method']}: this prints runs of --method uld")
-    question = args.prompt or run.data.forget[0]["question"]
+    question = args.prompt or next((row["question"] for row in run.data.forget if "question" in row), None)
+    if question is None:
+        raise UserError("the forget set has passages and no questions: give --prompt")
     needed = len(run.tokenizer.prompt(question)) + args.steps
     if needed > run.model.config.max_len:
         raise UserError(f"--prompt and --steps need {needed} tokens and the context holds {run.model.config.max_len}: "

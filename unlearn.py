@@ -111,7 +111,10 @@ def low_rank(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Tr
 
 def experts(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
     """UOE: one expert or M of them, with their routers. ESFT: per layer those that carry a share p of the affinity."""
-    affinity = uoe.expert_attribution(target, in_order(forget, 64, target.device), args.attribution_tokens).cpu()
+    sample = in_order(forget, 64, target.device)
+    if args.attribution_tokens:  # rows by lot, not the longest first
+        sample = (collate_at(forget, 8, args.seed, i, target.device) for i in range(-(-len(forget) // 8)))
+    affinity = uoe.expert_attribution(target, sample, args.attribution_tokens).cpu()
     esft = args.method == "esft"
     if esft:
         places = uoe.experts_reaching(affinity, args.esft_p)
@@ -156,7 +159,7 @@ def assistant(args: argparse.Namespace, target: GPT, forget: list[Example]) -> T
 
 def offset(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
     """Offset-X (arXiv 2404.11045): the usual losses on l_target + alpha (l_assistant - l_assistant at the start)."""
-    target.requires_grad_(False)
+    target.requires_grad_(False)  # frozen, so that its pass keeps nothing for a gradient
     layers = assistant_layers(args, target)
     small = uld.build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
     before = uld.first_layers(target, layers)
@@ -181,7 +184,7 @@ def two_assistants(args: argparse.Namespace, target: GPT, forget: list[Example])
     def losses(forget: Batch, retain: Batch) -> dict[str, Tensor]:
         terms = {"forget": objectives.cross_entropy(seen(forget.tokens), forget.labels),
                  "retain": sum(objectives.cross_entropy(part(retain.tokens), retain.labels) for part in parts)}
-        return terms | {"loss": terms["forget"] + terms["retain"]}
+        return terms | {"loss": terms["forget"] + args.retain_weight * terms["retain"]}
 
     def finish():
         merged = [uld.merge_lora(part) for part in parts]
@@ -276,7 +279,7 @@ def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Ro
 
 def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, folder: Path, config: dict,
             watch: Callable[[dict, object], None] | None = None, teacher=None):
-    """Train by args.method. `target` is changed, except where an assistant learns in its place (uld, offset).
+    """Train by args.method. `target` is changed, except where assistants learn in its place (uld, offset, divergence).
 
     watch(where, model): called after each epoch with the model as it would be scored then.
     teacher: whatever --teacher's run scores, for --method distill.
@@ -290,16 +293,17 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
     retain = encode_rows(retain_rows, tokenizer, args.context, "retain row", truncate=True)
 
     torch.manual_seed(args.seed)
+    total = count_parameters(target)  # before experts are taken out or adapters put in
     trainee = TRAINEES[args.method](args, target, forget)
     trained, parameters, start = trainee.model, trainee.parameters, trainee.start
-    if isinstance(trained, GPT):
-        trained.checkpointing = args.checkpointing
-    total = count_parameters(target) + (count_parameters(trained) if args.method == "uld" else 0)
-    config |= {"trainable_parameters": sum(p.numel() for p in parameters), "total_parameters": count_parameters(target)}
+    for part in trained.modules():
+        if isinstance(part, GPT):
+            part.checkpointing = args.checkpointing
+    config |= {"trainable_parameters": sum(p.numel() for p in parameters), "total_parameters": total}
     if trainee.places:
         config["unlearned_experts"] = [list(place) for place in trainee.places]
     print(f"training {config['trainable_parameters']:,} parameters, "
-          f"{100 * config['trainable_parameters'] / total:.2f}% of {total:,}")
+          f"{100 * config['trainable_parameters'] / total:.2f}% of the target's {total:,}")
 
     sides = [Side(trained, forget, start, args.batch_size, args.seed),
              Side(trained, retain, start, args.batch_size, args.seed + 1)]
@@ -320,13 +324,13 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
     if args.retain_loss in ("kl", "hidden") or args.forget_loss == "di":
         frozen = copy.deepcopy(trained).requires_grad_(False).eval()
     hidden_layer, control = None, None
-    if args.forget_loss == "rmu":
+    if args.forget_loss == "rmu" or args.retain_loss == "hidden":
         hidden_layer = start if args.rmu_layer is None else args.rmu_layer
         hidden_layer = target.config.n_layer // 2 if hidden_layer is None else hidden_layer
         if start is not None and hidden_layer < start:
             raise UserError(f"--rmu-layer {hidden_layer} lies below the unlearned expert's layer {start}, so nothing "
                             "that trains could steer it")
-        control = steering_vector(sides[0], hidden_layer, args.steering, args.seed)
+        control = steering_vector(sides[0], hidden_layer, args.steering, args.seed)  # which only RMU uses
     forget_loss, retain_loss = FORGET_LOSSES[args.forget_loss], RETAIN_LOSSES[args.retain_loss]
     by_layer: dict[int, list[int]] = {}
     for layer, expert in trainee.places if trainee.anchored else []:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data.authors import as_data_set, make_world, read_world
-from data.rows import DataSet, augment, read_rows
+from data.rows import DataSet, Limits, augment, read_rows
 from data.tofu import load_tofu
 from errors import UserError
 
@@ -23,7 +23,7 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         rows = {"forget": read_rows(Path(forget)), "retain": read_rows(Path(retain))}
         paraphrased, perturbed = augment(rows["forget"])
         return DataSet(name=Path(forget).stem, **rows, scored={k: v[:200] for k, v in rows.items()},
-                       paraphrased=paraphrased, perturbed=perturbed, utility=("retain",))
+                       paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
     if data == "world":
         return as_data_set(make_world(seed), name=f"world-{seed}")
     if data == "tofu":

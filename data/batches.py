@@ -59,6 +59,13 @@ def encode_row(row: Row, tokenizer, max_len: int, where: str = "row", answer: st
     return Example(ids[:-1], labels)
 
 
+def is_cut(row: Row, tokenizer, max_len: int) -> bool:
+    """Whether encode_row(..., truncate=True) leaves some of the row out."""
+    ids = tokenizer.passage(row["text"]) if "text" in row else (
+        tokenizer.prompt(row["question"]) + tokenizer.completion(row["answer"]))
+    return len(ids) - 1 > max_len
+
+
 def encode_rows(rows: list[Row], tokenizer, max_len: int, where: str = "row", truncate: bool = False) -> list[Example]:
     """encode_row for a whole set; errors name the row by its number in the set, from 1."""
     return [encode_row(row, tokenizer, max_len, f"{where} {i}", truncate=truncate) for i, row in enumerate(rows, 1)]

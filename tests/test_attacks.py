@@ -93,8 +93,11 @@ def test_each_attack_is_named_and_an_unknown_one_refused(model, tokenizer):
     assert attack("none", model, tokenizer, ROWS, ROWS, NO_LIMITS) == ask(model, tokenizer, ROWS, NO_LIMITS)
     with pytest.raises(UserError, match="--attack bribe is unknown"):
         attack("bribe", model, tokenizer, ROWS, ROWS, NO_LIMITS)
+    plain = [{"question": "Q", "answer": "A"}]
     with pytest.raises(UserError, match="paraphrased_question"):
-        attack("paraphrase", model, tokenizer, [{"question": "Q", "answer": "A"}], [], NO_LIMITS)
+        attack("paraphrase", model, tokenizer, plain, plain, NO_LIMITS)
+    with pytest.raises(UserError, match="passages only"):
+        attack("hint", model, tokenizer, [{"text": "T"}], [{"text": "T"}], NO_LIMITS)
 
 
 def test_the_command_line_attacks_a_run(runs, capsys):

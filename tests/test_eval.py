@@ -174,6 +174,19 @@ def test_the_path_of_a_run_begins_at_its_target_and_is_read_between_epochs(runs)
     assert tables.at_level(rows[:3], 0.1) is None and tables.at_level(rows, 1.0) is None
 
 
+def test_compare_goes_by_the_name_of_a_measure_not_by_its_line(tmp_path):
+    """One run lacks PrivLeak: its line is a dash, and the lines below are still their own."""
+    for i, leak in enumerate((None, -100.0)):
+        folder = tmp_path / f"y-seed{i}"
+        folder.mkdir()
+        block = {"forget": {"exact": 0.5}, "priv_leak": leak, "perplexity": 2.0}
+        (folder / "metrics.json").write_text(json.dumps({"target": block, "unlearned": block, "run": {}}))
+    lines = {line[:30].strip(): line[30:].split() for line in
+             tables.compare([str(tmp_path / "y-seed0"), str(tmp_path / "y-seed1")]).splitlines()}
+    assert lines["PrivLeak, %"] == ["-", "-"]
+    assert lines["perplexity of its answers"] == ["2.000", "±", "0.000"] * 2
+
+
 def test_compare_at_a_level_counts_the_runs_that_reach_it(runs, tmp_path, capsys):
     for i, last in enumerate((0.1, 0.5)):
         folder = tmp_path / f"x-seed{i}"

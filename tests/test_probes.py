@@ -99,3 +99,33 @@ def test_a_model_forced_to_its_own_choices_is_itself(models, tokenizer):
     assert same["free_probability"] == same["forced_probability"] and same["free_known"] == same["forced_known"]
     other = probes.rerouted(models["b"], models["a"], tokenizer, ROWS)
     assert other["free_probability"] == same["free_probability"] != other["forced_probability"]
+
+
+@torch.no_grad()
+def test_a_choice_is_the_likeliest_letter_one_prompt_at_a_time(models, tokenizer):
+    rows = [{"question": f"Which is {i}?", "choices": ["Ana", "Bo", "Cy"][: 2 + i % 2], "answer": i % 2}
+            for i in range(9)]
+    right = 0
+    for row in rows:
+        text = row["question"] + "\n" + "\n".join(f"{c}. {x}" for c, x in zip("ABC", row["choices"], strict=False))
+        best, best_p = None, None
+        for k in range(len(row["choices"])):
+            ids, p = tokenizer.encode(text + "\nAnswer:"), 0.0
+            for token in tokenizer.encode(f" {'ABC'[k]}"):
+                p += float(models["dense"](torch.tensor([ids]))[0, -1].log_softmax(-1)[token])
+                ids = [*ids, token]
+            if best_p is None or p > best_p:
+                best, best_p = k, p
+        right += best == row["answer"]
+    assert probes.choice_accuracy(models["dense"], tokenizer, rows, batch_size=4) == pytest.approx(right / 9)
+
+
+def test_a_passage_is_completed_from_its_first_half(models, tokenizer):
+    out = probes.completion(models["dense"], tokenizer, ROWS)
+    ids = tokenizer.passage(ROWS[2]["text"])
+    given = ids[: len(ids) // 2]
+    new = models["dense"].generate(torch.tensor([given]), len(ids) - len(given), end=tokenizer.stops)[0].tolist()
+    from metrics.memorization import rouge_l
+    assert out["completion_rougeL_recall"] == pytest.approx(
+        rouge_l([tokenizer.decode(ids[len(given):])], [tokenizer.decode(new)])[0].recall)
+    assert probes.completion(models["dense"], tokenizer, ROWS[:2]) == {}

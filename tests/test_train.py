@@ -50,6 +50,7 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method offset", "--method offset --arch moe --forget-loss ga --retain-loss kl",
            "--method uoe --forget-loss dpo", "--method full --forget-loss uniform", "--method uoe --affinity-rank 3",
            "--method divergence", "--method full --repair-routers", "--method uoe --balance-retain",
+           "--method full --retain-loss hidden",
            "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed"]
 
@@ -92,6 +93,37 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out):
     assert (folder / "model" / "model.safetensors").is_file()
     with pytest.raises(SystemExit):  # a teacher of another target
         run(world, out, "--method", "distill-lora", "--teacher", str(teacher), "--width", "32", name="other")
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(world, out, capsys):
+    (out / "diary").mkdir()
+    (out / "diary" / "monday.txt").write_text("dear diary")
+    with pytest.raises(SystemExit):
+        run(world, out, "--method", "uoe", name="diary")
+    assert "diary exists and is no run" in capsys.readouterr().err
+    assert (out / "diary" / "monday.txt").read_text() == "dear diary"
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--data", str(world), "--out", str(out / "diary" / "monday.txt")])
+    assert "--out" in capsys.readouterr().err
+
+
+def test_seeds_go_on_after_a_cut_with_those_that_are_not_finished(world, out, monkeypatch):
+    finished, options = [], [*TINY, "--data", str(world), "--out", str(out), "--seeds", "0,1,2", "--name", "many"]
+    real = train.one
+
+    def until_the_second(args):
+        if len(finished) == 1:
+            raise KeyboardInterrupt
+        finished.append(args.seed)
+        return real(args)
+
+    monkeypatch.setattr(train, "one", until_the_second)
+    with pytest.raises(SystemExit):
+        train.main(options)
+    again = []
+    monkeypatch.setattr(train, "one", lambda args: again.append(args.seed) or real(args))
+    train.main([*options, "--resume"])
+    assert finished == [0] and again == [1, 2]
 
 
 def test_several_seeds_are_a_run_each_and_their_mean(world, out, capsys):
@@ -215,6 +247,8 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method full --forget-loss ce", r"belong to uld"), ("--method full --forget-loss teacher", r"belong to uld"),
     ("--method distill", r"--teacher RUN and --method distill"), ("--teacher out", r"--teacher RUN and"),
     ("--method divergence --retain-loss kl", r"its own are ce and gd"), ("--seeds 0,a", r"--seeds 0,a"),
+    ("--name ..", r"--name \.\."), ("--name cache", r"--name cache"), ("--experts 0", r"--experts 0"),
+    ("--reference x", r"--reference is for --model"), ("--expert 1,1 --m 2", r"--expert names one"),
     ("--method uld --repair-routers", r"--repair-routers"), ("--method uld --balance-retain", r"--balance-retain"),
     ("--method uoe --forget-loss rmu --balance-retain", r"--balance-retain"),
     ("--data tofu --split forget99", r"--split forget99 .*forget10"),

@@ -309,11 +309,15 @@ def test_an_offset_is_the_target_plus_what_changed(dense):
         assert both(torch.cat([tokens, out[:, :i]], 1))[:, -1].argmax() == out[0, i]
 
 
-def test_an_offsets_gradient_reaches_its_assistant_alone(dense):
-    target, plus, minus = dense(0), dense(1, n_layer=1), dense(2, n_layer=1)
-    LogitOffset(target, plus, minus)(torch.tensor([[5, 9]])).sum().backward()
-    assert all(p.grad is not None for p in plus.parameters())
-    assert all(p.grad is None for part in (target, minus) for p in part.parameters())
+def test_an_offsets_gradient_reaches_whatever_is_not_frozen(dense):
+    target, plus, minus = dense(0).requires_grad_(False), dense(1, n_layer=1), dense(2, n_layer=1)
+    LogitOffset(target, plus, minus, 0.5)(torch.tensor([[5, 9]])).sum().backward()
+    assert all(p.grad is None for p in target.parameters())
+    alone = dense(1, n_layer=1)
+    alone(torch.tensor([[5, 9]])).sum().backward()
+    for p, q in zip(plus.parameters(), alone.parameters(), strict=True):
+        assert_close(p.grad, 0.5 * q.grad)
+    assert all(p.grad is not None for p in minus.parameters())
 
 
 def test_an_offset_needs_one_vocabulary(dense):
