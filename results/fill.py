@@ -32,7 +32,7 @@ COLUMNS = {
     "routing": [("forget exact", "forget", "exact"), ("retain exact", "retain", "exact"),
                 ("untouched exact", "untouched", "exact"), ("routing overlap", None, "routing_overlap"),
                 ("known, own routing", None, "free_known"), ("known, target's routing", None, "forced_known"),
-                ("trained %", "run", "share"), ("steps", "run", "steps")],
+                ("steps", "run", "steps")],
     "tofu": [("forget prob.", "forget", "probability"), ("forget ROUGE-L", "forget", "rougeL_recall"),
              ("retain prob.", "retain", "probability"), ("retain ROUGE-L", "retain", "rougeL_recall"),
              ("real authors ROUGE-L", "real_authors", "rougeL_recall"),
@@ -47,15 +47,17 @@ def spread(values: list[float]) -> str:
     """`0.970 ± 0.026`, or the number alone where there is one run."""
     if any(v is None for v in values) or not values:
         return "-"
-    return number(statistics.mean(values)) + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
+    if len(values) == 1:
+        return number(values[0])
+    deviation = statistics.stdev(values)
+    return f"{number(statistics.mean(values))} ± {number(deviation if deviation > 1e-9 else 0.0)}"
 
 
 def cell(runs: list[dict], role: str, where: str | None, key: str) -> str:
     if where == "run":
         if role != "unlearned":
             return "-"
-        values = [100 * r["run"]["trainable_parameters"] / r["run"]["total_parameters"] if key == "share"
-                  else r["run"][key] for r in runs]
+        values = [r["run"][key] for r in runs]
         return spread(values)
     values = [(r.get(role, {}).get(where, {}) if where else r.get(role, {})).get(key) for r in runs]
     if key == "forget_quality":  # p-values do not average
