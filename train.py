@@ -229,6 +229,8 @@ def one(args: argparse.Namespace) -> Path:
     folder = RunFolder(args)
     if args.method == "upcycle":
         return main_upcycle(args, folder)
+    if args.teacher:
+        check_teacher(args)
     data = data_of(vars(args))
     print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
     if args.model:
@@ -319,6 +321,20 @@ def path_writer(folder: Path, tokenizer, data: DataSet, scores: dict[str, Scores
         file.with_suffix(".tmp").replace(file)
 
     return watch
+
+
+def check_teacher(args: argparse.Namespace) -> None:
+    """Says at once, not after a target has been trained, that --teacher was made with other options."""
+    path = Path(args.teacher) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--teacher {args.teacher} is not a run folder: give one that train.py wrote, such as out/uld")
+    theirs = json.loads(path.read_text())
+    for key in ("model", "data", "split", "authors", "forget", "retain", "seed", "arch", "layers", "heads", "width",
+                "ff", "context", "vocab_size", "pretrain_epochs"):
+        if not args.model or key in ("model", "data", "split", "authors", "forget", "retain"):
+            if theirs.get(key) != getattr(args, key):
+                raise UserError(f"--teacher {args.teacher} was made with --{key.replace('_', '-')} {theirs.get(key)}, "
+                                f"not {getattr(args, key)}: give the options that it was made with")
 
 
 def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:

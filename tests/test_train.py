@@ -82,7 +82,7 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     assert open_run(folder).model(tokens).shape == (1, 3, open_run(folder).target.config.vocab_size)
 
 
-def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out):
+def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out, capsys):
     teacher = run(world, out, "--method", "uld", name="teacher")
     before = json.loads((teacher / "config.json").read_text())["target"]
     folder = run(world, out, "--method", "distill", "--teacher", str(teacher), "--epochs", "2", name="pupil")
@@ -91,8 +91,11 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out):
     losses = [json.loads(line)["loss"] for line in log]
     assert losses[-1] < losses[0]  # it comes nearer to its teacher
     assert (folder / "model" / "model.safetensors").is_file()
-    with pytest.raises(SystemExit):  # a teacher of another target
-        run(world, out, "--method", "distill-lora", "--teacher", str(teacher), "--width", "32", name="other")
+    for options, says in ((["--width", "32"], "was made with --width 16, not 32"),
+                          (["--teacher", str(world)], "is not a run folder")):
+        with pytest.raises(SystemExit):  # a teacher of another target, and none at all
+            run(world, out, "--method", "distill-lora", "--teacher", str(teacher), *options, name="other")
+        assert says in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(world, out, capsys):
