@@ -160,18 +160,21 @@ def plausible(logits: Tensor, rate: float, keep_share: bool = True) -> Tensor:
     return logits >= floor
 
 
-class LogitDifference(nn.Module):
-    """l(Y|X) = l_target - alpha * l_assistant (equation 2), a model like any other: forward, generate, caches."""
+class SeveralModels(nn.Module):
+    """What models made of a target and its assistants share: one vocabulary, one KV cache per part, generation."""
 
-    def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
-                 keep_share: bool = True):
+    def __init__(self, target: GPT, *assistants: GPT):
         super().__init__()
-        if target.config.vocab_size != assistant.config.vocab_size:
-            raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
-                            f"{assistant.config.vocab_size} tokens: logits can only be subtracted token by token")
-        self.target, self.assistant = target, assistant
-        self.alpha, self.filter_rate, self.keep_share = alpha, filter_rate, keep_share
+        for part in assistants:
+            if target.config.vocab_size != part.config.vocab_size:
+                raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
+                                f"{part.config.vocab_size} tokens: logits can only be combined token by token")
+        self.parts = nn.ModuleList([target, *assistants])
         self.config = target.config
+
+    @property
+    def target(self) -> GPT:
+        return self.parts[0]
 
     @property
     def device(self) -> torch.device:
@@ -181,22 +184,16 @@ class LogitDifference(nn.Module):
     def is_moe(self) -> bool:
         return self.target.is_moe
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
-        logits = self.target(tokens, pad=pad, trace=trace)
-        assistant = self.assistant(tokens, pad=pad)
-        keep = plausible(logits, self.filter_rate, self.keep_share)
-        return logits - self.alpha * torch.where(keep, assistant, 0.0)
+    def new_cache(self, batch: int, max_len: int) -> list[Cache]:
+        return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def new_cache(self, batch: int, max_len: int) -> tuple[Cache, Cache]:
-        return self.target.new_cache(batch, max_len), self.assistant.new_cache(batch, max_len)
+    def part_logits(self, tokens: Tensor, pad: Tensor | None, trace=None) -> list[Tensor]:
+        """Every part's logits (B, T, V), the target's first; `trace` is the target's."""
+        return [part(tokens, pad=pad, trace=trace if part is self.target else None) for part in self.parts]
 
-    def next_logits(self, tokens: Tensor, cache: tuple[Cache, Cache], pad: Tensor | None) -> Tensor:
-        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said."""
-        logits = self.target.next_logits(tokens, cache[0], pad)
-        assistant = self.assistant.next_logits(tokens, cache[1], pad)
-        keep = plausible(logits, self.filter_rate, self.keep_share)
-        return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
+    def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
+        """Every part's logits (B, V) of the next token, each from its own cache."""
+        return [part.next_logits(tokens, c, pad) for part, c in zip(self.parts, cache, strict=True)]
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -204,7 +201,32 @@ class LogitDifference(nn.Module):
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
 
 
-class LogitOffset(nn.Module):
+class LogitDifference(SeveralModels):
+    """l(Y|X) = l_target - alpha * l_assistant (equation 2), a model like any other: forward, generate, caches."""
+
+    def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
+                 keep_share: bool = True):
+        super().__init__(target, assistant)
+        self.alpha, self.filter_rate, self.keep_share = alpha, filter_rate, keep_share
+
+    @property
+    def assistant(self) -> GPT:
+        return self.parts[1]
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
+        """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
+        logits, assistant = self.part_logits(tokens, pad, trace)
+        keep = plausible(logits, self.filter_rate, self.keep_share)
+        return logits - self.alpha * torch.where(keep, assistant, 0.0)
+
+    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
+        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said."""
+        logits, assistant = self.part_next_logits(tokens, cache, pad)
+        keep = plausible(logits, self.filter_rate, self.keep_share)
+        return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
+
+
+class LogitOffset(SeveralModels):
     """l = l_target + alpha (l_plus - l_minus), a model like any other.
 
     Offset unlearning (arXiv 2404.11045, equation 2): plus is an assistant, minus the same before it unlearnt.
@@ -212,42 +234,19 @@ class LogitOffset(nn.Module):
     """
 
     def __init__(self, target: GPT, plus: GPT, minus: GPT, alpha: float = 1.0):
-        super().__init__()
-        for part in (plus, minus):
-            if target.config.vocab_size != part.config.vocab_size:
-                raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
-                                f"{part.config.vocab_size} tokens: logits can only be added token by token")
-        self.target, self.plus, self.minus, self.alpha = target, plus, minus, alpha
-        self.config = target.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.target.device
-
-    @property
-    def is_moe(self) -> bool:
-        return self.target.is_moe
+        super().__init__(target, plus, minus)
+        self.alpha = alpha
 
     def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
         return target + self.alpha * (plus - minus)
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
         """Logits (B, T, V)."""
-        return self.combine(self.target(tokens, pad=pad, trace=trace), self.plus(tokens, pad=pad),
-                            self.minus(tokens, pad=pad))
+        return self.combine(*self.part_logits(tokens, pad, trace))
 
-    def new_cache(self, batch: int, max_len: int) -> tuple[Cache, Cache, Cache]:
-        return tuple(part.new_cache(batch, max_len) for part in (self.target, self.plus, self.minus))
-
-    def next_logits(self, tokens: Tensor, cache: tuple[Cache, Cache, Cache], pad: Tensor | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation."""
-        parts = (self.target, self.plus, self.minus)
-        return self.combine(*(part.next_logits(tokens, c, pad) for part, c in zip(parts, cache, strict=True)))
-
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """See model.generate."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+        return self.combine(*self.part_next_logits(tokens, cache, pad))
 
 
 @torch.no_grad()

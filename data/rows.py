@@ -5,6 +5,7 @@ A row has `question` and `answer`, optionally `paraphrased_question`, `paraphras
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,11 +46,14 @@ class DataSet:
                 for key in ("question", "answer", "text") if key in row]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file. Raises UserError naming the file and the line of the first bad row."""
+def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list[Row]:
+    """What `check(row, where)` returns for each JSON line. needs: what a line holds, for the error messages.
+
+    Raises UserError naming the file and the line of the first bad row.
+    """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a file of JSON lines with question and answer")
+        raise UserError(f"{path} does not exist: give a file of JSON lines with {needs}")
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
@@ -62,15 +66,19 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
-        check_row(row, f"{path} line {number}")
-        rows.append(row)
+        rows.append(check(row, f"{path} line {number}"))
     if not rows:
-        raise UserError(f"{path} is empty: it needs at least one JSON line with question and answer")
+        raise UserError(f"{path} is empty: it needs at least one JSON line with {needs}")
     return rows
 
 
-def check_row(row: Row, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless row follows the schema at the top of this file."""
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file in the schema at the top of this file. Raises UserError as read_lines does."""
+    return read_lines(path, check_row, "question and answer")
+
+
+def check_row(row: Row, where: str) -> Row:
+    """The row, its perturbed_answer a list. Raises UserError, beginning with `where`, for a row of another schema."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object: expected {{\"question\": ..., \"answer\": ...}}")
     needed = ("text",) if "text" in row else ("question", "answer")
@@ -86,8 +94,7 @@ def check_row(row: Row, where: str) -> None:
         wrong = [wrong]
     if not isinstance(wrong, list) or not all(isinstance(w, str) and w.strip() for w in wrong):
         raise UserError(f"{where}: 'perturbed_answer' is not a list of non-empty strings")
-    if "perturbed_answer" in row:
-        row["perturbed_answer"] = wrong
+    return row | {"perturbed_answer": wrong} if "perturbed_answer" in row else row
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

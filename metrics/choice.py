@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.rows import read_lines
 from errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -36,25 +37,7 @@ Choice = dict  # {"question": str, "choices": list[str], "answer": int}
 
 def read_choices(path: Path) -> list[Choice]:
     """Rows of a JSON-lines file, `answer` as a place from 0. Raises UserError naming file and line of a bad row."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a file of JSON lines with question, choices and answer")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
-        rows.append(check_choice(row, f"{path} line {number}"))
-    if not rows:
-        raise UserError(f"{path} is empty: it needs at least one JSON line with question, choices and answer")
-    return rows
+    return read_lines(path, check_choice, "question, choices and answer")
 
 
 def check_choice(row: Choice, where: str) -> Choice:
