@@ -106,6 +106,12 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
     return out
 
 
+def forget_batches(model: GPT, tokenizer, data: DataSet) -> list[Batch]:
+    """The forget set as it is taught: what routing is measured on."""
+    examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
+    return list(in_order(examples, 64, model.device))
+
+
 @torch.no_grad()
 def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
     """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
@@ -133,9 +139,9 @@ def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
              / sum(mask.sum() for _, mask in traces)).tolist() for layer in range(model.config.n_layer)]
 
 
-def as_read(model, tokenizer) -> str:
+def as_read(dtype: torch.dtype, tokenizer) -> str:
     """What scores depend on beside the weights on disk: their dtype in memory, and the template of prompts."""
-    return f"{next(model.parameters()).dtype} {getattr(tokenizer, 'template', None)}"
+    return f"{dtype} {getattr(tokenizer, 'template', None)}"
 
 
 def scores_key(data: DataSet, how: str) -> str:
@@ -178,9 +184,7 @@ class Run:
     model: GPT | LogitDifference | LogitOffset
 
     def forget_batches(self) -> list[Batch]:
-        """The forget set as it was trained on."""
-        examples = encode_rows(self.data.forget, self.tokenizer, self.config["context"], truncate=True)
-        return list(in_order(examples, 64, self.target.device))
+        return forget_batches(self.target, self.tokenizer, self.data)
 
 
 def weights_of(path: str | Path) -> str | Path:
@@ -225,15 +229,19 @@ def data_of(config: dict) -> DataSet:
     return data
 
 
-def scores_of(path: str, config: dict, data: DataSet, tokenizer, role: str, device: str = "cpu") -> Scores:
-    """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours."""
+def scores_of(path: str, config: dict, data: DataSet, tokenizer, role: str, device: str = "cpu",
+              model: GPT | None = None) -> Scores:
+    """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours.
+
+    model: the same, where it is in memory already.
+    """
     if Path(path).is_file():
         return read_log(Path(path))
     dtype = getattr(torch, config["dtype"])
-    how = f"{dtype} {getattr(tokenizer, 'template', None)}"  # as_read of a model that may not have to be read
+    how = as_read(dtype, tokenizer)
     scores = stored_scores(path, data, how)
     if scores is None:
-        model, _ = load(weights_of(path), dtype, device, config["template"])
+        model = model or load(weights_of(path), dtype, device, config["template"])[0]
         scores = evaluate(model, tokenizer, data, role)
         if (Path(path) / "model").is_dir():
             save_scores(Path(path), data, scores, how)
@@ -280,13 +288,12 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     shares = None
     target, model = models["target"], models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
-        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64,
-                                model.device))
+        batches = forget_batches(target, tokenizer, data)
         shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
     metrics["run"] = run
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     last = "unlearned" if "unlearned" in scores else "target"
-    save_scores(folder, data, scores[last], as_read(models[last], tokenizer))
+    save_scores(folder, data, scores[last], as_read(target.embed.weight.dtype, tokenizer))
     draw(folder, scores, shares)
     print("\n" + table(metrics) + "\n")
     print(three_questions(data, tokenizer, models))
@@ -302,9 +309,7 @@ def probe(models: dict[str, object], role: str, tokenizer, data: DataSet, scores
     if rows:
         out |= probes.writing(target, tokenizer, rows, scores["forget"].said)
     if role == "unlearned" and isinstance(model, GPT) and model.is_moe:
-        batches = list(in_order(encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True), 64,
-                                model.device))
-        layers = routing_overlap(target, model, batches)
+        layers = routing_overlap(target, model, forget_batches(target, tokenizer, data))
         out |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}
         out |= probes.rerouted(target, model, tokenizer, data.scored["forget"])
     return out

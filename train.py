@@ -41,15 +41,13 @@ from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from eval import (
     Scores,
-    as_read,
     data_of,
     evaluate,
     finish_report,
+    forget_batches,
     open_run,
     routing_overlap,
-    save_scores,
     scores_of,
-    stored_scores,
     summarise,
     weights_of,
 )
@@ -255,8 +253,8 @@ def one(args: argparse.Namespace) -> Path:
         target, _ = load(weights_of(places["target"]), device=args.device)
     config = {**vars(args), "torch": torch.__version__, "revision": revision(), **places}
     for role, place in places.items():
-        scores[role] = target_scores(target, tokenizer, data, place) if role == "target" else scores_of(
-            place, config, data, tokenizer, role, args.device)
+        loaded = target if role == "target" else None
+        scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded)
 
     teacher = None
     if args.teacher:
@@ -302,8 +300,7 @@ def path_writer(folder: Path, tokenizer, data: DataSet, scores: dict[str, Scores
     few = copy.copy(data)
     few.scored = {name: of if name == "forget" else of[:rows] for name, of in data.scored.items()}
     file = folder / "path.jsonl"
-    batches = list(in_order(encode_rows(data.forget, tokenizer, target.config.max_len, truncate=True), 64,
-                            target.device)) if target.is_moe else []
+    batches = forget_batches(target, tokenizer, data) if target.is_moe else []
 
     def watch(where: dict, model) -> None:
         lines = file.read_text().splitlines() if file.is_file() else []
@@ -335,16 +332,6 @@ def check_teacher(args: argparse.Namespace) -> None:
             if theirs.get(key) != getattr(args, key):
                 raise UserError(f"--teacher {args.teacher} was made with --{key.replace('_', '-')} {theirs.get(key)}, "
                                 f"not {getattr(args, key)}: give the options that it was made with")
-
-
-def target_scores(target: GPT, tokenizer, data: DataSet, place: str) -> Scores:
-    """The target is in memory already: no second copy to score it."""
-    scores = stored_scores(Path(place), data, as_read(target, tokenizer))
-    if scores is None:
-        scores = evaluate(target, tokenizer, data, "target")
-        if (Path(place) / "model").is_dir():
-            save_scores(Path(place), data, scores, as_read(target, tokenizer))
-    return scores
 
 
 def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer) -> Path:
