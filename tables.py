@@ -9,9 +9,7 @@ from pathlib import Path
 from errors import UserError
 
 MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
-            ("truth_ratio", "truth ratio"))
-
-
+            ("truth_ratio", "truth ratio"))  # of a set
 SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
            ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
            ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
@@ -21,7 +19,7 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
            ("auc_reference", "                reference"),
            ("priv_leak", "PrivLeak, %"), ("perplexity", "perplexity of its answers"),
            ("repetition", "repeated 4-grams"), ("routing_overlap", "routing overlap on forget"),
-           ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))
+           ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))  # of a model
 
 
 def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
