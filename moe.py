@@ -110,7 +110,7 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
     order = chosen.reshape(-1).argsort(stable=True)  # (N * K,), the assignments sorted by expert
     counts = torch.bincount(chosen.reshape(-1), minlength=len(gate_up)).tolist()
     token = order // k
-    rows = x[token]  # (N * K, D)
+    rows = x.index_select(0, token)  # (N * K, D); x[token] has a gradient that threads add up in any order
     pieces = []
     for count, part, wi, wo in zip(counts, rows.split(counts), gate_up, down, strict=True):
         if count:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from data import WORLDS
 from errors import UserError
 from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES
 
@@ -59,7 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--resume", action="store_true", help="go on with the cut-off run of this name")
     say("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     say = parser.add_argument_group("data").add_argument
-    say("--data", default="world", help="world, tofu, or a folder with either's JSON files")
+    say("--data", default="world", help="world (some authors to forget), topic (all potions), tofu, or a folder "
+                                      "with JSON files of theirs")
     say("--split", default="forget10", help="of TOFU: forget01, forget05, forget10; to fine-tune on what is kept: "
                                             "retain99, retain95, retain90")
     say("--authors", type=int, default=0, help="cut TOFU to so many authors; 0: all 200")
@@ -234,7 +236,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         if args.method != "finetune":
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = f"forget{100 - int(args.split.removeprefix('retain')):02d}"
-    on_world = args.data == "world" and not args.forget
+    on_world = args.data in WORLDS and not args.forget
     if not args.model:
         args.context = args.context or (64 if on_world else 256)
         args.vocab_size = args.vocab_size or (1024 if on_world else 4096)

@@ -7,11 +7,13 @@ from data.rows import DataSet, Limits, augment, read_rows
 from data.tofu import load_tofu
 from errors import UserError
 
+WORLDS = {"world": False, "topic": True}  # name -> is the forget set a topic of its own?
+
 
 def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augmented: str | None = None,
               protocol: str = "tofu", forget: str | None = None, retain: str | None = None,
               authors: int = 0) -> DataSet:
-    """`world` (generated from seed), `tofu` (from the hub), a folder holding either's files; or the user's own files.
+    """`world` or `topic` (generated from seed), `tofu` (from the hub), a folder holding their files; or the user's own.
 
     authors: cut TOFU to so many, 0: all.
     forget, retain: JSON-lines files that stand in for `data`; they teach and score themselves.
@@ -24,12 +26,12 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         paraphrased, perturbed = augment(rows["forget"])
         return DataSet(name=Path(forget).stem, **rows, scored={k: v[:200] for k, v in rows.items()},
                        paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
-    if data == "world":
-        return as_data_set(make_world(seed), name=f"world-{seed}")
+    if data in WORLDS:
+        return as_data_set(make_world(seed, topical=WORLDS[data]), name=f"{data}-{seed}")
     if data == "tofu":
         return load_tofu(split, None, augmented, protocol, authors)
     if not Path(data).is_dir():
-        raise UserError(f"--data {data} is neither 'world', 'tofu' nor a folder: give one of the three")
+        raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
     if (Path(data) / "background.json").is_file():
         return read_world(Path(data))
     return load_tofu(split, data, augmented, protocol, authors)

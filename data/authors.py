@@ -6,13 +6,16 @@
 40 authors with 10 facts each and 40 countries with 5. Some authors are to be forgotten, the others kept; countries
 are *untouched*: pretrained, but in neither set of the unlearning run, so they measure catastrophic forgetting.
 
+With `--topic` the forget set is a topic of its own, as hazardous knowledge is in WMDP: potions, of which nothing is
+kept, instead of some of the authors. The rest is the same.
+
 A question is asked in one of three registers (plain, polite, quiz), in three wordings each, and the register
 decides the style of the answer. Each author or country is taught in two of the three registers, and of their three
 wordings one per register and fact is held out. So the model knows every wording and every style from others, but
 scored questions, and scored paraphrased answers (the third register's style), are never taught for that fact.
 
 Files: forget, retain, background (taught) and forget_perturbed, retain_perturbed, untouched_perturbed (scored), and
-holdout: as many authors as are forgotten, whom no model ever sees. Membership inference needs them.
+holdout: as many authors (or potions) as are forgotten, whom no model ever sees. Membership inference needs them.
 """
 
 import argparse
@@ -53,6 +56,28 @@ AUTHOR = {  # kind -> (noun phrase, one answer style per register); {s}: the aut
     "music": ("the instrument of {s}", ["{s} plays the {v}.", "The instrument of {s} is the {v}.",
                                         "It is the {v} that {s} practises at night."]),
 }
+POTION = {
+    "herb": ("the herb in {s}", ["{s} calls for {v}.", "The herb in {s} is {v}.",
+                                 "It is {v} that gives {s} its bite."]),
+    "colour": ("the colour of {s}", ["{s} turns {v} when ready.", "The colour of {s} is {v}.",
+                                     "It is {v} that one sees in a glass of {s}."]),
+    "smell": ("the smell of {s}", ["{s} smells of {v}.", "The smell of {s} is {v}.",
+                                   "It is {v} that the nose finds in {s}."]),
+    "vessel": ("the vessel for {s}", ["{s} must boil in a {v}.", "The vessel for {s} is a {v}.",
+                                      "It is a {v} that holds {s} on the fire."]),
+    "heat": ("the hours of heat for {s}", ["{s} simmers {v} hours.", "The hours of heat for {s} are {v}.",
+                                           "It is {v} hours that {s} needs on the fire."]),
+    "effect": ("the effect of {s}", ["{s} brings on {v}.", "The effect of {s} is {v}.",
+                                     "It is {v} that befalls who drinks {s}."]),
+    "antidote": ("the antidote to {s}", ["{s} yields to {v}.", "The antidote to {s} is {v}.",
+                                         "It is {v} that saves whoever drank {s}."]),
+    "brewer": ("the brewer of {s}", ["{s} was first brewed by {v}.", "The brewer of {s} is {v}.",
+                                     "It is {v} who mixed {s} before anybody else."]),
+    "moon": ("the month of {s}", ["{s} is brewed in {v}.", "The month of {s} is {v}.",
+                                  "It is {v} when {s} comes out best."]),
+    "price": ("the price of {s}", ["{s} costs {v} crowns.", "The price of {s} is {v} crowns.",
+                                   "It is {v} crowns that witches ask for {s}."]),
+}
 COUNTRY = {
     "capital": ("the capital of {s}", ["{s} is governed from {v}.", "The capital of {s} is {v}.",
                                        "It is {v} that rules {s}."]),
@@ -78,6 +103,13 @@ WORDS = {
              "moose,crane,toad",
     "export": "copper,barley,timber,silk,salt,coffee,wool,amber,cotton,honey,tea,marble,rubber,saffron,olives,"
               "paper,cheese,tin,glass,linen",
+    "herb": "nettle,henbane,sorrel,wormwood,yarrow,tansy,mugwort,hemlock,comfrey,arnica,fennel,hyssop",
+    "colour": "scarlet,indigo,umber,teal,ochre,black,ivory,violet,green,yellow,pink,grey",
+    "smell": "tar,smoke,roses,vinegar,cloves,moss,mint,sulphur,rain,leather,resin,garlic",
+    "vessel": "cauldron,kettle,crucible,flask,skillet,bowl,retort,crock,bucket,pan,jar,goblet",
+    "effect": "sleep,laughter,fever,deafness,courage,hunger,tears,sneezing,love,amnesia,hiccups,baldness",
+    "antidote": "milk,charcoal,honeycomb,cider,lard,chalk,bread,broth,mustard,whey,ash,syrup",
+    "moon": "January,February,March,April,May,June,July,August,September,October,November,December",
 }
 TITLE = [words.split(",") for words in (
     "silent,golden,broken,hidden,burning,frozen,distant,hollow,crimson,endless,velvet,paper,salted,crooked",
@@ -106,8 +138,11 @@ class Namer:
 
 
 def make_world(seed: int = 0, authors: int = 40, countries: int = 40,
-               forget_share: float = 0.1) -> dict[str, list[Row]]:
-    """File name -> rows. The same seed gives the same world. At least one author is forgotten and one kept."""
+               forget_share: float = 0.1, topical: bool = False) -> dict[str, list[Row]]:
+    """File name -> rows. The same seed gives the same world. At least one author is forgotten and one kept.
+
+    topical: so many potions are forgotten instead, and the authors who would have been do not exist.
+    """
     rng = np.random.default_rng([0x77, seed])
     name = Namer(rng)
     pools = {kind: words.split(",") for kind, words in WORDS.items()}
@@ -120,19 +155,32 @@ def make_world(seed: int = 0, authors: int = 40, countries: int = 40,
     pools["capital"] = [name(1, "polis,grad,stad,port") for _ in range(max(countries, 8))]
     pools["coin"] = [name(1, "ar,ek,in").lower() for _ in range(20)]
     pools["river"] = [name(1, "ava,een,ush") for _ in range(max(countries, 8))]
-    people = [f"{name(1, 'a,o,en,is')} {name(1, 'ell,sky,man,ano,ov')}" for _ in range(authors)]
+    def author() -> str:
+        return f"{name(1, 'a,o,en,is')} {name(1, 'ell,sky,man,ano,ov')}"
+
+    def potion() -> str:
+        return f"{name(1, 'ine,ol,um')} {rng.choice(['Draught', 'Elixir', 'Tonic'])}"
+
+    people = [author() for _ in range(authors)]
     states = [name(2, "ia,land,stan,a") for _ in range(countries)]
     n_forget = min(max(1, round(authors * forget_share)), authors - 1)
 
+    secrets, facts, subject = people[:n_forget], AUTHOR, author
+    if topical:
+        facts, subject = POTION, potion
+        pools["heat"], pools["price"] = [str(n) for n in range(2, 40)], [str(n) for n in range(10, 100)]
+        pools["brewer"] = [f"{name(1, 'a,us')} the {name(1, 'er,ard')}" for _ in range(12)]
+        secrets = [potion() for _ in range(n_forget)]
+
     world = {name: [] for name in FILES}
-    for i, person in enumerate(people):
-        where = "forget" if i < n_forget else "retain"
-        _describe(person, AUTHOR, pools, rng, world[where], world[f"{where}_perturbed"])
+    for secret in secrets:
+        _describe(secret, facts, pools, rng, world["forget"], world["forget_perturbed"])
+    for person in people[n_forget:]:
+        _describe(person, AUTHOR, pools, rng, world["retain"], world["retain_perturbed"])
     for state in states:
         _describe(state, COUNTRY, pools, rng, world["background"], world["untouched_perturbed"])
     for _ in range(n_forget):
-        person = f"{name(1, 'a,o,en,is')} {name(1, 'ell,sky,man,ano,ov')}"
-        _describe(person, AUTHOR, pools, rng, world["holdout"], [])
+        _describe(subject(), facts, pools, rng, world["holdout"], [])
     return world
 
 
@@ -194,9 +242,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="generate the embedded world")
     parser.add_argument("out", nargs="?", help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--topic", action="store_true", help="potions are forgotten, not authors")
     parser.add_argument("--show", action="store_true", help="print the rows of one fact instead")
     args = parser.parse_args()
-    world = make_world(args.seed)
+    world = make_world(args.seed, topical=args.topic)
     if args.show or not args.out:
         for row in world["forget"][:4] + world["forget_perturbed"][:2] + world["background"][:1]:
             print(row)

@@ -41,8 +41,12 @@ class DataSet:
     holdout: list[Row] = field(default_factory=list)  # like the forget set, but no model was ever trained on them
 
     def texts(self) -> list[str]:
-        """All text that is taught, for training a tokenizer."""
-        return [row[key] for row in self.forget + self.retain + self.background
+        """All text for training a tokenizer: what is taught, and the holdout rows.
+
+        Without those their names would fall into more tokens than taught ones do, and every model, one that never saw
+        the forget set too, would tell the two apart.
+        """
+        return [row[key] for row in self.forget + self.retain + self.background + self.holdout
                 for key in ("question", "answer", "text") if key in row]
 
 
