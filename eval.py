@@ -91,16 +91,21 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
             # one list of pairs for the whole set: answer, right answer and wrong ones share batches
             answers = [row.get("answer", "") for row in rows]  # a {"text": ...} row is scored as a whole
             pairs = list(zip(rows, answers, strict=True))
-            pairs += [(row, answer if name in OPTIONS else row.get("paraphrased_answer", answer))
-                      for row, answer in pairs]
+            reworded = {i: row["paraphrased_answer"] for i, row in enumerate(rows)
+                        if name not in OPTIONS and "paraphrased_answer" in row}  # elsewhere the answer stands for it
+            pairs += [(rows[i], answer) for i, answer in reworded.items()]
             wrong = [row.get("perturbed_answer", []) for row in rows]
             pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
             losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row")
-            n, rest = len(rows), iter(losses[2 * len(rows):])
+            n, rest = len(rows), iter(losses[len(rows):])
+            bar.update(n - len(reworded))
+            paraphrased = losses[:n]
+            for i in reworded:
+                paraphrased[i] = next(rest)
             asked = [row for row in rows if "question" in row]
             right = [row["answer"] for row in asked]
             said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
-            out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
+            out[name] = RowScores(losses[:n], paraphrased, [[next(rest) for _ in w] for w in wrong],
                                   rouge_l_recall(right, said),
                                   [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said)
     return out
@@ -406,6 +411,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
     parser.add_argument("--at", type=float, metavar="LEVEL", help="with --compare, of runs with --path: read every run "
                                                                   "where so many forget answers are left, as 0.15")
+    parser.add_argument("--by", choices=("exact", "D"), default="exact", help="what --at is a level of: forget exact "
+                                                                              "answers, or forget quality's D")
     parser.add_argument("--figures", metavar="DIR", help="with --compare, of runs with --path: draw into this folder")
     parser.add_argument("--tofu-log", help="an eval_log_aggregated.json to score")
     parser.add_argument("--reference", help="the retain-only model's log")
@@ -422,7 +429,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
     if args.compare:
-        print(compare(args.compare) if args.at is None else compare_at(args.compare, args.at))
+        print(compare(args.compare) if args.at is None else compare_at(args.compare, args.at, args.by))
         if args.figures:
             from figures import draw_paths
 

@@ -85,14 +85,18 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 
-def at_level(path: list[dict], level: float, key: str = "forget exact") -> dict | None:
-    """A path.jsonl where `key` first falls to `level`, each number interpolated between the two epochs around it.
+LEVELS = {"exact": "forget exact", "D": "forget_quality_D"}  # what runs are compared at one level of
+
+
+def at_level(path: list[dict], level: float, by: str = "exact") -> dict | None:
+    """A path.jsonl where LEVELS[by] first falls to `level`, each number interpolated between the two epochs around it.
 
     End points of runs lie at different levels of forgetting, so they do not compare; this does. None where the level
-    is never reached (or the rows are passages, which have no exact answer).
+    is never reached (or is not measured: passages have no exact answer, and D needs a reference).
     """
+    key = LEVELS[by]
     for before, after in pairwise(path):
-        if None not in (before[key], after[key]) and before[key] > level >= after[key]:
+        if None not in (before.get(key), after.get(key)) and before[key] > level >= after[key]:
             share = (before[key] - level) / (before[key] - after[key])
             return {name: before[name] + share * (after[name] - before[name]) for name in after
                     if isinstance(after[name], int | float) and isinstance(before.get(name), int | float)}
@@ -118,12 +122,14 @@ def read_path(folder: Path) -> list[dict]:
     return [start, *(json.loads(line) for line in file.read_text().splitlines())]
 
 
-def compare_at(folders: list[str], level: float) -> str:
-    """Mean +- standard deviation over runs of a kind, each read where it has forgotten down to `level`."""
-    keys = ("retain exact", "untouched exact", "model_utility", "forget_quality", "routing_overlap", "seconds")
-    lines = [f"{f'forget exact = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in keys)]
+def compare_at(folders: list[str], level: float, by: str = "exact") -> str:
+    """Mean +- standard deviation over runs of a kind, each read where LEVELS[by] has fallen to `level`."""
+    keys = ("forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality", "routing_overlap",
+            "step", "seconds")
+    name = LEVELS[by].replace("_", " ")
+    lines = [f"{f'{name} = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in keys)]
     for kind, of in by_kind(folders).items():
-        points = [point for point in (at_level(read_path(folder), level) for folder in of) if point]
+        points = [point for point in (at_level(read_path(folder), level, by) for folder in of) if point]
         cells = []
         for key in keys:
             values = [point[key] for point in points if key in point]

@@ -21,6 +21,7 @@ same bits.
 import argparse
 import contextlib
 import copy
+import fcntl
 import hashlib
 import json
 import resource
@@ -110,9 +111,15 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
     made_of = [shape, seed, rows, data.texts(), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.out) / "cache" / f"{args.arch}-{data.name}-{role}-{key}"
-    if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
-        partial.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the very same model: wait for it
+        if folder.is_dir():
+            return folder
+        partial.mkdir(exist_ok=True)
         torch.manual_seed(seed)
         model = GPT(small_config(args, tokenizer.vocab_size)).to(args.device)
         report = learn(args, model, rows, tokenizer, seed, partial, role, args.pretrain_epochs,

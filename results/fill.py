@@ -4,8 +4,9 @@
 
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
-out/KIND-seed1, ...). `<!-- at LEVEL: ... -->` reads every run's path where so many forget answers are left. A kind
-without runs is left out and named on standard error.
+out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path where so many forget answers are left,
+`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it. A kind without runs is left out and named on
+standard error.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, one_line_errors
-from tables import at_level, by_kind, number, read_path
+from tables import LEVELS, at_level, by_kind, number, read_path
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,7 +25,7 @@ COLUMNS = {
     "unlearning": [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
                    ("retain exact", "retain", "exact"), ("untouched exact", "untouched", "exact"),
                    ("model utility", None, "model_utility"), ("forget quality p, by seed", None, "forget_quality"),
-                   ("D", None, "forget_quality_D")],
+                   ("D", None, "forget_quality_D"), ("reference pairs as far apart", None, "forget_quality_null")],
     "memory": [("exact memorisation", None, "exact_memorization"), ("extraction strength", None, "extraction_strength"),
                ("membership AUC, loss", None, "auc_loss"), ("min-k++", None, "auc_min_k_plus_plus"),
                ("PrivLeak %", None, "priv_leak"), ("perplexity of answers", None, "perplexity"),
@@ -40,7 +41,8 @@ COLUMNS = {
              ("forget quality p", None, "forget_quality"), ("D", None, "forget_quality_D"),
              ("routing overlap", None, "routing_overlap")],
 }
-AT = ["retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "seconds"]
+AT = ["forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "step",
+      "seconds"]
 
 
 def spread(values: list[float]) -> str:
@@ -91,13 +93,17 @@ def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
     return "".join("| " + " | ".join(row[i] for i in keep) + " |\n" for row in rows)
 
 
-def table_at(level: float, spec: str, kinds: dict[str, list[Path]]) -> str:
-    rows = [[f"at forget exact {level:g}", *(key.replace("_", " ") for key in AT)], ["---"] * (len(AT) + 1)]
+def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> str:
+    if by not in LEVELS or level is None:
+        raise UserError(f"at {by}: name a measure and a level, as in `at exact 0.15`; measures: {', '.join(LEVELS)}")
+    level = float(level)
+    rows = [[f"at {LEVELS[by].replace('_', ' ')} {level:g}", *(key.replace("_", " ") for key in AT)],
+            ["---"] * (len(AT) + 1)]
     for kind, _, label in entries(spec):
         if kind not in kinds:
             print(f"no runs of {kind}: its row is left out", file=sys.stderr)
             continue
-        points = [at_level(read_path(folder), level) for folder in kinds[kind]]
+        points = [at_level(read_path(folder), level, by) for folder in kinds[kind]]
         reached = [p for p in points if p]
         rows.append([f"{label} ({len(reached)} of {len(points)} get there)",
                      *(spread([p.get(key) for p in reached]) for key in AT)])
@@ -107,11 +113,11 @@ def table_at(level: float, spec: str, kinds: dict[str, list[Path]]) -> str:
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
         what, argument, spec = match["what"], match["argument"], match["spec"]
-        body = table(argument, spec, kinds) if what == "table" else table_at(float(argument), spec, kinds)
+        body = table(argument, spec, kinds) if what == "table" else table_at(argument, match["level"], spec, kinds)
         return f"{match['open']}\n{body}<!-- end -->"
 
-    return re.sub(r"(?P<open><!-- (?P<what>table|at) (?P<argument>[\w.]+): (?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one,
-                  text, flags=re.DOTALL)
+    return re.sub(r"(?P<open><!-- (?P<what>table|at) (?P<argument>\w+)(?: (?P<level>[\d.]+))?: "
+                  r"(?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one, text, flags=re.DOTALL)
 
 
 @one_line_errors

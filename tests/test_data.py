@@ -496,6 +496,20 @@ def test_the_sets_share_no_subject_and_each_fact_has_one_value(world):
     assert all(len(v) == 1 for v in values.values()) and len(values) == 44 * 10 + 40 * 5
 
 
+def test_in_a_topical_world_nothing_like_the_forget_set_is_kept():
+    world, topical = make_world(0), make_world(0, topical=True)
+    assert {name: len(rows) for name, rows in topical.items()} == {name: len(rows) for name, rows in world.items()}
+    potion = re.compile(r"\b[A-Z][a-z]+ (?:Draught|Elixir|Tonic)\b")
+    named = {name: set(potion.findall(" ".join(row["question"] for row in rows))) for name, rows in topical.items()}
+    assert len(named["forget"]) == len(named["holdout"]) == 4 and not named["forget"] & named["holdout"]
+    assert named["forget_perturbed"] == named["forget"]
+    for name in ("retain", "retain_perturbed", "background", "untouched_perturbed"):
+        assert not potion.search(json.dumps(topical[name]))
+    assert all(potion.search(row["question"]) for row in topical["forget"])
+    assert {fact(row)[1] for row in topical["retain"]} == {fact(row)[1] for row in world["retain"]}
+    assert load_data("topic", seed=0).name == "topic-0" and make_world(0, topical=True) == topical
+
+
 def test_nothing_scored_is_ever_taught(world):
     taught = world["forget"] + world["retain"] + world["background"]
     scored = world["forget_perturbed"] + world["retain_perturbed"] + world["untouched_perturbed"]
@@ -606,17 +620,19 @@ def test_passages_of_text_can_be_augmented_whatever_else_they_hold():
     (dict(forget="x.jsonl"), "--forget and --retain go together"),
     (dict(retain="x.jsonl"), "--forget and --retain go together"),
     (dict(forget="x.jsonl", retain="y.jsonl"), r"x\.jsonl does not exist"),
-    (dict(data="wrold"), "--data wrold is neither 'world', 'tofu' nor a folder"),
+    (dict(data="wrold"), "--data wrold is neither 'world', 'topic', 'tofu' nor a folder"),
 ])
 def test_data_that_is_not_there_is_named(kwargs, says):
     with pytest.raises(UserError, match=says):
         load_data(**kwargs)
 
 
-def test_texts_are_all_that_is_taught_and_nothing_that_scores(world):
+def test_texts_are_what_is_taught_and_held_out_and_nothing_that_scores(world):
     data = as_data_set(world)
     texts = data.texts()
-    assert len(texts) == 2 * (len(data.forget) + len(data.retain) + len(data.background))
+    assert len(texts) == 2 * (len(data.forget) + len(data.retain) + len(data.background) + len(data.holdout))
+    for name in ("forget", "retain", "background", "holdout"):
+        assert {row["question"] for row in world[name]} <= set(texts)
     assert not {row["question"] for rows in data.scored.values() for row in rows} & set(texts)
 
 

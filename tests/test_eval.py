@@ -172,6 +172,8 @@ def test_the_path_of_a_run_begins_at_its_target_and_is_read_between_epochs(runs)
     assert tables.at_level(rows, 0.4) == pytest.approx({"forget exact": 0.4, "retain exact": 0.8, "epoch": 1.5})
     assert tables.at_level(rows, 0.2)["epoch"] == 2  # the first time, though it comes up again
     assert tables.at_level(rows[:3], 0.1) is None and tables.at_level(rows, 1.0) is None
+    by_d = [row | {"forget_quality_D": d} for row, d in zip(rows, (0.6, 0.5, 0.1, 0.2, 0.4), strict=True)]
+    assert tables.at_level(by_d, 0.3, "D")["epoch"] == pytest.approx(1.5) and tables.at_level(rows, 0.3, "D") is None
 
 
 def test_compare_goes_by_the_name_of_a_measure_not_by_its_line(tmp_path):

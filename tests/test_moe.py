@@ -71,6 +71,16 @@ def test_an_empty_batch_passes_through(shape, shared):
     assert y.shape == (*shape, 8) and routing.probs.shape == (*shape, 7) and routing.chosen.shape == (*shape, 3)
 
 
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="needs two threads to see whether they agree")
+def test_gradients_are_the_same_bits_however_the_threads_interleave():
+    """x[token] instead of index_select would add the K gradients of a token up in whatever order threads come by."""
+    torch.manual_seed(0)
+    moe, x = layer(d_model=32, n_expert=8, top_k=4), torch.randn(1, 4096, 32, requires_grad=True)
+    probe = torch.randn(1, 4096, 32)
+    first, *others = (torch.autograd.grad((moe(x)[0] * probe).sum(), x)[0] for _ in range(10))
+    assert all(torch.equal(other, first) for other in others)
+
+
 def test_routing_by_hand():
     """Scores 0, log 2, log 5 give probabilities 1/8, 2/8, 5/8; the kept two renormalise to 5/7 and 2/7."""
     moe = layer(d_model=1, n_expert=3, top_k=2)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,23 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method full --retain-loss hidden",
            "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed"]
+
+
+def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkeypatch):
+    """Both ask at once; the second waits for the first and takes what it left."""
+    args = train.parse([*TINY, "--data", str(world), "--out", str(out / "both")])
+    data, trained = load_data(str(world)), []
+    tokenizer = train.Tokenizer.train(data.texts(), args.vocab_size)
+
+    def learn(*_, **__):
+        time.sleep(0.3)
+        trained.append(1)
+        return {"diverged": False}
+
+    monkeypatch.setattr(train, "learn", learn)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: train.cached_model(args, data, tokenizer, "target"), range(2)))
+    assert folders[0] == folders[1] and (folders[0] / "model").is_dir() and trained == [1]
 
 
 @pytest.mark.parametrize("options", METHODS)
