@@ -5,8 +5,8 @@
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
 out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path where so many forget answers are left,
-`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it. A kind without runs is left out and named on
-standard error.
+`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it. `<!-- attacks: ... -->` is of
+attacks.json (`python eval.py RUN --attack ...`). A kind without runs is left out and named on standard error.
 """
 
 import json
@@ -79,7 +79,7 @@ def entries(spec: str) -> list[tuple[str, str, str]]:
 
 def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
     if columns not in COLUMNS:
-        raise UserError(f"columns {columns!r} are unknown: {', '.join(COLUMNS)}")
+        raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
     lines = []
     for kind, role, label in entries(spec):
         if kind not in kinds:
@@ -110,13 +110,33 @@ def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def table_attacks(spec: str, kinds: dict[str, list[Path]]) -> str:
+    """Share of forget answers said word for word after each attack of attacks.json."""
+    found = []
+    for kind, role, label in entries(spec):
+        files = [folder / "attacks.json" for folder in kinds.get(kind, []) if (folder / "attacks.json").is_file()]
+        if not files:
+            print(f"no attacks on {kind}: its row is left out", file=sys.stderr)
+            continue
+        found.append((role, f"{label} ({len(files)})", [json.loads(file.read_text())["outcomes"] for file in files]))
+    names = list(dict.fromkeys(name for _, _, runs in found for run in runs for name in run))
+    rows = [["forget exact (runs)", *names], ["---"] * (len(names) + 1)]
+    for role, label, runs in found:
+        exact = ([run.get(name, {}).get(role, {}).get("exact") for run in runs] for name in names)
+        rows.append([label, *map(spread, exact)])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
         what, argument, spec = match["what"], match["argument"], match["spec"]
-        body = table(argument, spec, kinds) if what == "table" else table_at(argument, match["level"], spec, kinds)
+        if what == "table":
+            body = table(argument, spec, kinds)
+        else:
+            body = table_attacks(spec, kinds) if what == "attacks" else table_at(argument, match["level"], spec, kinds)
         return f"{match['open']}\n{body}<!-- end -->"
 
-    return re.sub(r"(?P<open><!-- (?P<what>table|at) (?P<argument>\w+)(?: (?P<level>[\d.]+))?: "
+    return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>\w+))?(?: (?P<level>[\d.]+))?: "
                   r"(?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one, text, flags=re.DOTALL)
 
 
@@ -124,7 +144,8 @@ def fill(text: str, kinds: dict[str, list[Path]]) -> str:
 def main() -> None:
     if len(sys.argv) < 2:
         raise UserError("give the folder that holds the runs, such as out")
-    runs = sorted(p.parent for root in sys.argv[1:] for p in Path(root).glob("*/metrics.json"))
+    runs = sorted(p.parent for root in sys.argv[1:] for p in Path(root).glob("*/metrics.json")
+                  if p.parent.suffix != ".partial")
     kinds = by_kind(list(map(str, runs)))
     for page in [*sorted(HERE.glob("*.md")), HERE.parent / "README.md"]:
         old = page.read_text(encoding="utf-8")

@@ -39,6 +39,32 @@ def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
 
 
+def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
+    for i, folder in enumerate(kinds["x"]):
+        outcomes = {"none": {"target": {"exact": 1.0}, "unlearned": {"exact": 0.1 * i}},
+                    "int4": {"target": {"exact": 0.5}, "unlearned": {"exact": 0.3}}}
+        (folder / "attacks.json").write_text(json.dumps({"outcomes": outcomes}))
+    new = fill.fill("<!-- attacks: x=Ours; x:target=Target; gone=Missing -->\n<!-- end -->\n", kinds)
+    assert "| forget exact (runs) | none | int4 |" in new
+    assert "| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 |" in new
+    assert "| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 |" in new
+    assert "no attacks on gone" in capsys.readouterr().err
+
+
+def test_a_table_read_at_a_level_names_the_measure(kinds):
+    for d, folder in zip((0.1, 0.5), kinds["x"], strict=True):
+        start = {"forget": {"exact": 1.0, "rougeL_recall": 1.0, "loss": 0.0}, "model_utility": 0.8,
+                 "forget_quality": 1e-9, "forget_quality_D": 0.6}
+        (folder / "metrics.json").write_text(json.dumps({"target": start}))
+        (folder / "path.jsonl").write_text(json.dumps(
+            {"epoch": 1, "step": 10, "seconds": 2.0, "forget exact": 0.9, "forget_quality_D": d, "model_utility": 0.6}))
+    new = fill.fill("<!-- at D 0.35: x=Ours -->\n<!-- end -->\n", kinds)
+    assert "| at forget quality D 0.35 |" in new and "| Ours (1 of 2 get there) | 0.950 |" in new and "| 0.700 |" in new
+    for bad in ("at D", "at nothing 0.1", "table nothing"):
+        with pytest.raises(fill.UserError):
+            fill.fill(f"<!-- {bad}: x=Ours -->\n<!-- end -->\n", kinds)
+
+
 def test_every_page_can_be_filled_from_nothing():
     for page in (ROOT / "results").glob("*.md"):
         fill.fill(page.read_text(encoding="utf-8"), {})
