@@ -140,6 +140,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--uld-retain", type=float, default=1.0, help="regular retain rows in D'_r, as a multiple of the forget rows")
     say("--no-paraphrased", action="store_true", help="leave the paraphrased rows out of D'_f")
     say("--no-perturbed", action="store_true", help="leave the perturbed rows out of D'_r")
+    say("--stray-perturbed", type=float, default=0.0, help="wrong answers about retain rows too, so often as there "
+                                                           "are forget rows: the ULD authors' files hold such")
+    say("--uniform-on", choices=("answer", "all"), default="answer", help="tokens of D'_r that are to be uniform; the "
+                                                                          "ULD authors' loss takes the question's too")
     say("--offset-alpha", type=float, default=1.0, help="weight of the assistant's change")
     args = parser.parse_args(argv)
     return check(args)
@@ -190,6 +194,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     if args.balance_retain and (args.arch == "gpt" or args.method in ("offset", "divergence") or
                                 args.retain_loss not in ("gd", "kl")):
         raise UserError("--balance-retain weighs the retain tokens of a mixture of experts, by --retain-loss gd or kl")
+    if args.method != "uld" and (args.stray_perturbed or args.uniform_on == "all"):
+        raise UserError("--stray-perturbed and --uniform-on are about the D'_r of --method uld")
     if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
         raise UserError(f"--method {args.method} has no hidden states of its own to steer: --forget-loss npo, say")
     if args.method in ("uoe", "esft") and args.arch == "gpt":
@@ -220,7 +226,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
     for flag in ("seed", "ff", "context", "vocab_size", "balance", "retain_weight", "weight_decay", "anchor_weight",
-                 "attribution_tokens", "authors", "score_rows", "uld_retain", "assistant_layers"):
+                 "attribution_tokens", "authors", "score_rows", "uld_retain", "stray_perturbed", "assistant_layers"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
     if args.stop_at is not None and (args.method == "uld" or not -1 <= args.stop_at < 1):

@@ -20,7 +20,7 @@ import objectives
 import uld
 import uoe
 from data.batches import Batch, Example, collate, encode_rows, in_order, rows_that_fit
-from data.rows import DataSet, Row, refusals
+from data.rows import DataSet, Row, augment, refusals
 from errors import UserError
 from eval import greedy_answers
 from loop import collate_at, fit
@@ -272,7 +272,11 @@ def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Ro
     drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
     kept = sorted(drawn[: round(args.uld_retain * len(data.forget))])
     forget = data.forget + ([] if args.no_paraphrased else data.paraphrased)
-    return forget, [data.retain[i] for i in kept] + ([] if args.no_perturbed else data.perturbed)
+    retain = [data.retain[i] for i in kept] + ([] if args.no_perturbed else data.perturbed)
+    stray = augment([data.retain[i] for i in drawn[: round(args.stray_perturbed * len(data.forget))]])[1]
+    if args.stray_perturbed and not stray:
+        raise UserError("--stray-perturbed: the retain rows have no perturbed_answer")
+    return forget, retain + stray
 
 
 # ---- all together -----------------------------------------------------------------------------------------------
@@ -291,6 +295,8 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
         raise UserError("no retain rows are left: --retain-loss none, or leave out --no-perturbed or --uld-retain 0")
     forget = encode_rows(forget_rows, tokenizer, args.context, "forget row", truncate=True)
     retain = encode_rows(retain_rows, tokenizer, args.context, "retain row", truncate=True)
+    if args.method == "uld" and args.uniform_on == "all":  # to be uniform takes no right answer, so any label does
+        retain = [Example(row.tokens, [0] * len(row.labels)) for row in retain]
 
     torch.manual_seed(args.seed)
     total = count_parameters(target)  # before experts are taken out or adapters put in

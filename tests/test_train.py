@@ -13,9 +13,12 @@ import torch
 import train
 from data import load_data
 from data.authors import make_world, write_world
+from data.batches import encode_rows
 from errors import UserError
 from eval import open_run
 from pretrained import load
+from uld import first_layers
+from unlearn import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "
@@ -54,7 +57,8 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method divergence", "--method full --repair-routers", "--method uoe --balance-retain",
            "--method full --retain-loss hidden",
            "--method uoe --path --epochs 2 --stop-at -1",
-           "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed"]
+           "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed",
+           "--method uld --stray-perturbed 2 --uniform-on all"]
 
 
 def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkeypatch):
@@ -184,6 +188,32 @@ def test_uld_leaves_the_target_and_all_but_the_blocks_of_the_assistant_alone(wor
     assert not any(name.startswith("blocks.1") for name in assistant)
 
 
+def test_the_authors_uniform_loss_takes_every_token_and_stray_rows_ask_about_what_is_kept(world, out):
+    """At step 0 the LoRA is zero, so the assistant is the target's first layer and its loss can be worked by hand."""
+    options = "--method uld --assistant-layers 1 --lora-dropout 0 --stray-perturbed 0.5 --batch-size 500".split()
+    data = load_data(str(world))
+    first = {}
+    for on in ("answer", "all"):
+        folder = run(world, out, *options, "--uniform-on", on, name=f"uniform-{on}")
+        first[on] = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["retain"]
+    opened = open_run(folder)
+    args = train.parse([*TINY, *options, "--data", str(world), "--out", str(out)])
+    _, rows = rows_of(args, data)
+    stray = rows[len(data.forget) + len(data.perturbed) :]
+    asked = {row["question"] for row in data.retain}
+    assert len(stray) == 2 * round(0.5 * len(data.forget)) and all(row["question"] in asked for row in stray)
+    right = {(row["question"], row["answer"]) for row in data.retain}
+    assert not any((row["question"], row["answer"]) in right for row in stray)
+    assistant = first_layers(opened.target, 1)
+    values = {"answer": [], "all": []}
+    for example in encode_rows(rows, opened.tokenizer, args.context):
+        p = assistant(torch.tensor([example.tokens])).log_softmax(-1)[0]  # (T, V)
+        values["all"] += (-p.mean(-1)).tolist()
+        values["answer"] += [-float(p[t].mean()) for t, label in enumerate(example.labels) if label >= 0]
+    for on, of in values.items():
+        assert first[on] == pytest.approx(sum(of) / len(of), rel=1e-4)
+
+
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, out):
     first = weights(run(world, out, "--method", "uoe") / "model")
     again = weights(run(world, out, "--method", "uoe", name="again") / "model")
@@ -263,6 +293,8 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--with-shared", r"--with-shared"), ("--affinity-rank 99", r"--affinity-rank 99"),
     ("--dtype bfloat16", r"--dtype bfloat16 is for"),
     ("--method uld --no-perturbed --uld-retain 0", r"no retain rows are left"),
+    ("--method full --uniform-on all", r"--stray-perturbed and --uniform-on"),
+    ("--method uld --stray-perturbed -1", r"--stray-perturbed -1"),
     ("--method uoe --retain-loss some", r"--retain-loss some .*gd"),
     ("--method uoe --arch gpt", r"--method uoe needs a mixture"),
     ("--method uld --forget-loss npo", r"--method uld .* its own are ce and uniform"),
