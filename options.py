@@ -46,9 +46,16 @@ OTHERWISE = {"npo_beta": 0.1, "layer": "middle", "router_lr": 1.0, "subtract": 0
 PRETRAIN_EPOCHS = {"moe": 8, "gpt": 6}  # enough for every held-out wording; more only makes a target surer of itself
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults, but not to those that the help tells in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="unlearn part of what a model learnt, and score it",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     say = parser.add_argument_group("what to do").add_argument
     say("--method", default="uoe", help="what trains: " + ", ".join([*TRAINEES, "finetune", "upcycle"]))
     say("--forget-loss", help="what it forgets by: " + ", ".join(FORGET_LOSSES) + " (default: npo; uld: ce)")
