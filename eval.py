@@ -288,8 +288,8 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     from figures import draw  # matplotlib only where something is drawn
 
     metrics = summarise(scores, data)
-    for role in models:
-        metrics[role] |= probe(models, role, tokenizer, data, scores[role])
+    for role, block in probe_all(models, tokenizer, data, scores).items():
+        metrics[role] |= block
     shares = None
     target, model = models["target"], models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
@@ -304,13 +304,20 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     print(three_questions(data, tokenizer, models))
 
 
-def probe(models: dict[str, object], role: str, tokenizer, data: DataSet, scores: Scores) -> dict:
-    """probes.py's numbers for one model, and for an unlearned mixture of experts what it routes where."""
-    target, model = models["target"], models[role]
+def probe_all(models: dict[str, object], tokenizer, data: DataSet, scores: dict[str, Scores]) -> dict[str, dict]:
+    """probes.py's numbers for every model: memory, membership, writing and, where experts changed, routing."""
+    out = {role: probe(models["target"], model, role, tokenizer, data, scores[role]) for role, model in models.items()}
+    seen = {role: probes.suspects(model, tokenizer, data) for role, model in models.items()}
+    for role, ours in seen.items():
+        out[role] |= probes.membership(ours, seen.get("reference")) if ours else {}
+    return out
+
+
+def probe(target: GPT, model, role: str, tokenizer, data: DataSet, scores: Scores) -> dict:
+    """Of one model, all but membership; `target` is what it is compared with."""
     rows = [row for row in data.scored["forget"] if "question" in row]
     out = probes.remembered(model, tokenizer, data.scored["forget"])
     out |= probes.completion(model, tokenizer, data.scored["forget"])
-    out |= probes.membership(model, tokenizer, data, models.get("reference"))
     if rows:
         out |= probes.writing(target, tokenizer, rows, scores["forget"].said)
     if role == "unlearned" and isinstance(model, GPT) and model.is_moe:
@@ -367,8 +374,8 @@ def score_again(folder: Path, run: Run, args: argparse.Namespace) -> None:
               scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
               for role in metrics if role != "run"}
     fresh = summarise(scores, run.data)
-    for role in models:
-        fresh[role] |= probe(models, role, run.tokenizer, run.data, scores[role])
+    for role, block in probe_all(models, run.tokenizer, run.data, scores).items():
+        fresh[role] |= block
     fresh["run"] = metrics["run"]
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)

@@ -55,17 +55,24 @@ def membership_scores(model, tokenizer, rows: list[Row]) -> dict[str, list[float
     return out
 
 
-def membership(model, tokenizer, data: DataSet, reference=None) -> dict[str, float]:
-    """AUC of each attack, forget rows against rows that nobody saw. {} where the data set has no such rows.
+Suspects = tuple[dict[str, list[float]], dict[str, list[float]]]  # membership_scores of forget and of holdout rows
 
-    reference: a model that never saw the forget set; with it, also the reference attack and PrivLeak.
-    """
+
+def suspects(model, tokenizer, data: DataSet) -> Suspects | None:
+    """What `membership` compares; None where the data set has no rows that nobody saw."""
     if not data.holdout:
-        return {}
-    members, others = (membership_scores(model, tokenizer, rows) for rows in (data.forget, data.holdout))
+        return None
+    return tuple(membership_scores(model, tokenizer, rows) for rows in (data.forget, data.holdout))
+
+
+def membership(ours: Suspects, theirs: Suspects | None = None) -> dict[str, float]:
+    """AUC of each attack, forget rows against rows that nobody saw.
+
+    theirs: of a model that never saw the forget set; with it, also the reference attack and PrivLeak.
+    """
+    members, others = ours
     out = {f"auc_{name}": privacy.auc(members[name], others[name]) for name in ATTACKS}
-    if reference is not None:
-        theirs = [membership_scores(reference, tokenizer, rows) for rows in (data.forget, data.holdout)]
+    if theirs is not None:
         out["auc_reference"] = privacy.auc(*([a - b for a, b in zip(of["loss"], ref["loss"], strict=True)]
                                              for of, ref in zip((members, others), theirs, strict=True)))
         retrained = privacy.auc(theirs[0]["min_k_40"], theirs[1]["min_k_40"])

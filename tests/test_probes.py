@@ -49,13 +49,13 @@ def test_membership_scores_keep_the_rows_order_and_auc_is_over_pairs(models, tok
             losses[name].append(float(torch.nn.functional.cross_entropy(logits, labels)))
     assert probes.membership_scores(models["dense"], tokenizer, ROWS)["loss"] == pytest.approx(
         [-loss for loss in losses["dense"][:3]], rel=1e-4)
-    out = probes.membership(models["dense"], tokenizer, data, models["a"])
+    out = probes.membership(*(probes.suspects(models[name], tokenizer, data) for name in ("dense", "a")))
     pairs = [(i, j) for i in range(3) for j in range(3, 5)]
     mine, theirs = losses["dense"], losses["a"]
     assert out["auc_loss"] == pytest.approx(sum(mine[i] < mine[j] for i, j in pairs) / 6)
     assert out["auc_reference"] == pytest.approx(sum(theirs[i] - mine[i] > theirs[j] - mine[j] for i, j in pairs) / 6)
     assert {"auc_zlib", "auc_min_k", "auc_min_k_plus_plus", "priv_leak"} <= set(out)
-    assert probes.membership(models["dense"], tokenizer, DataSet("mine", ROWS, [])) == {}
+    assert probes.suspects(models["dense"], tokenizer, DataSet("mine", ROWS, [])) is None
 
 
 @torch.no_grad()
