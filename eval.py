@@ -32,6 +32,7 @@ from objectives import token_log_probs
 from pretrained import load
 from tables import by_kind, compare, compare_at, number, read_path, table
 from uld import LogitDifference, LogitOffset
+from uoe import expert_attribution
 
 Scores = dict[str, RowScores]
 
@@ -290,16 +291,18 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer, scores: dic
     metrics = summarise(scores, data)
     for role, block in probe_all(models, tokenizer, data, scores).items():
         metrics[role] |= block
-    shares = None
+    experts = None
     target, model = models["target"], models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
         batches = forget_batches(target, tokenizer, data)
-        shares = {"target": expert_shares(target, batches), "unlearned": expert_shares(model, batches)}
+        of = {"target": target, "unlearned": model}
+        experts = {"share": {role: expert_shares(m, batches) for role, m in of.items()},
+                   "affinity": {role: expert_attribution(m, batches).tolist() for role, m in of.items()}}
     metrics["run"] = run
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     last = "unlearned" if "unlearned" in scores else "target"
     save_scores(folder, data, scores[last], as_read(target.embed.weight.dtype, tokenizer))
-    draw(folder, scores, shares)
+    draw(folder, scores, experts)
     print("\n" + table(metrics) + "\n")
     print(three_questions(data, tokenizer, models))
 

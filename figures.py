@@ -1,6 +1,6 @@
 """Every figure this code draws, from logs and metrics that are on disk. Readable in black and white.
 
-    draw(folder, scores, shares)       # of one run: losses, truth ratios, tokens per expert
+    draw(folder, scores, experts)      # of one run: losses, truth ratios, and of a MoE's experts share and affinity
     draw_paths(runs, folder)           # of several, with --path: what unlearning does along the way
 """
 
@@ -17,8 +17,11 @@ from metrics.tofu import RowScores
 STYLES = [("0.0", "-"), ("0.6", "-"), ("0.0", "--"), ("0.6", "--"), ("0.0", ":"), ("0.6", ":")]
 
 
-def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | None) -> None:
-    """figures/*.png: losses along training, truth ratios, and for a MoE tokens per expert. Readable without colour."""
+def draw(folder: Path, scores: dict[str, dict[str, RowScores]], experts: dict[str, dict] | None) -> None:
+    """figures/*.png: losses along training, truth ratios, and for a MoE what forget tokens engage. No colour needed.
+
+    experts: "share" (of forget tokens) and "affinity" (UOE, equation 2), each {"target": (L, E), "unlearned": (L, E)}.
+    """
     (folder / "figures").mkdir(exist_ok=True)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if log:
@@ -41,18 +44,18 @@ def draw(folder: Path, scores: dict[str, dict[str, RowScores]], shares: dict | N
         axis.axvline(1, color="0.85", zorder=0)
         axis.legend(frameon=False)
         write(figure, folder / "figures" / "truth_ratio.png")
-    if shares:
-        layers = len(shares["target"])
+    for what, of in (experts or {}).items():
+        layers = len(of["target"])
         figure, axes = plt.subplots(1, layers, figsize=(3 * layers, 2.8), sharey=True, squeeze=False)
         for layer, axis in enumerate(axes[0]):
-            order = sorted(range(len(shares["target"][layer])), key=lambda e: -shares["target"][layer][e])
-            axis.bar(range(len(order)), [shares["target"][layer][e] for e in order], color="0.75", label="target")
-            axis.plot(range(len(order)), [shares["unlearned"][layer][e] for e in order], "k_", label="unlearned")
+            order = sorted(range(len(of["target"][layer])), key=lambda e: -of["target"][layer][e])
+            axis.bar(range(len(order)), [of["target"][layer][e] for e in order], color="0.75", label="target")
+            axis.plot(range(len(order)), [of["unlearned"][layer][e] for e in order], "k_", label="unlearned")
             axis.set(title=f"layer {layer}", xlabel="expert")
             axis.set_xticks(range(len(order)), [str(e) for e in order], fontsize=6)
-        axes[0][0].set_ylabel("share of forget tokens")
+        axes[0][0].set_ylabel({"share": "share of forget tokens", "affinity": "affinity of the forget set"}[what])
         axes[0][-1].legend(frameon=False)
-        write(figure, folder / "figures" / "experts.png")
+        write(figure, folder / "figures" / f"expert_{what}.png")
 
 
 def write(figure, path: Path) -> None:
@@ -66,7 +69,8 @@ def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
 
     forgetting.png: what is kept against what is forgotten (read it at one level of forgetting, from right to left).
     collateral.png: cross entropy on forget and on untouched rows along training (ULD, Figure 3).
-    quality.png: utility against forget quality (ULD, Figure 4); overlap.png: routing overlap by epoch (UOE, Figure 3).
+    quality.png: utility against forget quality, and that against time (ULD, Figures 4 and 5).
+    overlap.png: routing overlap by step (UOE, Figure 3).
     """
     folder.mkdir(parents=True, exist_ok=True)
     panels = {
@@ -74,7 +78,7 @@ def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
                        ("forget exact", "routing_overlap")],
         "collateral": [("epoch", "forget loss"), ("epoch", "untouched loss")],
         "quality": [("forget_quality", "model_utility"), ("seconds", "forget_quality")],
-        "overlap": [("epoch", "routing_overlap")],
+        "overlap": [("step", "routing_overlap")],
     }
     written = []
     for name, axes_of in panels.items():

@@ -220,6 +220,7 @@ def test_every_figure_is_drawn_for_as_many_models_as_there_may_be(tmp_path):
     from figures import STYLES, draw
     of = {"forget": scoring.RowScores([1.0, 2.0], [1.0, 2.0], [[2.0], [3.0]], [1.0, 1.0])}
     (tmp_path / "log.jsonl").write_text('{"step": 0, "forget_ce": 1.0, "retain": 0.5, "anchor": 0.1}\n')
-    shares = {"target": [[0.5, 0.5]], "unlearned": [[1.0, 0.0]]}
+    shares = {what: {"target": [[0.5, 0.5]], "unlearned": [[1.0, 0.0]]} for what in ("share", "affinity")}
     draw(tmp_path, {f"reference-{i}": of for i in range(len(STYLES) + 2)}, shares)
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"training.png", "truth_ratio.png", "experts.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"training.png", "truth_ratio.png", "expert_share.png",
+                                                                  "expert_affinity.png"}
