@@ -30,15 +30,18 @@ from metrics.tofu import rouge_l_recall
 Outcome = dict[str, float]  # exact, rougeL_recall
 
 
-def outcome(right: list[str], said: list[str]) -> Outcome:
-    rouge = rouge_l_recall(right, said)
-    return {"exact": sum(a.strip() == b.strip() for a, b in zip(right, said, strict=True)) / max(1, len(right)),
-            "rougeL_recall": sum(rouge) / max(1, len(rouge))}
+def outcome(said: list[str], *right: list[str]) -> Outcome:
+    """Means over rows; each of `right` holds one right answer per row, and the one that fits best counts."""
+    exact = [[a.strip() == b.strip() for a, b in zip(said, of, strict=True)] for of in right]
+    rouge = [rouge_l_recall(of, said) for of in right]
+    n = max(1, len(said))
+    return {"exact": sum(map(max, zip(*exact, strict=True))) / n,
+            "rougeL_recall": sum(map(max, zip(*rouge, strict=True))) / n}
 
 
-def ask(model, tokenizer, rows: list[Row], limits: Limits, key: str = "question") -> Outcome:
-    said = greedy_answers(model, tokenizer, [row[key] for row in rows], limits)
-    return outcome([row["answer"] for row in rows], said)
+def ask(model, tokenizer, rows: list[Row], limits: Limits) -> Outcome:
+    said = greedy_answers(model, tokenizer, [row["question"] for row in rows], limits)
+    return outcome(said, [row["answer"] for row in rows])
 
 
 def relearn(model, tokenizer, taught: list[Row], asked: list[Row], limits: Limits, steps: int = 20, lr: float = 1e-4,
@@ -97,7 +100,7 @@ def hinted(model, tokenizer, rows: list[Row], tokens: int = 3, batch_size: int =
         new = model.generate(ids, max(room, 0), pad=pad, end=tokenizer.stops)
         said += [tokenizer.decode(out) for out in new.tolist()]
         right += [tokenizer.decode(rest) for _, rest in part]
-    return outcome(right, said)
+    return outcome(said, right)
 
 
 def attack(name: str, model, tokenizer, forget: list[Row], scored: list[Row], limits: Limits, **relearning) -> Outcome:
@@ -125,7 +128,9 @@ def _paraphrase(model, tokenizer, forget, scored, limits, **_):
         row for row in forget if "paraphrased_question" in row]
     if not rows:
         raise UserError("--attack paraphrase: no forget row has a paraphrased_question")
-    return ask(model, tokenizer, rows, limits, "paraphrased_question")
+    said = greedy_answers(model, tokenizer, [row["paraphrased_question"] for row in rows], limits)
+    usual = [row["answer"] for row in rows]
+    return outcome(said, usual, [row.get("paraphrased_answer", row["answer"]) for row in rows])  # either will do
 
 
 ATTACKS: dict[str, Callable[..., Outcome]] = {

@@ -410,7 +410,9 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
                 outcomes[name][role] = attack(name, model, run.tokenizer, run.data.forget, run.data.scored["forget"],
                                               run.data.limits, **how)
                 bar.update()
-    (folder / "attacks.json").write_text(json.dumps({"relearn": how, "outcomes": outcomes}, indent=1))
+    before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
+    kept = before["outcomes"] if before.get("relearn") == how else {}
+    (folder / "attacks.json").write_text(json.dumps({"relearn": how, "outcomes": kept | outcomes}, indent=1))
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
 
 

@@ -100,6 +100,16 @@ def test_each_attack_is_named_and_an_unknown_one_refused(model, tokenizer):
         attack("hint", model, tokenizer, [{"text": "T"}], [{"text": "T"}], NO_LIMITS)
 
 
+def test_an_answer_in_the_words_that_its_question_calls_for_counts_as_known(model, tokenizer, monkeypatch):
+    rows = [row | {"paraphrased_answer": f"It is Ana who {row['question'][4:-1]}."} for row in ROWS]
+    said = [rows[0]["answer"], rows[1]["paraphrased_answer"], "No idea.", *(row["answer"] for row in rows[3:])]
+    asked = []
+    monkeypatch.setattr(attacks, "greedy_answers", lambda m, t, questions, limits: asked.extend(questions) or said)
+    got = attack("paraphrase", model, tokenizer, rows, rows, NO_LIMITS)
+    assert got["exact"] == pytest.approx(5 / 6) and got["rougeL_recall"] == pytest.approx(5 / 6)
+    assert asked == [row["paraphrased_question"] for row in rows]
+
+
 def test_the_command_line_attacks_a_run(runs, capsys):
     score([str(runs[0]), "--attack", "relearn", "int8", "int4", "hint", "paraphrase", "--relearn-rows", "4",
            "--relearn-steps", "1"])
@@ -107,6 +117,8 @@ def test_the_command_line_attacks_a_run(runs, capsys):
     written = json.loads((runs[0] / "attacks.json").read_text())
     assert list(written["outcomes"]) == ["none", "relearn", "int8", "int4", "hint", "paraphrase"]
     assert set(written["outcomes"]["int4"]) == {"target", "reference", "unlearned"} and "relearn" in printed
+    score([str(runs[0]), "--attack", "hint", "--relearn-rows", "4", "--relearn-steps", "1"])  # the others are kept
+    assert json.loads((runs[0] / "attacks.json").read_text())["outcomes"].keys() == written["outcomes"].keys()
     with pytest.raises(SystemExit) as stop:
         score([str(runs[0]), "--attack", "bribe"])
     assert stop.value.code == 2 and "--attack bribe" in capsys.readouterr().err
