@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     if min(own.rounds, own.epochs_per_round) < 1:
         raise UserError("--rounds and --epochs-per-round are above 0")
     args = parse(extra)
+    if args.model:
+        raise UserError("--model: bench.py times the small models; give --layers, --width, --experts instead")
     device = torch.device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; ratios of medians of {own.rounds} rounds, in brackets the least and largest in one round")
