@@ -24,13 +24,14 @@ import torch
 from tqdm import tqdm
 
 from data.batches import Batch, collate, encode_rows, left_pad
+from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from eval import data_of
 from model import GPT
 from objectives import cross_entropy
 from options import parse
 from pretrained import save
-from train import Tokenizer, small_config
+from train import small_config
 from unlearn import unlearn
 
 METHODS = {  # against all parameters of the same model, NPO + GD

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch
+from data.batches import Batch, encode_rows, in_order
 from errors import UserError, one_line_errors
 from model import GPT, Trace
 from moe import Routing
@@ -236,7 +236,7 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[P
 
 @one_line_errors
 def main() -> None:
-    from eval import open_run  # only this script needs it: importing uoe must not pull evaluation in
+    from eval import expert_shares, open_run  # only this script needs it: importing uoe must not pull evaluation in
 
     parser = argparse.ArgumentParser(description="print the affinity table of a run's target")
     parser.add_argument("run", help="a run folder of a mixture of experts, e.g. out/uoe")
@@ -246,7 +246,16 @@ def main() -> None:
     forget = run.forget_batches()
     before = expert_attribution(run.target, forget, args.tokens)
     after = expert_attribution(run.model, forget, args.tokens) if isinstance(run.model, GPT) else None
-    print(affinity_table(before, after, [tuple(p) for p in run.config.get("unlearned_experts", [])]))
+    chosen = [tuple(place) for place in run.config.get("unlearned_experts", [])]
+    print(affinity_table(before, after, chosen))
+    rows = {"forget": run.data.forget, "retain": run.data.retain, "background": run.data.background}
+    shares = {name: expert_shares(run.target, list(in_order(encode_rows(of, run.tokenizer, run.target.config.max_len,
+                                                                       truncate=True), 64, run.target.device)))
+              for name, of in rows.items() if of and chosen}
+    for layer, expert in chosen:  # a specialist serves the forget set and little else
+        print(f"of the target's tokens, expert {expert} of layer {layer} serves " + ", ".join(
+            f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())
+            + f"; evenly spread it would be {100 / run.target.config.n_expert:.1f}%")
 
 
 if __name__ == "__main__":

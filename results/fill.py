@@ -77,6 +77,10 @@ def entries(spec: str) -> list[tuple[str, str, str]]:
     return out
 
 
+def markdown(rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
 def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
     if columns not in COLUMNS:
         raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
@@ -90,7 +94,7 @@ def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
     heads = ["(runs)", *(name for name, _, _ in COLUMNS[columns])]
     keep = [i for i in range(len(heads)) if i == 0 or any(line[i].strip("-, ") for line in lines)]
     rows = [heads, ["---"] * len(heads), *lines]
-    return "".join("| " + " | ".join(row[i] for i in keep) + " |\n" for row in rows)
+    return markdown([[row[i] for i in keep] for row in rows])
 
 
 def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> str:
@@ -107,7 +111,7 @@ def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]
         reached = [p for p in points if p]
         rows.append([f"{label} ({len(reached)} of {len(points)} get there)",
                      *(spread([p.get(key) for p in reached]) for key in AT)])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(rows)
 
 
 def table_attacks(spec: str, kinds: dict[str, list[Path]]) -> str:
@@ -124,7 +128,7 @@ def table_attacks(spec: str, kinds: dict[str, list[Path]]) -> str:
     for role, label, runs in found:
         exact = ([run.get(name, {}).get(role, {}).get("exact") for run in runs] for name in names)
         rows.append([label, *map(spread, exact)])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(rows)
 
 
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:

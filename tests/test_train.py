@@ -350,7 +350,7 @@ def test_the_process_itself_exits_2_with_one_line_and_no_traceback(tmp_path):
 
 
 def test_the_two_method_scripts_print_their_tables(world, out):
-    for script, method, says in (("uoe.py", "uoe", "affinity of the forget set"), ("uld.py", "uld", "difference")):
+    for script, method, says in (("uoe.py", "uoe", "evenly spread it would be 25.0%"), ("uld.py", "uld", "difference")):
         folder = run(world, out, "--method", method, name=f"script-{method}")
         done = subprocess.run([sys.executable, ROOT / script, folder], capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout, done.stderr
