@@ -38,6 +38,16 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.0e}"
 
 
+def spread(values: list[float | None]) -> str:
+    """`0.970 ± 0.026`, the number alone where there is one run, `-` where a run lacks it."""
+    if None in values or not values:
+        return "-"
+    if len(values) == 1:
+        return number(values[0])
+    deviation = statistics.stdev(values)
+    return f"{number(statistics.mean(values))} ± {number(deviation if deviation > 1e-9 else 0.0)}"
+
+
 def table(metrics: dict) -> str:
     """Target, reference(s) and unlearned, one line per measure."""
     roles = [role for role in metrics if role != "run"]
@@ -78,8 +88,7 @@ def compare(folders: list[str]) -> str:
             cells = []
             for j in range(len(roles)):
                 values = [rows[label][j] if label in rows else None for rows in each]
-                cells.append("-" if None in values else number(statistics.mean(values)) +
-                             (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
+                cells.append(spread(values))
             lines.append(f"{label:<30}" + "".join(f"{cell:>18}" for cell in cells))
         lines.append("")
     return "\n".join(lines)
@@ -122,18 +131,23 @@ def read_path(folder: Path) -> list[dict]:
     return [start, *(json.loads(line) for line in file.read_text().splitlines())]
 
 
-def compare_at(folders: list[str], level: float, by: str = "exact") -> str:
-    """Mean +- standard deviation over runs of a kind, each read where LEVELS[by] has fallen to `level`."""
-    keys = ("forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality", "routing_overlap",
-            "step", "seconds")
-    name = LEVELS[by].replace("_", " ")
-    lines = [f"{f'{name} = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in keys)]
-    for kind, of in by_kind(folders).items():
+AT = ("forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "step",
+      "seconds")  # what of a point of the path is shown
+
+
+def rows_at(kinds: dict[str, list[Path]], level: float, by: str = "exact") -> list[tuple[str, int, int, list[str]]]:
+    """(kind, how many of its runs get to LEVELS[by] = level, how many there are, a cell for each of AT) per kind."""
+    rows = []
+    for kind, of in kinds.items():
         points = [point for point in (at_level(read_path(folder), level, by) for folder in of) if point]
-        cells = []
-        for key in keys:
-            values = [point[key] for point in points if key in point]
-            cells.append("-" if len(values) < max(1, len(points)) else number(statistics.mean(values)) +
-                         (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""))
-        lines.append(f"{kind:<24}{f'{len(points)}/{len(of)}':>6}" + "".join(f"{cell:>18}" for cell in cells))
+        rows.append((kind, len(points), len(of), [spread([point.get(key) for point in points]) for key in AT]))
+    return rows
+
+
+def compare_at(folders: list[str], level: float, by: str = "exact") -> str:
+    """rows_at as a table for the terminal."""
+    name = LEVELS[by].replace("_", " ")
+    lines = [f"{f'{name} = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in AT)]
+    lines += [f"{kind:<24}{f'{reached}/{runs}':>6}" + "".join(f"{cell:>18}" for cell in cells)
+              for kind, reached, runs, cells in rows_at(by_kind(folders), level, by)]
     return "\n".join(lines)

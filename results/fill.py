@@ -11,13 +11,12 @@ attacks.json (`python eval.py RUN --attack ...`). A kind without runs is left ou
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, one_line_errors
-from tables import LEVELS, at_level, by_kind, number, read_path
+from tables import AT, LEVELS, by_kind, rows_at, spread
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,19 +40,6 @@ COLUMNS = {
              ("forget quality p", None, "forget_quality"), ("D", None, "forget_quality_D"),
              ("routing overlap", None, "routing_overlap")],
 }
-AT = ["forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "step",
-      "seconds"]
-
-
-def spread(values: list[float]) -> str:
-    """`0.970 ± 0.026`, or the number alone where there is one run."""
-    if any(v is None for v in values) or not values:
-        return "-"
-    if len(values) == 1:
-        return number(values[0])
-    deviation = statistics.stdev(values)
-    return f"{number(statistics.mean(values))} ± {number(deviation if deviation > 1e-9 else 0.0)}"
-
 
 def cell(runs: list[dict], role: str, where: str | None, key: str) -> str:
     if where == "run":
@@ -107,10 +93,8 @@ def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]
         if kind not in kinds:
             print(f"no runs of {kind}: its row is left out", file=sys.stderr)
             continue
-        points = [at_level(read_path(folder), level, by) for folder in kinds[kind]]
-        reached = [p for p in points if p]
-        rows.append([f"{label} ({len(reached)} of {len(points)} get there)",
-                     *(spread([p.get(key) for p in reached]) for key in AT)])
+        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, level, by)
+        rows.append([f"{label} ({reached} of {runs} get there)", *cells])
     return markdown(rows)
 
 
