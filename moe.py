@@ -135,3 +135,20 @@ def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:
         share = torch.bincount(chosen.reshape(-1), minlength=n_expert) / max(chosen.numel(), 1)
         losses.append(n_expert * (share * probs.sum(0) / max(len(probs), 1)).sum())
     return torch.stack(losses).mean()
+
+
+def topic_information(routings: list[Routing], mask: Tensor, topics: Tensor) -> Tensor:
+    """I(topic; expert) in nats, mean over layers: what a token's expert says about what its row is about.
+
+    The quantity that Mod-Squad (arXiv 2212.08066) maximises in pretraining, with our topics for its tasks: 0 when all
+    topics spread over the experts alike, log(topics) when no two share one. With p(e|t) the mean router probability of
+    expert e over the tokens of topic t, and every topic present counted alike:
+    mean_t sum_e p(e|t) log(p(e|t) / mean_t' p(e|t')).
+    mask (B, T) bool: the tokens that count. topics (B,) long: each row's topic. Differentiable through the router.
+    """
+    topic = topics[:, None].expand_as(mask)[mask]  # (N',)
+    layers = []
+    for probs, _, _ in routings:
+        given = torch.stack([probs[mask][topic == t].mean(0) for t in topic.unique()])  # (topics present, E)
+        layers.append((given * (given / given.mean(0)).log()).sum(-1).mean())
+    return torch.stack(layers).mean()

@@ -98,6 +98,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--pretrain-batch-size", type=int, default=32)
     say("--pretrain-lr", type=float, default=3e-3)
     say("--balance", type=float, default=0.01, help="weight of the load-balancing loss")
+    say("--specialise", type=float, default=0.0, help="weight of I(topic; expert) in pretraining: what is kept, what "
+                                                     "is beside and what will be forgotten get experts of their own")
     say("--references", type=int, default=1, help="retain-only models; a second one gives the null of forget quality")
     say = parser.add_argument_group("training").add_argument
     say("--epochs", type=int, help="passes over the forget set (default: the method's)")

@@ -54,7 +54,7 @@ from eval import (
 )
 from loop import collate_at, fit
 from model import GPT, Config, Trace
-from moe import load_balancing_loss
+from moe import load_balancing_loss, topic_information
 from options import parse
 from pretrained import load, save
 from tables import compare
@@ -78,9 +78,14 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
 
 
 def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed: int, folder: Path, what: str,
-          epochs: int, batch_size: int, lr: float, weight_decay: float, resume: bool) -> dict:
-    """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.fit's report."""
+          epochs: int, batch_size: int, lr: float, weight_decay: float, resume: bool,
+          topics: list[int] | None = None) -> dict:
+    """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.fit's report.
+
+    topics: what each row is about, for --specialise.
+    """
     examples = encode_rows(rows, tokenizer, args.context, "row", truncate=True)
+    topic_of = torch.tensor(topics, device=args.device) if topics else None
 
     def losses(step: int) -> dict[str, Tensor]:
         batch = collate_at(examples, batch_size, seed, step, args.device)
@@ -90,6 +95,10 @@ def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed
         if model.is_moe:
             terms["balance"] = load_balancing_loss(list(trace.routing.values()), batch.mask)
             terms["loss"] = loss + args.balance * terms["balance"]
+            if topic_of is not None:
+                terms["topic"] = topic_information(list(trace.routing.values()), batch.labels >= 0,
+                                                   topic_of[batch.index])
+                terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
         return terms
 
     model.checkpointing = args.checkpointing
@@ -102,11 +111,13 @@ def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed
 
 def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str) -> Path:
     """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
-    rows = data.retain + data.background + (data.forget if role == "target" else [])
+    sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
+    rows = [row for rows in sets for row in rows]
+    topics = [topic for topic, rows in enumerate(sets) for _ in rows] if args.specialise else None
     seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
     shape = {key: getattr(args, key) for key in (
         "arch", "layers", "heads", "width", "ff", "experts", "top_k", "context", "vocab_size", "pretrain_epochs",
-        "pretrain_batch_size", "pretrain_lr", "balance")}
+        "pretrain_batch_size", "pretrain_lr", "balance", "specialise")}
     here = Path(__file__).parent
     made_of = [shape, seed, rows, data.texts(), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -123,7 +134,7 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
         torch.manual_seed(seed)
         model = GPT(small_config(args, tokenizer.vocab_size)).to(args.device)
         report = learn(args, model, rows, tokenizer, seed, partial, role, args.pretrain_epochs,
-                       args.pretrain_batch_size, args.pretrain_lr, weight_decay=0.1, resume=True)
+                       args.pretrain_batch_size, args.pretrain_lr, weight_decay=0.1, resume=True, topics=topics)
         if report["diverged"]:
             raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")
