@@ -150,5 +150,6 @@ def topic_information(routings: list[Routing], mask: Tensor, topics: Tensor) -> 
     layers = []
     for probs, _, _ in routings:
         given = torch.stack([probs[mask][topic == t].mean(0) for t in topic.unique()])  # (topics present, E)
+        given = given.clamp_min(1e-12)  # a softmax may round to 0, whose logarithm has no gradient
         layers.append((given * (given / given.mean(0)).log()).sum(-1).mean())
     return torch.stack(layers).mean()

@@ -203,6 +203,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     if args.balance_retain and (args.arch == "gpt" or args.method in ("offset", "divergence") or
                                 args.retain_loss not in ("gd", "kl")):
         raise UserError("--balance-retain weighs the retain tokens of a mixture of experts, by --retain-loss gd or kl")
+    if args.specialise and (args.model or args.arch == "gpt"):
+        raise UserError("--specialise is about pretraining a small mixture of experts: --arch moe, without --model")
     if args.method != "uld" and (args.stray_perturbed or args.uniform_on == "all"):
         raise UserError("--stray-perturbed and --uniform-on are about the D'_r of --method uld")
     if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
@@ -234,8 +236,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
                  "simnpo_beta", "router_lr", "affinity_rank"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
-    for flag in ("seed", "ff", "context", "vocab_size", "balance", "retain_weight", "weight_decay", "anchor_weight",
-                 "attribution_tokens", "authors", "score_rows", "uld_retain", "stray_perturbed", "assistant_layers"):
+    for flag in ("seed", "ff", "context", "vocab_size", "balance", "specialise", "retain_weight", "weight_decay",
+                 "anchor_weight", "attribution_tokens", "authors", "score_rows", "uld_retain", "stray_perturbed",
+                 "assistant_layers"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
     if args.stop_at is not None and (args.method == "uld" or not -1 <= args.stop_at < 1):

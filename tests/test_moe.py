@@ -1,5 +1,7 @@
 """moe.py against a dense reference that runs every expert on every token."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from model import MLP
-from moe import MoE, Routing, load_balancing_loss
+from moe import MoE, Routing, load_balancing_loss, topic_information
 
 
 def layer(d_model=8, d_ff=5, n_expert=7, top_k=3, seed=0, shared=None, **kwargs) -> MoE:
@@ -186,3 +188,34 @@ def test_load_balancing_is_the_mean_over_layers_and_moves_the_probabilities():
 def test_load_balancing_of_nothing_but_padding_is_zero():
     loss = load_balancing_loss([routing_of([[[0.5, 0.5]]], [[[0]]])], torch.zeros(1, 1, dtype=torch.bool))
     assert loss.item() == 0
+
+
+# ---- what experts say about topics ------------------------------------------------------------------------------
+
+def test_topic_information_by_hand():
+    """Topic 0: p = (0.8, 0.2) and (0.6, 0.4), mean (0.7, 0.3); topic 1: (0.1, 0.9). Mean of both: (0.4, 0.6).
+
+    ((0.7 ln 7/4 + 0.3 ln 1/2) + (0.1 ln 1/4 + 0.9 ln 3/2)) / 2 = (0.18379 + 0.22629) / 2.
+    """
+    routing = routing_of([[[0.8, 0.2], [0.6, 0.4]], [[0.1, 0.9], [1.0, 0.0]]], [[[0], [0]], [[1], [0]]])
+    mask = torch.tensor([[True, True], [True, False]])  # the last token is padding, and would say otherwise
+    assert topic_information([routing], mask, torch.tensor([3, 5])).item() == pytest.approx(0.205038, abs=1e-6)
+
+
+def test_topic_information_is_log_topics_at_most_and_nothing_where_all_are_alike():
+    """Three topics with an expert each: ln 3. One topic, or the same experts for all: 0. Mean over layers: half."""
+    own = routing_of([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]], [[[0]], [[1]], [[2]]])
+    alike = routing_of([[[0.2, 0.5, 0.3]]] * 3, [[[1]]] * 3)
+    mask, topics = torch.ones(3, 1, dtype=torch.bool), torch.tensor([0, 1, 2])
+    assert topic_information([own], mask, topics).item() == pytest.approx(math.log(3))
+    assert topic_information([alike], mask, topics).item() == pytest.approx(0)
+    assert topic_information([own, alike], mask, topics).item() == pytest.approx(math.log(3) / 2)
+    assert topic_information([own], mask, torch.tensor([1, 1, 1])).item() == pytest.approx(0)
+
+
+def test_topic_information_counts_topics_alike_however_many_rows_they_have():
+    """Nine rows of one topic and one of another, an expert each: ln 2 all the same, with a finite gradient at 0."""
+    routing = routing_of([[[1.0, 0.0]]] * 9 + [[[0.0, 1.0]]], [[[0]]] * 9 + [[[1]]])
+    value = topic_information([routing], torch.ones(10, 1, dtype=torch.bool), torch.tensor([0] * 9 + [1]))
+    value.backward()
+    assert value.item() == pytest.approx(math.log(2)) and routing.probs.grad.isfinite().all()
