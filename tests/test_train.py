@@ -58,7 +58,7 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method full --retain-loss hidden",
            "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed",
-           "--method uld --stray-perturbed 2 --uniform-on all"]
+           "--method uld --stray-perturbed 2 --uniform-on all", "--method uoe --specialise 0.1"]
 
 
 def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkeypatch):
@@ -103,6 +103,14 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     # and it opens again, as eval.py, uoe.py and uld.py open it
     tokens = torch.tensor([[1, 2, 3]])
     assert open_run(folder).model(tokens).shape == (1, 3, open_run(folder).target.config.vocab_size)
+
+
+def test_specialise_makes_experts_tell_the_three_sets_apart(world, out):
+    """I(topic; expert) of the routers grows along pretraining; log 3 is the most there can be."""
+    folder = run(world, out, "--method", "uoe", "--specialise", "1", "--pretrain-epochs", "6", name="specialists")
+    target = Path(json.loads((folder / "config.json").read_text())["target"])
+    topic = [json.loads(line)["topic"] for line in (target / "log.jsonl").read_text().splitlines()]
+    assert topic[0] < topic[-1] < 1.0987 and topic[-1] > 3 * topic[0]
 
 
 def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out, capsys):
@@ -295,6 +303,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method uld --no-perturbed --uld-retain 0", r"no retain rows are left"),
     ("--method full --uniform-on all", r"--stray-perturbed and --uniform-on"),
     ("--method uld --stray-perturbed -1", r"--stray-perturbed -1"),
+    ("--specialise -1", r"--specialise -1"), ("--method uld --specialise 0.1", r"--specialise is about pretraining"),
     ("--method uoe --retain-loss some", r"--retain-loss some .*gd"),
     ("--method uoe --arch gpt", r"--method uoe needs a mixture"),
     ("--method uld --forget-loss npo", r"--method uld .* its own are ce and uniform"),
