@@ -40,6 +40,13 @@ COLUMNS = {
              ("forget quality p", None, "forget_quality"), ("D", None, "forget_quality_D"),
              ("routing overlap", None, "routing_overlap")],
 }
+COLUMNS["short"] = [column for column in COLUMNS["unlearning"] if column[2] != "forget_quality_null"]
+COLUMNS["tofu-small"] = [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
+                         ("forget prob.", "forget", "probability"), ("retain exact", "retain", "exact"),
+                         ("retain prob.", "retain", "probability"),
+                         ("forget quality p, by seed", None, "forget_quality"), ("D", None, "forget_quality_D"),
+                         ("steps", "run", "steps"), ("seconds", "run", "train_seconds")]
+
 
 def cell(runs: list[dict], role: str, where: str | None, key: str) -> str:
     if where == "run":
