@@ -394,6 +394,16 @@ def choices_table(run: Run, path: str) -> str:
                                 for role, model in models_of(run).items())])
 
 
+def level_of(at: str, by: str) -> tuple[str, float | None]:
+    """--at and --by as tables.compare_at takes them."""
+    if at == "best":
+        return at, None
+    try:
+        return by, float(at)
+    except ValueError:
+        raise UserError(f"--at {at} is neither a number, as 0.15, nor 'best'") from None
+
+
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
     from attacks import attack, attack_table  # stands on this file
@@ -421,8 +431,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="score a run, compare runs, score a published log")
     parser.add_argument("run", nargs="?", help="a run folder to score again")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
-    parser.add_argument("--at", type=float, metavar="LEVEL", help="with --compare, of runs with --path: read every run "
-                                                                  "where so many forget answers are left, as 0.15")
+    parser.add_argument("--at", metavar="LEVEL", help="with --compare, of runs with --path: read every run where so "
+                                                      "many forget answers are left, as 0.15; or 'best': at the epoch "
+                                                      "of its best forget quality, as ULD's paper does")
     parser.add_argument("--by", choices=("exact", "D"), default="exact", help="what --at is a level of: forget exact "
                                                                               "answers, or forget quality's D")
     parser.add_argument("--figures", metavar="DIR", help="with --compare, of runs with --path: draw into this folder")
@@ -441,7 +452,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
     if args.compare:
-        print(compare(args.compare) if args.at is None else compare_at(args.compare, args.at, args.by))
+        print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, args.by)))
         if args.figures:
             from figures import draw_paths
 

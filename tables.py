@@ -112,6 +112,12 @@ def at_level(path: list[dict], level: float, by: str = "exact") -> dict | None:
     return None
 
 
+def at_best(path: list[dict]) -> dict | None:
+    """The epoch with the highest forget quality: what ULD's paper reports, chosen by the very measure it reports."""
+    measured = [row for row in path if row.get("forget_quality") is not None]
+    return max(measured, key=lambda row: row["forget_quality"], default=None)
+
+
 def read_path(folder: Path) -> list[dict]:
     """A run's path.jsonl behind a line for the target, epoch 0.
 
@@ -135,19 +141,32 @@ AT = ("forget exact", "retain exact", "untouched exact", "model_utility", "forge
       "seconds")  # what of a point of the path is shown
 
 
-def rows_at(kinds: dict[str, list[Path]], level: float, by: str = "exact") -> list[tuple[str, int, int, list[str]]]:
-    """(kind, how many of its runs get to LEVELS[by] = level, how many there are, a cell for each of AT) per kind."""
+def rows_at(kinds: dict[str, list[Path]], by: str, level: float | None) -> list[tuple[str, int, int, list[str]]]:
+    """(kind, how many of its runs get there, how many there are, a cell for each of heads_at) per kind.
+
+    by: "exact" or "D", where the path falls to `level`; or "best", its best epoch, with every p as it is.
+    """
     rows = []
     for kind, of in kinds.items():
-        points = [point for point in (at_level(read_path(folder), level, by) for folder in of) if point]
-        rows.append((kind, len(points), len(of), [spread([point.get(key) for point in points]) for key in AT]))
+        paths = [read_path(folder) for folder in of]
+        points = [p for p in (at_best(q) if by == "best" else at_level(q, level, by) for q in paths) if p]
+        cells = [spread([point.get(key) for point in points]) for key in AT]
+        if by == "best":
+            cells.append(", ".join(f"{point['forget_quality']:.2g}" for point in points))
+        rows.append((kind, len(points), len(of), cells))
     return rows
 
 
-def compare_at(folders: list[str], level: float, by: str = "exact") -> str:
+def heads_at(by: str, level: float | None) -> list[str]:
+    """The first column's name, then those of rows_at's cells."""
+    first = "at its best forget quality" if by == "best" else f"at {LEVELS[by].replace('_', ' ')} {level:g}"
+    return [first, *(key.replace("_", " ") for key in AT), *(["p, by seed"] if by == "best" else [])]
+
+
+def compare_at(folders: list[str], by: str, level: float | None) -> str:
     """rows_at as a table for the terminal."""
-    name = LEVELS[by].replace("_", " ")
-    lines = [f"{f'{name} = {level:g}':<24}{'runs':>6}" + "".join(f"{key.replace('_', ' '):>18}" for key in AT)]
-    lines += [f"{kind:<24}{f'{reached}/{runs}':>6}" + "".join(f"{cell:>18}" for cell in cells)
-              for kind, reached, runs, cells in rows_at(by_kind(folders), level, by)]
+    first, *heads = heads_at(by, level)
+    lines = [f"{first:<26}{'runs':>6}" + "".join(f"{head:>18}" for head in heads)]
+    lines += [f"{kind:<26}{f'{reached}/{runs}':>6}" + "".join(f"{cell:>18}" for cell in cells)
+              for kind, reached, runs, cells in rows_at(by_kind(folders), by, level)]
     return "\n".join(lines)

@@ -5,8 +5,9 @@
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
 out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path where so many forget answers are left,
-`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it. `<!-- attacks: ... -->` is of
-attacks.json (`python eval.py RUN --attack ...`). A kind without runs is left out and named on standard error.
+`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
+ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs is
+left out and named on standard error.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, one_line_errors
-from tables import AT, LEVELS, by_kind, rows_at, spread
+from tables import LEVELS, by_kind, heads_at, rows_at, spread
 
 HERE = Path(__file__).resolve().parent
 
@@ -91,18 +92,20 @@ def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
 
 
 def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> str:
-    if by not in LEVELS or level is None:
-        raise UserError(f"at {by}: name a measure and a level, as in `at exact 0.15`; measures: {', '.join(LEVELS)}")
-    level = float(level)
-    rows = [[f"at {LEVELS[by].replace('_', ' ')} {level:g}", *(key.replace("_", " ") for key in AT)],
-            ["---"] * (len(AT) + 1)]
+    if by not in (*LEVELS, "best") or (level is None) != (by == "best"):
+        raise UserError(f"at {by}: `at best`, or a measure and a level, as in `at exact 0.15`; measures: "
+                        f"{', '.join(LEVELS)}")
+    level = float(level) if level else None
+    heads = heads_at(by, level)
+    rows = [heads, ["---"] * len(heads)]
     for kind, _, label in entries(spec):
         if kind not in kinds:
             print(f"no runs of {kind}: its row is left out", file=sys.stderr)
             continue
-        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, level, by)
-        rows.append([f"{label} ({reached} of {runs} get there)", *cells])
-    return markdown(rows)
+        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, by, level)
+        rows.append([f"{label} ({runs})" if by == "best" else f"{label} ({reached} of {runs} get there)", *cells])
+    keep = [i for i in range(len(heads)) if i == 0 or any(row[i].strip("-, ") for row in rows[2:])]
+    return markdown([[row[i] for i in keep] for row in rows])
 
 
 def table_attacks(spec: str, kinds: dict[str, list[Path]]) -> str:
@@ -131,7 +134,7 @@ def fill(text: str, kinds: dict[str, list[Path]]) -> str:
             body = table_attacks(spec, kinds) if what == "attacks" else table_at(argument, match["level"], spec, kinds)
         return f"{match['open']}\n{body}<!-- end -->"
 
-    return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>\w+))?(?: (?P<level>[\d.]+))?: "
+    return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>[\w-]+))?(?: (?P<level>[\d.]+))?: "
                   r"(?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one, text, flags=re.DOTALL)
 
 

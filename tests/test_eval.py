@@ -204,6 +204,25 @@ def test_compare_at_a_level_counts_the_runs_that_reach_it(runs, tmp_path, capsys
     assert "1/2" in printed[1] and tables.number(1 - 0.5 * 0.8 / 0.9) in printed[1]
 
 
+def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
+    """p 0.2 and 0.4 are the best of two runs, at retain 0.5 and 0.7; an epoch that was not measured is passed over."""
+    for i, qualities in enumerate(([0.1, 0.2, None], [0.4, 0.3, 0.0])):
+        folder = tmp_path / f"x-seed{i}"
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps({"target": {
+            "model_utility": 0.8, "forget_quality": 1e-9, "forget_quality_D": 0.6}}))
+        (folder / "path.jsonl").write_text("".join(json.dumps(
+            {"epoch": e, "step": e, "seconds": 1.0, "retain exact": 0.7 - 0.2 * (e - 1), "forget_quality": q}) + "\n"
+            for e, q in enumerate(qualities, 1)))
+    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "best"])
+    heads, row = capsys.readouterr().out.splitlines()[:2]
+    assert heads.startswith("at its best forget quality") and heads.endswith("p, by seed")
+    assert "2/2" in row and "0.600 ± 0.141" in row and row.endswith("0.2, 0.4")
+    with pytest.raises(SystemExit):
+        scoring.main(["--compare", str(tmp_path / "x-seed0"), "--at", "worst"])
+    assert "--at worst is neither a number" in capsys.readouterr().err
+
+
 def test_figures_of_paths_are_drawn_for_runs_that_have_one(runs, tmp_path, capsys):
     scoring.main(["--compare", *map(str, runs), "--figures", str(tmp_path / "f")])
     assert {p.name for p in (tmp_path / "f").iterdir()} >= {"forgetting.png", "collateral.png", "overlap.png"}

@@ -60,7 +60,10 @@ def test_a_table_read_at_a_level_names_the_measure(kinds):
             {"epoch": 1, "step": 10, "seconds": 2.0, "forget exact": 0.9, "forget_quality_D": d, "model_utility": 0.6}))
     new = fill.fill("<!-- at D 0.35: x=Ours -->\n<!-- end -->\n", kinds)
     assert "| at forget quality D 0.35 |" in new and "| Ours (1 of 2 get there) | 0.950 |" in new and "| 0.700 |" in new
-    for bad in ("at D", "at nothing 0.1", "table nothing"):
+    new = fill.fill("<!-- at best: x=Ours -->\n<!-- end -->\n", kinds)
+    assert new.splitlines()[1].startswith("| at its best forget quality | forget exact |") and "| Ours (2) |" in new
+    assert new.splitlines()[3].endswith("| 1e-09, 1e-09 |")  # of the target's own, epoch 0, where no other is measured
+    for bad in ("at D", "at nothing 0.1", "table nothing", "at best 0.1"):
         with pytest.raises(fill.UserError):
             fill.fill(f"<!-- {bad}: x=Ours -->\n<!-- end -->\n", kinds)
 
