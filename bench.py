@@ -26,11 +26,11 @@ from tqdm import tqdm
 from data.batches import Batch, collate, encode_rows, left_pad
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import data_of
 from model import GPT
 from objectives import cross_entropy
 from options import parse
 from pretrained import save
+from runs import data_of
 from train import small_config
 from unlearn import unlearn
 

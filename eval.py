@@ -12,7 +12,7 @@ Shapes: B batch   T tokens   V vocabulary   E experts   K experts per token
 import argparse
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -20,8 +20,7 @@ import torch
 from tqdm import tqdm
 
 import probes
-from data import load_data
-from data.batches import Batch, encode_row, encode_rows, in_order, left_pad, rows_that_fit
+from data.batches import Batch, encode_row, in_order, left_pad, rows_that_fit
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from errors import UserError, one_line_errors
 from metrics import choice
@@ -30,8 +29,9 @@ from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_r
 from model import GPT, Trace
 from objectives import token_log_probs
 from pretrained import load
+from runs import Run, forget_batches, open_run, weights_of
 from tables import by_kind, compare, compare_at, number, read_path, table
-from uld import LogitDifference, LogitOffset
+from uld import LogitDifference
 from uoe import expert_attribution
 
 Scores = dict[str, RowScores]
@@ -112,12 +112,6 @@ def evaluate(model, tokenizer, data: DataSet, what: str = "model") -> Scores:
     return out
 
 
-def forget_batches(model: GPT, tokenizer, data: DataSet) -> list[Batch]:
-    """The forget set as it is taught: what routing is measured on."""
-    examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
-    return list(in_order(examples, 64, model.device))
-
-
 @torch.no_grad()
 def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
     """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
@@ -178,62 +172,6 @@ def stored_scores(folder: Path, data: DataSet, how: str) -> Scores | None:
 
 
 # ---- a run ------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    """A finished run, opened. model: the unlearned one; a fine-tuned run has its model as target too."""
-
-    config: dict
-    data: DataSet
-    tokenizer: object
-    target: GPT
-    model: GPT | LogitDifference | LogitOffset
-
-    def forget_batches(self) -> list[Batch]:
-        return forget_batches(self.target, self.tokenizer, self.data)
-
-
-def weights_of(path: str | Path) -> str | Path:
-    """Where a run or a cached model keeps its weights; any other folder or hub name is what it is."""
-    return Path(path) / "model" if (Path(path) / "model").is_dir() else path
-
-
-def open_run(folder: str | Path, device: str = "cpu") -> Run:
-    """Raises UserError for a folder that is not a finished run or whose target has gone."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "metrics.json").is_file():
-        raise UserError(f"{folder} is not a run folder (no config.json and metrics.json): give one that train.py "
-                        "wrote, such as out/uoe")
-    config = json.loads((folder / "config.json").read_text())
-    parts = config.get("kept", ["model"])
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
-    if not config["model"] and not (Path(config["target"]) / "model").is_dir():
-        raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
-    data = data_of(config)
-    dtype = getattr(torch, config["dtype"])
-    tuned = config["method"] == "finetune"  # its own model is what there is to look at
-    target, tokenizer = load(folder / "model" if tuned else weights_of(config["target"]), dtype, device,
-                             config["template"])
-    kept = [load(folder / part, dtype, device)[0] for part in parts]
-    if config["method"] == "uld":
-        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
-    elif config["method"] in ("offset", "divergence"):
-        model = LogitOffset(target, *kept, config["offset_alpha"])
-    else:
-        model, = kept
-    return Run(config, data, tokenizer, target, model)
-
-
-def data_of(config: dict) -> DataSet:
-    """The data set that a run's config (or train.py's arguments) names."""
-    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain",
-                                               "authors")))
-    if config["score_rows"]:
-        data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}
-    return data
-
 
 def scores_of(path: str, config: dict, data: DataSet, tokenizer, role: str, device: str = "cpu",
               model: GPT | None = None) -> Scores:

@@ -19,14 +19,12 @@ same bits.
 """
 
 import argparse
-import contextlib
 import copy
 import fcntl
 import hashlib
 import json
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,21 +40,18 @@ from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from eval import (
     Scores,
-    data_of,
     evaluate,
     finish_report,
-    forget_batches,
-    open_run,
     routing_overlap,
     scores_of,
     summarise,
-    weights_of,
 )
 from loop import collate_at, fit
 from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
 from options import parse
 from pretrained import load, save
+from runs import RunFolder, data_of, forget_batches, open_run, revision, weights_of
 from tables import compare
 from unlearn import unlearn
 from upcycling import upcycle
@@ -155,51 +150,6 @@ def open_public(args: argparse.Namespace) -> tuple[GPT, object]:
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
-
-def revision() -> str | None:
-    """The git commit this code stands at, if it is a checkout."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    return None
-
-
-class RunFolder:
-    """out/<name>, written under <name>.partial and renamed when whole."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.final = Path(args.out) / args.name
-        self.partial = self.final.with_name(self.final.name + ".partial")
-        self.asked = json.dumps({key: value for key, value in vars(args).items() if key not in ("resume", "seeds")},
-                                sort_keys=True)
-        if self.final.exists() and not (self.final / "config.json").is_file():
-            raise UserError(f"{self.final} exists and is no run: give another --name or --out")
-        for flag in ("model", "reference", "teacher"):
-            given = getattr(args, flag)
-            if given and Path(given).exists() and Path(given).resolve() == self.final.resolve():
-                raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
-        self.resume = args.resume
-        if args.resume:
-            if not (self.partial / "asked.json").is_file():
-                raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
-            if (self.partial / "asked.json").read_text() != self.asked:
-                raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
-                                "--resume out")
-
-    def open(self) -> Path:
-        if not self.resume:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        (self.partial / "asked.json").write_text(self.asked)
-        return self.partial
-
-    def close(self) -> Path:
-        (self.partial / "asked.json").unlink()
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.partial.rename(self.final)
-        print(f"\nthe run is in {self.final}")
-        return self.final
-
 
 def decoding_note(args: argparse.Namespace, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""

@@ -276,7 +276,7 @@ def explain(model: LogitDifference, tokenizer, question: str, steps: int = 12, t
 
 @one_line_errors
 def main() -> None:
-    from eval import open_run  # only this script needs it: importing uld must not pull evaluation in
+    from runs import open_run  # only this script needs it: importing uld must not pull evaluation in
 
     parser = argparse.ArgumentParser(description="print the top tokens of target, assistant and their difference")
     parser.add_argument("run", help="a run folder of --method uld, e.g. out/uld")

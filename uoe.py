@@ -236,7 +236,8 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[P
 
 @one_line_errors
 def main() -> None:
-    from eval import expert_shares, open_run  # only this script needs it: importing uoe must not pull evaluation in
+    from eval import expert_shares  # only this script needs them: importing uoe must not pull evaluation in
+    from runs import open_run
 
     parser = argparse.ArgumentParser(description="print the affinity table of a run's target")
     parser.add_argument("run", help="a run folder of a mixture of experts, e.g. out/uoe")

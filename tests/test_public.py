@@ -10,8 +10,8 @@ from test_pretrained import make
 import train
 from data.rows import write_rows
 from eval import main as score
-from eval import open_run, weights_of
 from pretrained import load
+from runs import open_run, weights_of
 
 AUTHORS = ["Ana Vell", "Bor Tann", "Cid Orre", "Dua Minn"]
 SMALL = "--epochs 1 --batch-size 8 --device cpu --context 128 --lora-rank 4".split()

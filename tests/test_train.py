@@ -15,8 +15,8 @@ from data import load_data
 from data.authors import make_world, write_world
 from data.batches import encode_rows
 from errors import UserError
-from eval import open_run
 from pretrained import load
+from runs import open_run
 from uld import first_layers
 from unlearn import rows_of
 

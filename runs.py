@@ -1,0 +1,138 @@
+"""A run is a folder: how train.py writes one, and how everything else opens it.
+
+    out/uoe/                  written as out/uoe.partial, renamed when whole
+        config.json           all arguments, versions, the git revision, where target and reference are
+        model/ or assistant/  weights and tokenizer, a Hugging Face folder each
+        log.jsonl             a line per training step
+        path.jsonl            with --path, a line per epoch
+        metrics.json          what eval.py made of it; attacks.json after --attack
+        figures/*.png
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import load_data
+from data.batches import Batch, encode_rows, in_order
+from data.rows import DataSet
+from errors import UserError
+from model import GPT
+from pretrained import load
+from uld import LogitDifference, LogitOffset
+
+# ---- writing one ------------------------------------------------------------------------------------------------
+
+def revision() -> str | None:
+    """The git commit this code stands at, if it is a checkout."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    return None
+
+
+class RunFolder:
+    """out/<name>, written under <name>.partial and renamed when whole."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.final = Path(args.out) / args.name
+        self.partial = self.final.with_name(self.final.name + ".partial")
+        self.asked = json.dumps({key: value for key, value in vars(args).items() if key not in ("resume", "seeds")},
+                                sort_keys=True)
+        if self.final.exists() and not (self.final / "config.json").is_file():
+            raise UserError(f"{self.final} exists and is no run: give another --name or --out")
+        for flag in ("model", "reference", "teacher"):
+            given = getattr(args, flag)
+            if given and Path(given).exists() and Path(given).resolve() == self.final.resolve():
+                raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
+        self.resume = args.resume
+        if args.resume:
+            if not (self.partial / "asked.json").is_file():
+                raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
+            if (self.partial / "asked.json").read_text() != self.asked:
+                raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
+                                "--resume out")
+
+    def open(self) -> Path:
+        if not self.resume:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        (self.partial / "asked.json").write_text(self.asked)
+        return self.partial
+
+    def close(self) -> Path:
+        (self.partial / "asked.json").unlink()
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.partial.rename(self.final)
+        print(f"\nthe run is in {self.final}")
+        return self.final
+
+
+# ---- opening one ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """A finished run, opened. model: the unlearned one; a fine-tuned run has its model as target too."""
+
+    config: dict
+    data: DataSet
+    tokenizer: object
+    target: GPT
+    model: GPT | LogitDifference | LogitOffset
+
+    def forget_batches(self) -> list[Batch]:
+        return forget_batches(self.target, self.tokenizer, self.data)
+
+
+def weights_of(path: str | Path) -> str | Path:
+    """Where a run or a cached model keeps its weights; any other folder or hub name is what it is."""
+    return Path(path) / "model" if (Path(path) / "model").is_dir() else path
+
+
+def open_run(folder: str | Path, device: str = "cpu") -> Run:
+    """Raises UserError for a folder that is not a finished run or whose target has gone."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json and metrics.json): give one that train.py "
+                        "wrote, such as out/uoe")
+    config = json.loads((folder / "config.json").read_text())
+    parts = config.get("kept", ["model"])
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
+    if not config["model"] and not (Path(config["target"]) / "model").is_dir():
+        raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
+    data = data_of(config)
+    dtype = getattr(torch, config["dtype"])
+    tuned = config["method"] == "finetune"  # its own model is what there is to look at
+    target, tokenizer = load(folder / "model" if tuned else weights_of(config["target"]), dtype, device,
+                             config["template"])
+    kept = [load(folder / part, dtype, device)[0] for part in parts]
+    if config["method"] == "uld":
+        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
+    elif config["method"] in ("offset", "divergence"):
+        model = LogitOffset(target, *kept, config["offset_alpha"])
+    else:
+        model, = kept
+    return Run(config, data, tokenizer, target, model)
+
+
+def data_of(config: dict) -> DataSet:
+    """The data set that a run's config (or train.py's arguments) names."""
+    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain",
+                                               "authors")))
+    if config["score_rows"]:
+        data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}
+    return data
+
+
+def forget_batches(model: GPT, tokenizer, data: DataSet) -> list[Batch]:
+    """The forget set as it is taught: what routing is measured on."""
+    examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
+    return list(in_order(examples, 64, model.device))
