@@ -155,11 +155,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                                                           "ULD authors' loss takes the question's too")
     say("--offset-alpha", type=float, default=1.0, help="weight of the assistant's change")
     args = parser.parse_args(argv)
-    return check(args)
+    given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
+    return check(args, given)
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what the method decides; raises UserError naming the first flag that makes no sense."""
+def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
+    """Fill in what the method decides; raises UserError naming the first flag that makes no sense.
+
+    given: the flags that the command line set, as it set them.
+    """
     methods = PUBLIC if args.model else SMALL
     if args.method not in PUBLIC:
         raise UserError(f"--method {args.method} is unknown: choose one of {', '.join(PUBLIC)}")
@@ -265,7 +269,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not here: try --device cpu") from None
     if not args.name:
-        args.name = name_of(args, chosen)
+        args.name = name_of(args, chosen, given)
     if Path(args.name).name != args.name or args.name in ("..", "cache"):
         raise UserError(f"--name {args.name} is not a plain folder name of its own: --out says where it goes")
     try:
@@ -275,8 +279,17 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def name_of(args: argparse.Namespace, chosen: dict) -> str:
-    """The run folder's name where none is given: method, what departs from its defaults, model, data, seed."""
+# Flags that a run's name has words for already, or that leave its outcome alone.
+UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "seeds", "forget",
+           "retain", "teacher", "name", "out", "resume", "device", "path", "save_every", "checkpointing", "reference",
+           "references", "augmented"}
+
+
+def name_of(args: argparse.Namespace, chosen: dict, given: dict) -> str:
+    """The run folder's name where none is given: method, losses, model, data, then every other flag given, the seed.
+
+    So runs that were asked for differently never take each other's folder.
+    """
     parts = [args.method]
     if args.unlearns:
         forget, retain = OWN_LOSSES.get(args.method, ("npo", "gd"))
@@ -284,10 +297,16 @@ def name_of(args: argparse.Namespace, chosen: dict) -> str:
         parts += [loss for loss, usual in ((args.forget_loss, forget), (args.retain_loss, retain)) if loss != usual]
     if args.model:
         parts.append(Path(args.model).name)
+    if args.teacher:
+        parts.append(Path(args.teacher).name)
     if args.data != "world" or args.forget:
         parts.append(Path(args.forget or args.data).stem)
-        if not args.forget:
+        if not args.forget and args.data not in WORLDS:
             parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
+    for key, value in given.items():
+        if key not in UNNAMED:
+            parts.append(key.replace("_", "-") + ("" if value is True else
+                                                  f"{value:g}" if isinstance(value, float) else str(value)))
     if args.seed:
         parts.append(f"seed{args.seed}")
     return "-".join(parts)

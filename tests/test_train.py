@@ -129,6 +129,18 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out, caps
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("options", "name"), [
+    ("", "uoe"), ("--path --device cpu --references 2", "uoe"), ("--balance-retain --m 3", "uoe-m3-balance-retain"),
+    ("--method full --forget-loss ga --retain-loss none --lr 5e-5", "full-ga-none-lr5e-05"),
+    ("--method lora --arch gpt --lora-targets attn --seed 2", "lora-gpt-lora-targetsattn-seed2"),
+    ("--data topic --specialise 1", "uoe-topic-specialise1"), ("--expert 2,5", "uoe-expert2,5"),
+    ("--method uld --data tofu --split forget01 --authors 40", "uld-tofu-forget01-authors40"),
+    ("--method distill --teacher out/uld-k2", "distill-uld-k2"),
+])
+def test_runs_that_were_asked_for_differently_have_names_of_their_own(options, name, tmp_path):
+    assert train.parse([*options.split(), "--out", str(tmp_path)]).name == name
+
+
 def test_a_folder_that_is_no_run_is_never_overwritten(world, out, capsys):
     (out / "diary").mkdir()
     (out / "diary" / "monday.txt").write_text("dear diary")
