@@ -14,12 +14,11 @@ Departures from the paper
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
     What lies below the chosen layer is frozen and never changes, so it is computed once (unlearn.py).
     On the small models, the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert
-    that were never routed there, so it shifts the very selection it is to hold; at one rate for both, overlap in that
-    layer falls to a half.
+    that were never routed there, so it shifts the very selection it is to hold (results/uoe.md, ablations).
     On the small models, NPO's beta is 1 (paper: 0.001). A row is then let go once its answer is a few nats less likely
-    than it was; a small beta pushes on, and knowledge in neither set pays for it.
+    than it was; a small beta pushes on (results/uoe.md, ablations).
     On the small models, the expert is the top one of the middle layer, not of all layers (`--layer all`). They see no
-    topic in layer 0, only words; where its top expert wins, as on some seeds, unlearning it costs the retain set.
+    topic in layer 0, only words; where its top expert wins, as on some seeds, expert selection shifts more.
 
 Shapes: B batch   T tokens   E experts   L layers
 """
