@@ -166,7 +166,9 @@ def heads_at(by: str, level: float | None) -> list[str]:
 def compare_at(folders: list[str], by: str, level: float | None) -> str:
     """rows_at as a table for the terminal."""
     first, *heads = heads_at(by, level)
-    lines = [f"{first:<26}{'runs':>6}" + "".join(f"{head:>18}" for head in heads)]
-    lines += [f"{kind:<26}{f'{reached}/{runs}':>6}" + "".join(f"{cell:>18}" for cell in cells)
-              for kind, reached, runs, cells in rows_at(by_kind(folders), by, level)]
+    rows = rows_at(by_kind(folders), by, level)
+    wide = [2 + max(16, *(len(row[3][i]) for row in rows)) for i in range(len(heads))]
+    lines = [f"{first:<26}{'runs':>6}" + "".join(f"{head:>{w}}" for head, w in zip(heads, wide, strict=True))]
+    lines += [f"{kind:<26}{f'{reached}/{runs}':>6}" + "".join(f"{c:>{w}}" for c, w in zip(cells, wide, strict=True))
+              for kind, reached, runs, cells in rows]
     return "\n".join(lines)
