@@ -27,6 +27,7 @@ SMALL = {
     "distill": {"arch": "gpt", "lr": 3e-4, "epochs": 10},
     "distill-lora": {"arch": "gpt", "lr": 3e-3, "epochs": 10},
 }
+ELSEWHERE = {"uld": {"subtract": 0.75, "filter_rate": 1e-2}}  # off the embedded world: the paper's decoding
 SMALL_BY_LOSS = {"rmu": {"retain_weight": 40.0}, "ga": {"retain_weight": 5.0}}  # before the method's
 PUBLIC = {
     "uoe": {"lr": 1e-4, "epochs": 5, "retain_weight": 1.0, "layer": "all", "router_lr": 1.0},
@@ -143,9 +144,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--esft-p", type=float, default=0.15, help="ESFT: share of a layer's affinity that its chosen experts reach")
     say = parser.add_argument_group("ULD and offset").add_argument
     say("--assistant-layers", type=int, default=0, help="K; 0: three quarters of the target's; --model: a quarter")
-    say("--subtract", type=float, help="alpha of ULD's equation 2 (default: 0.7; --model: 0.75)")
+    say("--subtract", type=float, help="alpha of ULD's equation 2 (default: 0.75, as the paper; on the world: 0.7)")
     say("--filter-rate", type=float, help="tokens less likely than this share of the likeliest are out of the "
-                                          "assistant's reach; 0: none are (default: 0; --model: 0.01)")
+                                          "assistant's reach; 0: none (default: 0.01, as the paper; on the world: 0)")
     say("--uld-retain", type=float, default=1.0, help="regular retain rows in D'_r, as a multiple of the forget rows")
     say("--no-paraphrased", action="store_true", help="leave the paraphrased rows out of D'_f")
     say("--no-perturbed", action="store_true", help="leave the perturbed rows out of D'_r")
@@ -177,8 +178,10 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     elif args.forget_loss or args.retain_loss:
         raise UserError(f"--forget-loss and --retain-loss: --method {args.method} forgets nothing")
     chosen = methods[args.method]
+    on_world = args.data in WORLDS and not args.forget
     by_loss = SMALL_BY_LOSS.get(args.forget_loss, {}) if not args.model else {}
-    for key, value in (OTHERWISE | chosen | by_loss).items():
+    elsewhere = ELSEWHERE.get(args.method, {}) if not on_world else {}
+    for key, value in (OTHERWISE | chosen | elsewhere | by_loss).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for flag, table in (("forget_loss", FORGET_LOSSES), ("retain_loss", RETAIN_LOSSES)):
@@ -258,7 +261,6 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         if args.method != "finetune":
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = f"forget{100 - int(args.split.removeprefix('retain')):02d}"
-    on_world = args.data in WORLDS and not args.forget
     if not args.model:
         args.context = args.context or (64 if on_world else 256)
         args.vocab_size = args.vocab_size or (1024 if on_world else 4096)

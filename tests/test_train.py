@@ -129,6 +129,14 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(world, out, caps
         assert says in capsys.readouterr().err
 
 
+def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
+    for options, wanted in (("", (0.7, 0.0)), ("--data topic", (0.7, 0.0)), ("--data tofu", (0.75, 0.01)),
+                            ("--forget a.jsonl --retain b.jsonl", (0.75, 0.01)), ("--model m", (0.75, 0.01)),
+                            ("--data tofu --filter-rate 0", (0.75, 0.0))):
+        args = train.parse(["--method", "uld", *options.split(), "--out", str(tmp_path)])
+        assert (args.subtract, args.filter_rate) == wanted
+
+
 @pytest.mark.parametrize(("options", "name"), [
     ("", "uoe"), ("--path --device cpu --references 2", "uoe"), ("--balance-retain --m 3", "uoe-m3-balance-retain"),
     ("--method full --forget-loss ga --retain-loss none --lr 5e-5", "full-ga-none-lr5e-05"),
