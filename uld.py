@@ -11,7 +11,7 @@ target's weights never change, and it is not even run while the assistant trains
 Departures from the paper
     Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
-    On the embedded world, no filter by default: of two worlds that were not reported, rate 1e-2 was worse than none on one
+    On the embedded world, no filter by default: of two worlds that no table reports, 1e-2 was worse than none on one
     (forget quality 0.02 against 0.12), and on the other no clear gain (0.70 against 0.56). alpha 0.7 and K 3 of 4 were
     chosen there too. On other rows, TOFU's too, the paper's alpha 0.75 and filter 1e-2 (results/tofu_small.md).
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
