@@ -386,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--relearn-lr", type=float, default=1e-4)
     parser.add_argument("--subtract", type=float, help="with a run of ULD: another alpha than it was made with")
     parser.add_argument("--filter-rate", type=float, help="with a run of ULD: another filter")
+    parser.add_argument("--centre", action="store_true", help="with a run of ULD: take its assistant's logits from "
+                                                              "their mean")
     parser.add_argument("--save", metavar="DIR", help="with a run: write its new metrics.json there")
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
@@ -406,8 +408,8 @@ def main(argv: list[str] | None = None) -> None:
                                 else str(value)))
     elif args.run:
         run = open_run(args.run)
-        for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate")):
-            if getattr(args, flag) is not None:
+        for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate"), ("centre", "centred")):
+            if getattr(args, flag) not in (None, False):
                 if not isinstance(run.model, LogitDifference):
                     raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
                 setattr(run.model, name, getattr(args, flag))

@@ -147,6 +147,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     say("--subtract", type=float, help="alpha of ULD's equation 2 (default: 0.75, as the paper; on the world: 0.7)")
     say("--filter-rate", type=float, help="tokens less likely than this share of the likeliest are out of the "
                                           "assistant's reach; 0: none (default: 0.01, as the paper; on the world: 0)")
+    say("--centre", action="store_true", help="take the assistant's logits from their mean, so that a uniform one "
+                                              "changes nothing where the filter is on (uld.LogitDifference)")
     say("--uld-retain", type=float, default=1.0, help="regular retain rows in D'_r, as a multiple of the forget rows")
     say("--no-paraphrased", action="store_true", help="leave the paraphrased rows out of D'_f")
     say("--no-perturbed", action="store_true", help="leave the perturbed rows out of D'_r")

@@ -115,7 +115,8 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
                              config["template"])
     kept = [load(folder / part, dtype, device)[0] for part in parts]
     if config["method"] == "uld":
-        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"])
+        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"],
+                                centred=config.get("centre", False))
     elif config["method"] in ("offset", "divergence"):
         model = LogitOffset(target, *kept, config["offset_alpha"])
     else:

@@ -159,7 +159,8 @@ def decoding_note(args: argparse.Namespace, target: str) -> str:
             f"{here}; tokens whose target probability is below {args.filter_rate} of the likeliest are ruled out.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
-            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate})\n```\n")
+            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate}, "
+            f"centred={args.centre})\n```\n")
 
 
 def peak_memory(device: str) -> int:

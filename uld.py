@@ -203,12 +203,17 @@ class SeveralModels(nn.Module):
 
 
 class LogitDifference(SeveralModels):
-    """l(Y|X) = l_target - alpha * l_assistant (equation 2), a model like any other: forward, generate, caches."""
+    """l(Y|X) = l_target - alpha * l_assistant (equation 2), a model like any other: forward, generate, caches.
+
+    centred: take the assistant's logits from their mean. Without a filter that changes nothing, for a softmax does not
+    see a constant. With one it does: 0 outside the plausible set is no neutral value, and an assistant that is uniform
+    at logits of 10 takes 10 alpha from every plausible token and nothing from all others.
+    """
 
     def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
-                 keep_share: bool = True):
+                 keep_share: bool = True, centred: bool = False):
         super().__init__(target, assistant)
-        self.alpha, self.filter_rate, self.keep_share = alpha, filter_rate, keep_share
+        self.alpha, self.filter_rate, self.keep_share, self.centred = alpha, filter_rate, keep_share, centred
 
     @property
     def assistant(self) -> GPT:
@@ -217,11 +222,16 @@ class LogitDifference(SeveralModels):
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
         """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
         logits, assistant = self.part_logits(tokens, pad, trace)
+        if self.centred:
+            assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)
         return logits - self.alpha * torch.where(keep, assistant, 0.0)
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
-        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said."""
+        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said.
+
+        (Where the assistant's zero lies is of no consequence here.)
+        """
         logits, assistant = self.part_next_logits(tokens, cache, pad)
         keep = plausible(logits, self.filter_rate, self.keep_share)
         return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)

@@ -149,12 +149,15 @@ def assistant(args: argparse.Namespace, target: GPT, forget: list[Example]) -> T
     small = uld.build_assistant(target, assistant_layers(args, target), args.lora_rank, args.lora_alpha,
                                 args.lora_dropout)
 
+    def decoded(part: GPT) -> uld.LogitDifference:
+        return uld.LogitDifference(target, part, args.subtract, args.filter_rate, centred=args.centre)
+
     def finish():
         merged = uld.merge_lora(small)
-        return uld.LogitDifference(target, merged, args.subtract, args.filter_rate), {"assistant": merged}
+        return decoded(merged), {"assistant": merged}
 
     return Trainee(small, [p for p in small.parameters() if p.requires_grad], finish,
-                   scored=uld.LogitDifference(target, small, args.subtract, args.filter_rate))
+                   scored=decoded(small))
 
 
 def offset(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
