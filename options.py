@@ -216,6 +216,8 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         raise UserError("--specialise is about pretraining a small mixture of experts: --arch moe, without --model")
     if args.method != "uld" and (args.stray_perturbed or args.uniform_on == "all"):
         raise UserError("--stray-perturbed and --uniform-on are about the D'_r of --method uld")
+    if args.method != "uld" and args.centre:
+        raise UserError("--centre is about decoding with the assistant of --method uld")
     if args.method == "offset" and (args.forget_loss == "rmu" or args.retain_loss == "hidden"):
         raise UserError(f"--method {args.method} has no hidden states of its own to steer: --forget-loss npo, say")
     if args.method in ("uoe", "esft") and args.arch == "gpt":

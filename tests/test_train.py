@@ -58,7 +58,8 @@ METHODS = ["--method uoe", "--method uoe --forget-loss ga --retain-loss none", "
            "--method full --retain-loss hidden",
            "--method uoe --path --epochs 2 --stop-at -1",
            "--method uld --no-paraphrased --uld-retain 0.5", "--method uld --no-perturbed",
-           "--method uld --stray-perturbed 2 --uniform-on all", "--method uoe --specialise 0.1"]
+           "--method uld --stray-perturbed 2 --uniform-on all", "--method uld --centre",
+           "--method uoe --specialise 0.1"]
 
 
 def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkeypatch):
@@ -322,7 +323,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--dtype bfloat16", r"--dtype bfloat16 is for"),
     ("--method uld --no-perturbed --uld-retain 0", r"no retain rows are left"),
     ("--method full --uniform-on all", r"--stray-perturbed and --uniform-on"),
-    ("--method uld --stray-perturbed -1", r"--stray-perturbed -1"),
+    ("--method full --centre", r"--centre is about decoding"), ("--method uld --stray-perturbed -1", r"--stray-perturbed -1"),
     ("--specialise -1", r"--specialise -1"), ("--method uld --specialise 0.1", r"--specialise is about pretraining"),
     ("--method uoe --retain-loss some", r"--retain-loss some .*gd"),
     ("--method uoe --arch gpt", r"--method uoe needs a mixture"),

@@ -104,6 +104,35 @@ def test_likelihood_by_hand(dense, rate, keep_share):
                 assert got[b, i, v].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.3])
+def test_a_centred_assistant_that_is_uniform_changes_nothing(dense, rate):
+    """All its logits 10: off centre, every plausible token loses 8 and no other does."""
+    target, assistant, tokens = dense(0, std=0.15), dense(1), torch.tensor([[5, 9, 2], [7, 1, 33]])
+    assistant.forward = lambda tokens, **_: torch.full((*tokens.shape, 61), 10.0)
+    with torch.no_grad():
+        before = target(tokens).log_softmax(-1)
+        centred = LogitDifference(target, assistant, 0.8, rate, False, centred=True)(tokens).log_softmax(-1)
+        plain = LogitDifference(target, assistant, 0.8, rate, False)(tokens).log_softmax(-1)
+    assert_close(centred, before)
+    keep = plausible(before, rate, False)
+    moved = plain - before
+    for row in range(2):
+        for i in range(3):
+            inside, outside = moved[row, i][keep[row, i]], moved[row, i][~keep[row, i]]
+            assert inside.max() - inside.min() < 1e-4  # all of them alike
+            if len(outside):
+                assert_close(outside - inside[0], torch.full_like(outside, 8.0))
+
+
+def test_centring_takes_the_mean_over_the_vocabulary(dense):
+    target, assistant, tokens = dense(0, std=0.15), dense(1, std=0.15), torch.tensor([[5, 9, 2]])
+    with torch.no_grad():
+        t, a = target(tokens), assistant(tokens)
+        got = LogitDifference(target, assistant, 0.8, 0.05, centred=True)(tokens)
+        wanted = torch.where(plausible(t, 0.05), t - 0.8 * (a - a.sum(-1, keepdim=True) / 61), t)
+    assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("rate, keep_share", [(0.0, True), (0.05, True), (0.05, False), (0.3, True), (1.0, False)])
 def test_generation_rules_out_what_is_implausible(dense, rate, keep_share):
     target, assistant = dense(0, std=0.15), dense(1, std=0.15, n_layer=2)
