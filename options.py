@@ -309,6 +309,7 @@ def name_of(args: argparse.Namespace, chosen: dict, given: dict) -> str:
         parts.append(Path(args.forget or args.data).stem)
         if not args.forget and args.data not in WORLDS:
             parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
+    parts += ["augmented"] if args.augmented else []
     for key, value in given.items():
         if key not in UNNAMED:
             parts.append(key.replace("_", "-") + ("" if value is True else

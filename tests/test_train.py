@@ -144,6 +144,7 @@ def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
     ("--method lora --arch gpt --lora-targets attn --seed 2", "lora-gpt-lora-targetsattn-seed2"),
     ("--data topic --specialise 1", "uoe-topic-specialise1"), ("--expert 2,5", "uoe-expert2,5"),
     ("--method uld --data tofu --split forget01 --authors 40", "uld-tofu-forget01-authors40"),
+    ("--method uld --data tofu --augmented my/csv", "uld-tofu-forget10-augmented"),
     ("--method distill --teacher out/uld-k2", "distill-uld-k2"),
 ])
 def test_runs_that_were_asked_for_differently_have_names_of_their_own(options, name, tmp_path):
