@@ -23,13 +23,14 @@ Shapes: B batch   T tokens   V vocabulary   D width in   O width out   R LoRA ra
 import argparse
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from data.batches import Batch, encode_rows, in_order
 from errors import UserError, one_line_errors
 from model import GPT, Cache, generate
 from moe import MoE
@@ -285,6 +286,16 @@ def explain(model: LogitDifference, tokenizer, question: str, steps: int = 12, t
     return "\n".join([*lines, f"says: {tokenizer.decode(tokens[0, prompt:].tolist())}"])
 
 
+@torch.no_grad()
+def assistant_level(model: LogitDifference, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Mean of the assistant's logits over vocabulary and answer positions, and mean deviation over the vocabulary.
+
+    A uniform assistant has no deviation, but its mean can be anything: see LogitDifference, `centred`.
+    """
+    logits = torch.cat([model.assistant(batch.tokens)[batch.labels >= 0].float() for batch in batches])  # (N, V)
+    return logits.mean().item(), logits.std(-1).mean().item()
+
+
 @one_line_errors
 def main() -> None:
     from runs import open_run  # only this script needs it: importing uld must not pull evaluation in
@@ -305,6 +316,10 @@ def main() -> None:
         raise UserError(f"--prompt and --steps need {needed} tokens and the context holds {run.model.config.max_len}: "
                         "shorten them")
     print(explain(run.model, run.tokenizer, question, args.steps))
+    for name in ("forget", "retain"):
+        few = encode_rows(run.data.scored[name][:16], run.tokenizer, run.model.config.max_len, truncate=True)
+        print("the assistant's logits on 16 {} answers: mean {:.2f}, deviation over the vocabulary {:.2f}".format(
+            name, *assistant_level(run.model, in_order(few, 16, run.model.device))))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,21 @@ import torch
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
+from data.batches import Example, collate
 from errors import UserError
 from model import Trace, count_parameters
 from moe import MoE
-from uld import LogitDifference, LogitOffset, add_lora, build_assistant, explain, first_layers, merge_lora, plausible
+from uld import (
+    LogitDifference,
+    LogitOffset,
+    add_lora,
+    assistant_level,
+    build_assistant,
+    explain,
+    first_layers,
+    merge_lora,
+    plausible,
+)
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1]]
 
@@ -322,6 +333,14 @@ def test_explain_says_what_generation_says(dense, tokenizer):
     assert answer == tokenizer.decode(said)
     parts = ("target", "assistant", "difference")
     assert [next(p for p in parts if p in line) for line in steps.split("\n")] == [*parts] * 5
+
+
+def test_the_level_of_an_assistant_by_hand(dense):
+    """Logits 1, 2, 3 and 5, 5, 8 at two answer positions, 9s at the question's: mean 4, deviations 1 and sqrt 3."""
+    both = LogitDifference(dense(), dense(1))
+    both.assistant.forward = lambda tokens: torch.tensor([[[9.0, 9, 9], [1, 2, 3], [5, 5, 8]]])
+    batch = collate([Example([1, 2, 3], [-100, 4, 5])])
+    assert assistant_level(both, [batch]) == pytest.approx((4.0, (1 + 3**0.5) / 2))
 
 
 # ---- the offset -------------------------------------------------------------------------------------------------
