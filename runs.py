@@ -116,7 +116,7 @@ def open_run(folder: str | Path, device: str = "cpu") -> Run:
     kept = [load(folder / part, dtype, device)[0] for part in parts]
     if config["method"] == "uld":
         model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"],
-                                centred=config.get("centre", False))
+                                centred=config.get("centre", False))  # runs from before --centre lack it
     elif config["method"] in ("offset", "divergence"):
         model = LogitOffset(target, *kept, config["offset_alpha"])
     else:

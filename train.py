@@ -38,14 +38,7 @@ from data.batches import encode_rows, in_order, is_cut
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import (
-    Scores,
-    evaluate,
-    finish_report,
-    routing_overlap,
-    scores_of,
-    summarise,
-)
+from eval import Scores, evaluate, finish_report, routing_overlap, scores_of, summarise
 from loop import collate_at, fit
 from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
@@ -77,7 +70,7 @@ def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed
           topics: list[int] | None = None) -> dict:
     """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.fit's report.
 
-    topics: what each row is about, for --specialise.
+    topics: of which set each row is, for --specialise, which also rewards routers for telling the sets apart.
     """
     examples = encode_rows(rows, tokenizer, args.context, "row", truncate=True)
     topic_of = torch.tensor(topics, device=args.device) if topics else None
@@ -88,11 +81,11 @@ def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed
         loss = objectives.cross_entropy(model(batch.tokens, trace=trace), batch.labels)
         terms = {"ce": loss, "loss": loss}
         if model.is_moe:
-            terms["balance"] = load_balancing_loss(list(trace.routing.values()), batch.mask)
+            routings = list(trace.routing.values())
+            terms["balance"] = load_balancing_loss(routings, batch.mask)
             terms["loss"] = loss + args.balance * terms["balance"]
-            if topic_of is not None:
-                terms["topic"] = topic_information(list(trace.routing.values()), batch.labels >= 0,
-                                                   topic_of[batch.index])
+            if topic_of is not None:  # on answers alone: the first words of a question are those of every set
+                terms["topic"] = topic_information(routings, batch.labels >= 0, topic_of[batch.index])
                 terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
         return terms
 
@@ -107,8 +100,8 @@ def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed
 def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str) -> Path:
     """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
     sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
-    rows = [row for rows in sets for row in rows]
-    topics = [topic for topic, rows in enumerate(sets) for _ in rows] if args.specialise else None
+    rows = [row for one_set in sets for row in one_set]
+    topics = [number for number, one_set in enumerate(sets) for _ in one_set] if args.specialise else None
     seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
     shape = {key: getattr(args, key) for key in (
         "arch", "layers", "heads", "width", "ff", "experts", "top_k", "context", "vocab_size", "pretrain_epochs",

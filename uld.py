@@ -231,7 +231,7 @@ class LogitDifference(SeveralModels):
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said.
 
-        (Where the assistant's zero lies is of no consequence here.)
+        `centred` is of no consequence here: what stays in is shifted alike.
         """
         logits, assistant = self.part_next_logits(tokens, cache, pad)
         keep = plausible(logits, self.filter_rate, self.keep_share)
@@ -318,8 +318,9 @@ def main() -> None:
     print(explain(run.model, run.tokenizer, question, args.steps))
     for name in ("forget", "retain"):
         few = encode_rows(run.data.scored[name][:16], run.tokenizer, run.model.config.max_len, truncate=True)
-        print("the assistant's logits on 16 {} answers: mean {:.2f}, deviation over the vocabulary {:.2f}".format(
-            name, *assistant_level(run.model, in_order(few, 16, run.model.device))))
+        mean, deviation = assistant_level(run.model, in_order(few, 16, run.model.device))
+        print(f"the assistant's logits on {len(few)} {name} answers: mean {mean:.2f}, deviation over the vocabulary "
+              f"{deviation:.2f}")
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[P
 
 @one_line_errors
 def main() -> None:
-    from eval import expert_shares  # only this script needs them: importing uoe must not pull evaluation in
+    from eval import expert_shares  # only this script needs these two: importing uoe must not pull evaluation in
     from runs import open_run
 
     parser = argparse.ArgumentParser(description="print the affinity table of a run's target")
