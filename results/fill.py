@@ -7,7 +7,7 @@ The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: 
 out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path where so many forget answers are left,
 `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
 ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs is
-left out and named on standard error.
+named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
 """
 
 import json
@@ -20,6 +20,7 @@ from errors import UserError, one_line_errors
 from tables import LEVELS, by_kind, heads_at, rows_at, spread
 
 HERE = Path(__file__).resolve().parent
+Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
 COLUMNS = {
     "unlearning": [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
@@ -72,71 +73,76 @@ def entries(spec: str) -> list[tuple[str, str, str]]:
     return out
 
 
-def markdown(rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> str:
+def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
     if columns not in COLUMNS:
         raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
     lines = []
     for kind, role, label in entries(spec):
-        if kind not in kinds:
-            print(f"no runs of {kind}: its row is left out", file=sys.stderr)
-            continue
-        runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds[kind]]
-        lines.append([f"{label} ({len(runs)})", *(cell(runs, role, where, key) for _, where, key in COLUMNS[columns])])
-    heads = ["(runs)", *(name for name, _, _ in COLUMNS[columns])]
-    keep = [i for i in range(len(heads)) if i == 0 or any(line[i].strip("-, ") for line in lines)]
-    rows = [heads, ["---"] * len(heads), *lines]
-    return markdown([[row[i] for i in keep] for row in rows])
+        runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds.get(kind, [])]
+        cells = [cell(runs, role, where, key) for _, where, key in COLUMNS[columns]] if runs else None
+        lines.append((kind, label, f"({len(runs)})", cells))
+    return ["(runs)", *(name for name, _, _ in COLUMNS[columns])], lines
 
 
-def table_at(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> str:
+def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
     if by not in (*LEVELS, "best") or (level is None) != (by == "best"):
         raise UserError(f"at {by}: `at best`, or a measure and a level, as in `at exact 0.15`; measures: "
                         f"{', '.join(LEVELS)}")
     level = float(level) if level else None
-    heads = heads_at(by, level)
-    rows = [heads, ["---"] * len(heads)]
+    lines = []
     for kind, _, label in entries(spec):
         if kind not in kinds:
-            print(f"no runs of {kind}: its row is left out", file=sys.stderr)
+            lines.append((kind, label, "", None))
             continue
         (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, by, level)
-        rows.append([f"{label} ({runs})" if by == "best" else f"{label} ({reached} of {runs} get there)", *cells])
-    keep = [i for i in range(len(heads)) if i == 0 or any(row[i].strip("-, ") for row in rows[2:])]
-    return markdown([[row[i] for i in keep] for row in rows])
+        lines.append((kind, label, f"({runs})" if by == "best" else f"({reached} of {runs} get there)", cells))
+    return heads_at(by, level), lines
 
 
-def table_attacks(spec: str, kinds: dict[str, list[Path]]) -> str:
+def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
     """Share of forget answers said word for word after each attack of attacks.json."""
     found = []
     for kind, role, label in entries(spec):
         files = [folder / "attacks.json" for folder in kinds.get(kind, []) if (folder / "attacks.json").is_file()]
-        if not files:
-            print(f"no attacks on {kind}: its row is left out", file=sys.stderr)
+        found.append((kind, role, label, [json.loads(file.read_text())["outcomes"] for file in files]))
+    names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run))
+    lines = []
+    for kind, role, label, runs in found:
+        cells = [spread([run.get(name, {}).get(role, {}).get("exact") for run in runs]) for name in names]
+        lines.append((kind, label, f"({len(runs)})", cells if runs else None))
+    return ["forget exact (runs)", *names], lines
+
+
+def markdown(heads: list[str], lines: list[Line], old: str) -> str:
+    """The table; a line without cells is the one that `old`, the table as it was, has under the same label."""
+    table = [[cell.strip() for cell in row.strip(" |").split("|")] for row in old.splitlines()]
+    was, before = (table[0], table[2:]) if table else ([], [])
+    heads = heads + [head for head in was[1:] if head not in heads]
+    rows = []
+    for kind, label, runs, cells in lines:
+        if cells is not None:
+            rows.append([f"{label} {runs}", *cells, *["-"] * (len(heads) - 1 - len(cells))])
             continue
-        found.append((role, f"{label} ({len(files)})", [json.loads(file.read_text())["outcomes"] for file in files]))
-    names = list(dict.fromkeys(name for _, _, runs in found for run in runs for name in run))
-    rows = [["forget exact (runs)", *names], ["---"] * (len(names) + 1)]
-    for role, label, runs in found:
-        exact = ([run.get(name, {}).get(role, {}).get("exact") for run in runs] for name in names)
-        rows.append([label, *map(spread, exact)])
-    return markdown(rows)
+        kept = [row for row in before if re.fullmatch(re.escape(label) + r" \([^()]*\)", row[0])]
+        print(f"nothing of {kind} here: its row {'stays as it was' if kept else 'is left out'}", file=sys.stderr)
+        rows += [[row[0], *(dict(zip(was, row, strict=True)).get(head, "-") for head in heads[1:])] for row in kept]
+    keep = [i for i in range(len(heads)) if i == 0 or any(row[i].strip("-, ") for row in rows)]
+    rows = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(row[i] for i in keep) + " |\n" for row in rows)
 
 
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
         what, argument, spec = match["what"], match["argument"], match["spec"]
-        if what == "table":
-            body = table(argument, spec, kinds)
+        if what == "attacks":
+            heads, lines = attacks_table(spec, kinds)
         else:
-            body = table_attacks(spec, kinds) if what == "attacks" else table_at(argument, match["level"], spec, kinds)
-        return f"{match['open']}\n{body}<!-- end -->"
+            heads, lines = (unlearned_table(argument, spec, kinds) if what == "table" else
+                            level_table(argument, match["level"], spec, kinds))
+        return f"{match['open']}\n{markdown(heads, lines, match['old'])}<!-- end -->"
 
     return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>[\w-]+))?(?: (?P<level>[\d.]+))?: "
-                  r"(?P<spec>[^>]*?) -->)\n.*?<!-- end -->", one, text, flags=re.DOTALL)
+                  r"(?P<spec>[^>]*?) -->)\n(?P<old>.*?)<!-- end -->", one, text, flags=re.DOTALL)
 
 
 @one_line_errors

@@ -14,7 +14,9 @@ spec.loader.exec_module(fill)
 PAGE = """Before.
 
 <!-- table unlearning: x=Ours; x:target=Target; gone=Missing -->
-old
+| (runs) | forget exact |
+| --- | --- |
+| Ours (1) | old |
 <!-- end -->
 After.
 """
@@ -35,7 +37,7 @@ def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     assert new.startswith("Before.\n\n<!-- table unlearning: x=Ours;") and new.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in new and "| Ours (2) | 0.200 ± 0.141 | 0.500 ± 0.000 | 1.000 ± 0.000 | 0.1, 0.3 |" in new
     assert "untouched" not in new  # no row has it
-    assert "no runs of gone" in capsys.readouterr().err and "Missing (" not in new
+    assert "nothing of gone" in capsys.readouterr().err and "Missing (" not in new
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
 
 
@@ -48,7 +50,7 @@ def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
     assert "| forget exact (runs) | none | int4 |" in new
     assert "| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 |" in new
     assert "| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 |" in new
-    assert "no attacks on gone" in capsys.readouterr().err
+    assert "nothing of gone" in capsys.readouterr().err
 
 
 def test_a_table_read_at_a_level_names_the_measure(kinds):
@@ -68,6 +70,29 @@ def test_a_table_read_at_a_level_names_the_measure(kinds):
             fill.fill(f"<!-- {bad}: x=Ours -->\n<!-- end -->\n", kinds)
 
 
-def test_every_page_can_be_filled_from_nothing():
-    for page in (ROOT / "results").glob("*.md"):
-        fill.fill(page.read_text(encoding="utf-8"), {})
+def test_a_row_whose_runs_are_elsewhere_stays_as_it_was(kinds, capsys):
+    full = fill.fill(PAGE.replace("x:target=Target; gone", "x:target=Target; y"), kinds)
+    page = full.replace("y=Missing", "y=Target").replace("x:target=Target; ", "").replace("x=Ours", "x=Mine")
+    assert "| Target (2) | 0.200" in page and "Mine (2)" not in page
+    new = fill.fill(page, kinds)
+    assert "nothing of y here: its row stays" in capsys.readouterr().err
+    assert "| Mine (2) | 0.200" in new and "Ours (2)" not in new  # a renamed row is another row
+    assert "| Target (2) | 0.200 ± 0.141 | 0.500 ± 0.000 | 1.000 ± 0.000 | 0.1, 0.3 |" in new
+
+
+def test_a_kept_row_keeps_its_columns_and_new_rows_bring_theirs(kinds):
+    page = PAGE.replace("forget exact |\n| --- |", "D | forget exact |\n| --- | --- |")
+    page = page.replace("| Ours (1) | old |", "| Missing (3) | 0.5 | 0.7 |")
+    heads, _, ours, target, missing = [[c.strip() for c in row.split("|")[1:-1]] for row in
+                                       fill.fill(page, kinds).splitlines() if row.startswith("|")]
+    assert missing[0] == "Missing (3)" and ours[0] == "Ours (2)" and target[0] == "Target (2)"
+    assert dict(zip(heads, missing, strict=True)) | {"(runs)": ""} == {
+        "(runs)": "", "forget exact": "0.7", "forget ROUGE-L": "-", "retain exact": "-",
+        "forget quality p, by seed": "-", "D": "0.5"}
+    assert dict(zip(heads, ours, strict=True))["D"] == "-"
+
+
+def test_pages_filled_without_runs_stay_as_they_are():
+    for page in [*(ROOT / "results").glob("*.md"), ROOT / "README.md"]:
+        text = page.read_text(encoding="utf-8")
+        assert fill.fill(text, {}) == text
