@@ -107,7 +107,8 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
         "arch", "layers", "heads", "width", "ff", "experts", "top_k", "context", "vocab_size", "pretrain_epochs",
         "pretrain_batch_size", "pretrain_lr", "balance", "specialise")}
     here = Path(__file__).parent
-    made_of = [shape, seed, rows, data.texts(), *((here / name).read_text() for name in SOURCES)]
+    taught = [[row[key] for key in ("question", "answer", "text") if key in row] for row in rows]
+    made_of = [shape, seed, taught, data.texts(), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.out) / "cache" / f"{args.arch}-{data.name}-{role}-{key}"
     partial = folder.with_name(folder.name + ".partial")

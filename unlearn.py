@@ -276,9 +276,10 @@ def rows_of(args: argparse.Namespace, data: DataSet) -> tuple[list[Row], list[Ro
     kept = sorted(drawn[: round(args.uld_retain * len(data.forget))])
     forget = data.forget + ([] if args.no_paraphrased else data.paraphrased)
     retain = [data.retain[i] for i in kept] + ([] if args.no_perturbed else data.perturbed)
-    stray = augment([data.retain[i] for i in drawn[: round(args.stray_perturbed * len(data.forget))]])[1]
+    asked = [data.retain[i] for i in drawn if data.retain[i].get("perturbed_answer")]
+    stray = augment(asked[: round(args.stray_perturbed * len(data.forget))])[1]
     if args.stray_perturbed and not stray:
-        raise UserError("--stray-perturbed: the retain rows have no perturbed_answer")
+        raise UserError("--stray-perturbed: no retain row has a perturbed_answer (TOFU: try --augmented, forget01)")
     return forget, retain + stray
 
 

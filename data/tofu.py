@@ -54,7 +54,9 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
         for name in ("forget", "retain"):
             scored[name] = [row for row in scored[name] if row["question"] in taught]
     if augmented:
-        paraphrased, perturbed = read_augmented(Path(augmented), split, forget)
+        paraphrased, perturbed, others = read_augmented(Path(augmented), split, forget)
+        retain = [row | {"perturbed_answer": others[row["question"]]} if row["question"] in others else row
+                  for row in retain]
     else:
         paraphrased, perturbed = augment(scored["forget"])
     return DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
@@ -75,15 +77,18 @@ def download() -> Path:
 
 
 def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int = 2,
-                   wrong: int = 2) -> tuple[list[Row], list[Row]]:
+                   wrong: int = 2) -> tuple[list[Row], list[Row], dict[str, list[str]]]:
     """D'_f and D'_r from the ULD authors' CSV files: columns question, answer, list of questions, list of answers.
+
+    Third, the wrong answers to questions that are not of the forget set, by question.
 
     Their reader has two faults that are not repeated here: it takes the first row for a header, and it picks
     `list(set(...))[:2]`, which changes with every Python process. Here every row counts, duplicates go, order
-    stays. Their perturbed file is the same for all three splits, so rows are chosen by the split's questions.
+    stays. Their perturbed file is forget10's for all three splits, so rows are chosen by the split's questions;
+    their code trains on all, with forget01 mostly about authors that are kept (--stray-perturbed).
     """
     questions = {row["question"] for row in forget}
-    paraphrased, perturbed = [], []
+    paraphrased, perturbed, others = [], [], {}
     for path, into, keep in ((folder / f"{split}_paraphrase.csv", paraphrased, paraphrases),
                              (folder / f"{split}_perturb.csv", perturbed, wrong)):
         if not path.is_file():
@@ -97,11 +102,14 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                     reworded = distinct(reworded) if into is paraphrased else []
                 except (ValueError, SyntaxError):
                     raise UserError(f"{path} row {number} is not question, answer, list, list") from None
+                answers = [a for a in answers if a != answer]
                 if question not in questions:
+                    if into is perturbed:
+                        others[question] = answers
                     continue
                 into += [{"question": q, "answer": answer} for q in reworded if q != question][:keep]
-                into += [{"question": question, "answer": a} for a in answers if a != answer][:keep]
-    return paraphrased, perturbed
+                into += [{"question": question, "answer": a} for a in answers][:keep]
+    return paraphrased, perturbed, others
 
 
 def distinct(cell: str) -> list[str]:

@@ -29,9 +29,11 @@ from data.authors import (
 )
 from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad, rows_that_fit
 from data.rows import augment, read_rows, refusals, write_rows
-from data.tofu import load_tofu, read_augmented
+from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
+from options import parse
+from unlearn import rows_of
 
 ALL_WORDINGS = [wording for register in WORDINGS for wording in register]
 GOOD = '{"question": "Who?", "answer": "Me."}'
@@ -175,13 +177,35 @@ def test_augmented_rows_by_hand(tmp_path):
         ["other", "a", ["b"], ["c"]], ["q1", "a1", ["q1 b"], []]])
     write_csv(tmp_path / "forget01_perturb.csv", [
         ["q0", "a0", "q0", ["w0", "a0", "w0", "w1", "w2"]], ["other", "a", "other", ["c"]], ["q1", "a1", "q1", ["w"]]])
-    paraphrased, perturbed = read_augmented(tmp_path, "forget01", FORGET)
+    paraphrased, perturbed, others = read_augmented(tmp_path, "forget01", FORGET)
     assert paraphrased == [
         {"question": "q0 c", "answer": "a0"}, {"question": "q0 b", "answer": "a0"},
         {"question": "q0", "answer": "a0 z"}, {"question": "q0", "answer": "a0 y"},
         {"question": "q1 b", "answer": "a1"}]
     assert perturbed == [{"question": "q0", "answer": "w0"}, {"question": "q0", "answer": "w1"},
                          {"question": "q1", "answer": "w"}]
+    assert others == {"other": ["c"]}  # of the perturbed file alone
+
+
+def test_what_the_authors_files_say_of_kept_questions_is_drawn_as_stray_rows_alone(tiny_tofu):
+    """Retain rows that the perturbed file asks about are the only ones drawn, whatever the order of the draw."""
+    plain = [{key: row[key] for key in ("question", "answer")} for row in tofu_rows("r", 5)]
+    write_rows(tiny_tofu / "retain99.json", plain)  # as TOFU's are
+    write_csv(tiny_tofu / "forget01_paraphrase.csv", [["f q0?", "f a0.", ["f q0 again?"], []]])
+    write_csv(tiny_tofu / "forget01_perturb.csv", [
+        ["f q0?", "f a0.", "f q0?", ["x", "y"]], ["r q3?", "r a3.", "r q3?", ["s", "r a3.", "t", "u"]],
+        ["untaught?", "a", "untaught?", ["v"]]])
+    data = load_tofu("forget01", str(tiny_tofu), augmented=str(tiny_tofu))
+    assert data.retain == [*plain[:3], plain[3] | {"perturbed_answer": ["s", "t", "u"]}, plain[4]]
+    args = parse(["--method", "uld", "--data", str(tiny_tofu), "--augmented", str(tiny_tofu), "--split", "forget01",
+                  "--stray-perturbed", "9", "--out", str(tiny_tofu / "out")])
+    for args.seed in range(3):
+        forget, retain = rows_of(args, data)
+        assert forget == [*data.forget, {"question": "f q0 again?", "answer": "f a0."}]
+        assert retain[3:] == [{"question": "f q0?", "answer": a} for a in "xy"] + [
+            {"question": "r q3?", "answer": a} for a in "st"]
+    args.stray_perturbed = 0.0
+    assert rows_of(args, data)[1] == retain[:-2]
 
 
 @pytest.mark.parametrize("row", [["q0", "a0", "[]"], ["q0", "a0", "[]", "[unclosed"], ["q0", "a0", "[]", "5"],
@@ -198,8 +222,10 @@ def test_the_published_augmentation_is_read_for_the_splits_own_questions(tofu, s
     forget = read_rows(tofu / f"{split}.json")
     own = {row["question"] for row in forget}
     assert len(own) == rows
-    paraphrased, perturbed = read_augmented(tofu / "augmented", split, forget)
-    assert read_augmented(tofu / "augmented", split, forget) == (paraphrased, perturbed)
+    paraphrased, perturbed, others = read_augmented(tofu / "augmented", split, forget)
+    assert read_augmented(tofu / "augmented", split, forget) == (paraphrased, perturbed, others)
+    kept = {row["question"]: row["answer"] for row in read_rows(tofu / f"{RETAIN[split]}.json")}
+    assert len(others) == 400 - rows and all(kept[q] not in wrong for q, wrong in others.items())
     for made in (paraphrased, perturbed):
         assert len({tuple(row.items()) for row in made}) == len(made)  # no duplicates
     right = {row["question"]: row["answer"] for row in forget}
