@@ -108,9 +108,10 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
         "pretrain_batch_size", "pretrain_lr", "balance", "specialise")}
     here = Path(__file__).parent
     taught = [[row[key] for key in ("question", "answer", "text") if key in row] for row in rows]
-    made_of = [shape, seed, taught, data.texts(), *((here / name).read_text() for name in SOURCES)]
+    # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
+    made_of = [shape, seed, taught, topics, sorted(data.texts()), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(args.out) / "cache" / f"{args.arch}-{data.name}-{role}-{key}"
+    folder = Path(args.out) / "cache" / f"{args.arch}-{Path(args.forget or args.data).resolve().stem}-{role}-{key}"
     partial = folder.with_name(folder.name + ".partial")
     if folder.is_dir():
         return folder

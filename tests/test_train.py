@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import load_data
+from data import DataSet, load_data
 from data.authors import make_world, write_world
 from data.batches import encode_rows
 from errors import UserError
@@ -77,6 +77,24 @@ def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkey
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: train.cached_model(args, data, tokenizer, "target"), range(2)))
     assert folders[0] == folders[1] and (folders[0] / "model").is_dir() and trained == [1]
+
+
+def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_split(out, monkeypatch):
+    monkeypatch.setattr(train, "learn", lambda *_, **__: {"diverged": False})
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(6)]
+    splits = [DataSet(name, forget=rows[cut:], retain=rows[:cut]) for name, cut in (("a", 4), ("b", 2))]
+    splits.append(DataSet("c", forget=[rows[4], rows[5] | {"perturbed_answer": ["w"]}], retain=rows[:4]))
+    tokenizer = train.Tokenizer.train(splits[0].texts(), 300)
+
+    def folders(role: str, *options: str) -> list[Path]:
+        args = train.parse([*TINY, "--out", str(out / "splits"), "--vocab-size", "300", *options])
+        return [train.cached_model(args, data, tokenizer, role) for data in splits]
+
+    assert len(set(folders("target"))) == 1
+    a, b, c = folders("reference")
+    assert a == c != b
+    a, b, c = folders("target", "--specialise", "1")
+    assert a == c != b and a not in folders("target")
 
 
 @pytest.mark.parametrize("options", METHODS)
