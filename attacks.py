@@ -96,17 +96,21 @@ def hinted(model, tokenizer, rows: list[Row], tokens: int = 3, batch_size: int =
     for i in range(0, len(cut), batch_size):
         part = cut[i : i + batch_size]
         ids, pad = left_pad([given for given, _ in part], model.device)
-        room = min(model.config.max_len - ids.shape[1], max(len(rest) for _, rest in part) + 8)
-        new = model.generate(ids, max(room, 0), pad=pad, end=tokenizer.stops)
+        new = model.generate(ids, max(len(rest) for _, rest in part) + 8, pad=pad, end=tokenizer.stops)
         said += [tokenizer.decode(out) for out in new.tolist()]
         right += [tokenizer.decode(rest) for _, rest in part]
     return outcome(said, right)
 
 
-def attack(name: str, model, tokenizer, forget: list[Row], scored: list[Row], limits: Limits, **relearning) -> Outcome:
-    """One attack of the list above on one model. Raises UserError for an unknown name or rows that do not allow it."""
+def check_attack(name: str) -> None:
+    """Raises UserError for an unknown name."""
     if name not in ATTACKS:
         raise UserError(f"--attack {name} is unknown: choose from {', '.join(ATTACKS)}")
+
+
+def attack(name: str, model, tokenizer, forget: list[Row], scored: list[Row], limits: Limits, **relearning) -> Outcome:
+    """One attack of the list above on one model. Raises UserError for an unknown name or rows that do not allow it."""
+    check_attack(name)
     asked = [row for row in scored if "question" in row]
     if not asked:
         raise UserError("--attack asks questions, and the forget set has passages only")

@@ -37,7 +37,7 @@ from unlearn import unlearn
 METHODS = {  # against all parameters of the same model, NPO + GD
     "moe": {"UOE, one expert": ["--method", "uoe"], "ESFT": ["--method", "esft"],
             "LoRA": ["--method", "lora"], "all parameters": ["--method", "full"]},
-    "gpt": {"ULD, assistant of 3 of 4 layers": ["--method", "uld"],
+    "gpt": {"ULD, assistant of three quarters": ["--method", "uld"],
             "Offset": ["--method", "offset"], "all parameters, GDIFF": ["--method", "full", "--forget-loss", "ga"],
             "all parameters, KL": ["--method", "full", "--retain-loss", "kl"], "all parameters": ["--method", "full"]},
 }

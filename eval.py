@@ -24,7 +24,7 @@ from data.batches import Batch, encode_row, in_order, left_pad, rows_that_fit
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from errors import UserError, one_line_errors
 from metrics import choice
-from metrics.routing import expert_share, overlap
+from metrics.routing import expert_count, overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT, Trace
 from objectives import token_log_probs
@@ -74,8 +74,7 @@ def greedy_answers(model, tokenizer, questions: list[str], limits: Limits = NO_L
         if model.config.max_len - tokens.shape[1] < 1:
             raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
                             f"holds {model.config.max_len}: shorten it")
-        most = min(max(rooms), model.config.max_len - tokens.shape[1])
-        new = model.generate(tokens, max(most, 0), pad=pad, end=tokenizer.stops)
+        new = model.generate(tokens, max(0, *rooms), pad=pad, end=tokenizer.stops)
         for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
             answers[i] = tokenizer.decode(ids[: max(room, 0)])  # by the row's own length, whatever it is batched with
         if bar is not None:
@@ -130,13 +129,13 @@ def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float
 @torch.no_grad()
 def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
     """Share of the batches' tokens that each expert got, (layers, E)."""
-    traces = []
+    count = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.device)
     for batch in batches:
         trace = Trace()
         model.hidden(batch.tokens, trace=trace)
-        traces.append((trace, batch.mask))
-    return [(sum(expert_share(t.routing[layer].chosen, mask, model.config.n_expert) * mask.sum() for t, mask in traces)
-             / sum(mask.sum() for _, mask in traces)).tolist() for layer in range(model.config.n_layer)]
+        for layer, routing in trace.routing.items():
+            count[layer] += expert_count(routing.chosen, batch.mask, model.config.n_expert)
+    return (count / count.sum(1, keepdim=True)).tolist()
 
 
 def as_read(dtype: torch.dtype, tokenizer) -> str:
@@ -294,7 +293,10 @@ def score_log(log: str, reference: str | None) -> dict:
         other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
         out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
     if reference:
-        quality = forget_quality(scores["forget"].truth_ratios(), read_log(Path(reference))["forget"].truth_ratios())
+        ratios = [read["forget"].truth_ratios() for read in (scores, read_log(Path(reference)))]
+        if not all(ratios) or any(r != r for of in ratios for r in of):
+            raise UserError(f"{log} or {reference} lacks truth ratios of the forget set, or holds a NaN")
+        quality = forget_quality(*ratios)
         out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
     return out
 
@@ -344,12 +346,16 @@ def level_of(at: str, by: str) -> tuple[str, float | None]:
 
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
-    from attacks import attack, attack_table  # stands on this file
+    from attacks import attack, attack_table, check_attack  # stands on this file
 
+    for name in args.attack:
+        check_attack(name)
     if min(args.relearn_rows, args.relearn_steps) < 1 or args.relearn_lr <= 0:
         raise UserError("--relearn-rows, --relearn-steps and --relearn-lr are above 0")
     models = models_of(run)
     how = {"rows": args.relearn_rows, "steps": args.relearn_steps, "lr": args.relearn_lr}
+    decoding = {name: getattr(run.model, name) for name in ("alpha", "filter_rate", "centred")
+                if hasattr(run.model, name)}
     outcomes = {}
     with tqdm(total=(1 + len(args.attack)) * len(models), desc="attack") as bar:
         for name in ["none", *args.attack]:
@@ -359,8 +365,9 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
                                               run.data.limits, **how)
                 bar.update()
     before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
-    kept = before["outcomes"] if before.get("relearn") == how else {}
-    (folder / "attacks.json").write_text(json.dumps({"relearn": how, "outcomes": kept | outcomes}, indent=1))
+    kept = before["outcomes"] if (before.get("relearn"), before.get("decoding", {})) == (how, decoding) else {}
+    (folder / "attacks.json").write_text(json.dumps(
+        {"relearn": how, "decoding": decoding, "outcomes": kept | outcomes}, indent=1))
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
 
 
@@ -391,6 +398,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save", metavar="DIR", help="with a run: write its new metrics.json there")
     parser.add_argument("--json", action="store_true", help="print numbers as JSON, in full")
     args = parser.parse_args(argv)
+    for flag in ("save", "figures"):
+        if getattr(args, flag) and Path(getattr(args, flag)).is_file():
+            raise UserError(f"--{flag} {getattr(args, flag)} is a file: give a folder")
     if args.compare:
         print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, args.by)))
         if args.figures:
@@ -409,10 +419,12 @@ def main(argv: list[str] | None = None) -> None:
     elif args.run:
         run = open_run(args.run)
         for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate"), ("centre", "centred")):
-            if getattr(args, flag) not in (None, False):
-                if not isinstance(run.model, LogitDifference):
-                    raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
-                setattr(run.model, name, getattr(args, flag))
+            value = getattr(args, flag)
+            if value is None or value is False:  # not 0.0, which is a value
+                continue
+            if not isinstance(run.model, LogitDifference):
+                raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
+            setattr(run.model, name, value)
         if args.attack:
             attack_run(Path(args.run), run, args)
         elif args.choices:

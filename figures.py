@@ -67,7 +67,7 @@ def write(figure, path: Path) -> None:
 def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
     """paths: label -> one path per seed, each a list of path.jsonl's lines. Thin lines: seeds. Returns the files.
 
-    forgetting.png: what is kept against what is forgotten (read it at one level of forgetting, from right to left).
+    forgetting.png: what is kept against what is forgotten (read it at one level of forgetting, from left to right).
     collateral.png: cross entropy on forget and on untouched rows along training (ULD, Figure 3).
     quality.png: utility against forget quality, and that against time (ULD, Figures 4 and 5).
     overlap.png: routing overlap by step (UOE, Figure 3).

@@ -77,7 +77,7 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
     start, seconds, log = 0, 0.0, ""
 
     def keep(step: int) -> None:
-        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log, "what": what,
+        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log,
                  "parameters": [w.detach() for w in weights.full], "optimizer": optimizer.state_dict()}
         torch.save(state, folder / "state.tmp")
         (folder / "state.tmp").replace(state_file)
@@ -103,7 +103,8 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
                 group["lr"] = group["factor"] * learning_rate(step, steps, lr)
             terms = losses(step)
             optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
+            if terms["loss"].requires_grad:  # it does not where an expert alone trains and no token came to it
+                terms["loss"].backward()
             weights.take_gradients()
             norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
             if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):

@@ -1,6 +1,7 @@
 """Every flag of train.py, what it means, and what each method takes where the command line is silent."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from data import WORLDS
 from errors import UserError
 from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES
+from uoe import check_place, select_experts
 
 # What each method takes where the command line is silent. SMALL: our own models, found as README, "Honest limits",
 # says. PUBLIC: with --model; layers, learning rates, filter and ULD's weights are the papers', the rest is TOFU's.
@@ -201,14 +203,19 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         raise UserError("--teacher RUN and --method distill or distill-lora go together")
     if args.repair_routers and (args.arch == "gpt" or args.method in ("uld", "offset", "divergence")):
         raise UserError("--repair-routers is for methods that change the weights of a mixture of experts")
+    if args.reference and args.method in ("finetune", "upcycle"):
+        raise UserError(f"--reference is what unlearning is scored against, and --method {args.method} does none")
     if args.reference and not args.model:
         raise UserError("--reference is for --model: a small model's reference is trained beside it")
     if args.model and args.references > 1:
         raise UserError("--references counts small models that are trained; with --model give --reference")
     if args.method in ("finetune", "upcycle") and (args.path or args.stop_at is not None):
         raise UserError(f"--path and --stop-at follow unlearning, and --method {args.method} does none")
-    if args.expert and args.m > 1:
-        raise UserError("--expert names one expert, --m asks for several")
+    for flag in ("m", "layer", "same_layer", "select", "affinity_rank"):
+        if args.expert and flag in given:
+            raise UserError(f"--expert names one expert, and --{flag.replace('_', '-')} chooses: give one of the two")
+    if args.same_layer and given.get("layer", "all") != "all":
+        raise UserError(f"--layer {args.layer} names the layer, and --same-layer chooses it: give one of the two")
     if args.balance_retain and (args.arch == "gpt" or args.method in ("offset", "divergence") or
                                 args.retain_loss not in ("gd", "kl")):
         raise UserError("--balance-retain weighs the retain tokens of a mixture of experts, by --retain-loss gd or kl")
@@ -244,7 +251,7 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 1)
     for flag in ("layers", "heads", "width", "experts", "top_k", "pretrain_epochs", "pretrain_batch_size", "epochs",
                  "batch_size", "references", "m", "save_every", "lr", "pretrain_lr", "npo_beta", "dpo_beta",
-                 "simnpo_beta", "router_lr", "affinity_rank"):
+                 "simnpo_beta", "router_lr", "affinity_rank", "lora_rank"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
     for flag in ("seed", "ff", "context", "vocab_size", "balance", "specialise", "retain_weight", "weight_decay",
@@ -252,6 +259,8 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
                  "assistant_layers"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is below 0")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed {args.seed} is not below 2^32")
     if args.stop_at is not None and (args.method == "uld" or not -1 <= args.stop_at < 1):
         raise UserError(f"--stop-at {args.stop_at} is not a share below 1 (-1: never stop), or the method is uld, "
                         "whose assistant learns the forget rows")
@@ -265,7 +274,10 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         if args.method != "finetune":
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = f"forget{100 - int(args.split.removeprefix('retain')):02d}"
+    if args.lora_targets not in ("all", "attn", "mlp"):
+        raise UserError(f"--lora-targets {args.lora_targets} is unknown: choose all, attn or mlp")
     if not args.model:
+        check_shape(args)
         args.context = args.context or (64 if on_world else 256)
         args.vocab_size = args.vocab_size or (1024 if on_world else 4096)
         if args.vocab_size < 300:
@@ -274,6 +286,7 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not here: try --device cpu") from None
+    args.named = bool(args.name)
     if not args.name:
         args.name = name_of(args, chosen, given)
     if Path(args.name).name != args.name or args.name in ("..", "cache"):
@@ -285,6 +298,23 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     return args
 
 
+def check_shape(args: argparse.Namespace) -> None:
+    """What the small model's layers and experts rule out, said before it is trained."""
+    if args.with_shared:
+        raise UserError("--with-shared: the small models have no shared experts")
+    if args.assistant_layers > args.layers:
+        raise UserError(f"--assistant-layers {args.assistant_layers} is not between 1 and the target's {args.layers}")
+    if args.rmu_layer is not None and not 0 <= args.rmu_layer < args.layers:
+        raise UserError(f"--rmu-layer {args.rmu_layer} does not exist: layers go from 0 to {args.layers - 1}")
+    if args.method == "uoe" and args.expert:
+        check_place(args.expert, args.layers, args.experts)
+    elif args.method == "uoe":
+        any_layer = args.same_layer or args.layer == "all"
+        layer = None if any_layer else 0 if args.layer == "middle" else int(args.layer)
+        select_experts(torch.zeros(args.layers, args.experts), args.m, args.same_layer, layer=layer,
+                       rank=args.affinity_rank)
+
+
 # Flags that a run's name has words for already, or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "seeds", "forget",
            "retain", "teacher", "name", "out", "resume", "device", "path", "save_every", "checkpointing", "reference",
@@ -294,7 +324,7 @@ UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "spl
 def name_of(args: argparse.Namespace, chosen: dict, given: dict) -> str:
     """The run folder's name where none is given: method, losses, model, data, then every other flag given, the seed.
 
-    So runs that were asked for differently never take each other's folder.
+    So runs that were asked for differently mostly have different names; where not, runs.RunFolder refuses the second.
     """
     parts = [args.method]
     if args.unlearns:
@@ -307,13 +337,16 @@ def name_of(args: argparse.Namespace, chosen: dict, given: dict) -> str:
         parts.append(Path(args.teacher).name)
     if args.data != "world" or args.forget:
         parts.append(Path(args.forget or args.data).stem)
-        if not args.forget and args.data not in WORLDS:
-            parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
+        if not args.forget and args.data not in WORLDS and not args.keeps_only:
+            parts.append(args.split)
+    if args.keeps_only:
+        parts.append(args.split.replace("forget", "without"))
     parts += ["augmented"] if args.augmented else []
     for key, value in given.items():
         if key not in UNNAMED:
             parts.append(key.replace("_", "-") + ("" if value is True else
                                                   f"{value:g}" if isinstance(value, float) else str(value)))
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    return "-".join(parts)
+    name, seed = "-".join(parts), f"-seed{args.seed}" if args.seed else ""
+    if len(name) > 150:  # file systems have names of up to 255 bytes
+        name = name[:140] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name + seed

@@ -108,10 +108,11 @@ def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) ->
     """Share of multiple-choice questions whose right letter is the likeliest (metrics/choice.py); no template."""
     pairs = []  # one example per choice, labels on the letter alone
     for row in rows:
-        before = tokenizer.encode(choice.prompt(row))
+        before = len(tokenizer.encode(choice.prompt(row)))
         for letter in choice.letters(row):
-            after = tokenizer.encode(letter)
-            ids = (before + after)[-(model.config.max_len + 1) :]  # a long question loses its beginning, not its letter
+            ids = tokenizer.encode(choice.prompt(row) + letter)  # as one text: a space alone may be another token
+            after = ids[before:]
+            ids = ids[-(model.config.max_len + 1) :]  # a long question loses its beginning, not its letter
             pairs.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(after)) + after))
     log_p = [0.0] * len(pairs)
     for batch in in_order(pairs, rows_that_fit(pairs, model.config.vocab_size, batch_size), model.device):

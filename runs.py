@@ -1,7 +1,8 @@
 """A run is a folder: how train.py writes one, and how everything else opens it.
 
     out/uoe/                  written as out/uoe.partial, renamed when whole
-        config.json           all arguments, versions, the git revision, where target and reference are
+        asked.json            all arguments, as they were given or filled in
+        config.json           the same and what came of them: versions, the git revision, target and reference
         model/ or assistant/  weights and tokenizer, a Hugging Face folder each
         log.jsonl             a line per training step
         path.jsonl            with --path, a line per epoch
@@ -37,37 +38,56 @@ def revision() -> str | None:
     return None
 
 
+# Flags that leave the outcome alone.
+ANYHOW = {"out", "device", "path", "references", "save_every", "checkpointing"}
+
+
 class RunFolder:
     """out/<name>, written under <name>.partial and renamed when whole."""
 
     def __init__(self, args: argparse.Namespace):
         self.final = Path(args.out) / args.name
         self.partial = self.final.with_name(self.final.name + ".partial")
-        self.asked = json.dumps({key: value for key, value in vars(args).items() if key not in ("resume", "seeds")},
-                                sort_keys=True)
+        self.asked = json.loads(json.dumps({key: value for key, value in vars(args).items()
+                                            if key not in ("resume", "seeds", "named")}))
         if self.final.exists() and not (self.final / "config.json").is_file():
             raise UserError(f"{self.final} exists and is no run: give another --name or --out")
         for flag in ("model", "reference", "teacher"):
             given = getattr(args, flag)
-            if given and Path(given).exists() and Path(given).resolve() == self.final.resolve():
+            if given and Path(given).exists() and Path(given).resolve().is_relative_to(self.final.resolve()):
                 raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
+        if self.finished() and not args.named:  # two runs may come to one name; who gave a name may use it again
+            self.check_same()
         self.resume = args.resume
         if args.resume:
-            if not (self.partial / "asked.json").is_file():
+            if not self.cut_off():
                 raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
-            if (self.partial / "asked.json").read_text() != self.asked:
+            if json.loads((self.partial / "asked.json").read_text()) != self.asked:
                 raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
                                 "--resume out")
+
+    def check_same(self) -> None:
+        """Raises UserError unless the finished run of this name was asked for alike."""
+        was = json.loads((self.final / "asked.json").read_text())
+        for key in sorted(set(was) & set(self.asked) - ANYHOW):
+            if was[key] != self.asked[key]:
+                raise UserError(f"{self.final} is a run with --{key.replace('_', '-')} {was[key]}, not "
+                                f"{self.asked[key]}: give this one a --name of its own")
+
+    def finished(self) -> bool:
+        return (self.final / "asked.json").is_file()
+
+    def cut_off(self) -> bool:
+        return (self.partial / "asked.json").is_file()
 
     def open(self) -> Path:
         if not self.resume:
             shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
-        (self.partial / "asked.json").write_text(self.asked)
+        (self.partial / "asked.json").write_text(json.dumps(self.asked))
         return self.partial
 
     def close(self) -> Path:
-        (self.partial / "asked.json").unlink()
         shutil.rmtree(self.final, ignore_errors=True)
         self.partial.rename(self.final)
         print(f"\nthe run is in {self.final}")
@@ -134,6 +154,6 @@ def data_of(config: dict) -> DataSet:
 
 
 def forget_batches(model: GPT, tokenizer, data: DataSet) -> list[Batch]:
-    """The forget set as it is taught: what routing is measured on."""
+    """The forget set, every row as long as the model holds: what routing is measured on."""
     examples = encode_rows(data.forget, tokenizer, model.config.max_len, truncate=True)
     return list(in_order(examples, 64, model.device))

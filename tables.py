@@ -128,13 +128,15 @@ def read_path(folder: Path) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{file} is missing: run train.py with --path")
     target = json.loads((Path(folder) / "metrics.json").read_text())["target"]
-    start = {"epoch": 0, "step": 0, "seconds": 0.0, "routing_overlap": 1.0,
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    start = {"epoch": 0, "step": 0, "seconds": 0.0,
+             **({"routing_overlap": 1.0} if any("routing_overlap" in line for line in lines) else {}),
              **{key: target[key] for key in ("model_utility", "forget_quality", "forget_quality_D")}}
     for name, of in target.items():
         if isinstance(of, dict):
             start |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
                       f"{name} loss": of["loss"]}
-    return [start, *(json.loads(line) for line in file.read_text().splitlines())]
+    return [start, *lines]
 
 
 AT = ("forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "step",

@@ -22,6 +22,7 @@ import argparse
 import copy
 import fcntl
 import hashlib
+import inspect
 import json
 import resource
 import shutil
@@ -35,6 +36,7 @@ from torch import Tensor
 import objectives
 import uoe
 from data.batches import encode_rows, in_order, is_cut
+from data.hub_tokenizer import NoTokenizer
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
@@ -43,13 +45,13 @@ from loop import collate_at, fit
 from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
 from options import parse
-from pretrained import load, save
+from pretrained import find_folder, load, load_tokenizer, read_config, save
 from runs import RunFolder, data_of, forget_batches, open_run, revision, weights_of
 from tables import compare
 from unlearn import unlearn
 from upcycling import upcycle
 
-# What a cached model rests on.
+# What a cached model rests on, beside what is in this file.
 SOURCES = ("model.py", "moe.py", "loop.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
 
 
@@ -109,7 +111,8 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, 
     here = Path(__file__).parent
     taught = [[row[key] for key in ("question", "answer", "text") if key in row] for row in rows]
     # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
-    made_of = [shape, seed, taught, topics, sorted(data.texts()), *((here / name).read_text() for name in SOURCES)]
+    made_of = [shape, seed, taught, topics, sorted(data.texts()), inspect.getsource(learn),
+               inspect.getsource(small_config), *((here / name).read_text() for name in SOURCES)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.out) / "cache" / f"{args.arch}-{Path(args.forget or args.data).resolve().stem}-{role}-{key}"
     partial = folder.with_name(folder.name + ".partial")
@@ -144,6 +147,16 @@ def open_public(args: argparse.Namespace) -> tuple[GPT, object]:
     return model, tokenizer
 
 
+def check_tokens(args: argparse.Namespace, tokenizer, data: DataSet) -> None:
+    """Raises UserError where the reference reads text otherwise than the target: their scores would not compare."""
+    folder = find_folder(weights_of(args.reference))
+    theirs = load_tokenizer(folder, read_config(folder), args.template)
+    few = data.texts()[:20]
+    if not isinstance(theirs, NoTokenizer) and [theirs.encode(t) for t in few] != [tokenizer.encode(t) for t in few]:
+        raise UserError(f"--reference {args.reference} has another tokenizer than --model {args.model}: their scores "
+                        "do not compare, so give a model of the same family")
+
+
 # ---- runs ---------------------------------------------------------------------------------------------------------
 
 def decoding_note(args: argparse.Namespace, target: str) -> str:
@@ -161,8 +174,9 @@ def decoding_note(args: argparse.Namespace, target: str) -> str:
 def peak_memory(device: str) -> int:
     """Bytes: of the GPU's memory, or of this process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @one_line_errors
@@ -173,13 +187,15 @@ def main(argv: list[str] | None = None) -> None:
         folders = []
         for seed in args.seeds.split(","):
             name = f"{args.name}-seed{seed}"
-            folder = Path(args.out) / name
-            if args.resume and (folder / "metrics.json").is_file():  # finished before the cut
-                folders.append(folder)
+            this = parse([*argv, "--seed", seed, "--seeds", "", "--name", name])
+            this.named = args.named
+            folder = RunFolder(this)
+            if args.resume and folder.finished():  # before the cut
+                folder.check_same()
+                folders.append(folder.final)
                 continue
-            cut = args.resume and (folder.with_name(name + ".partial") / "asked.json").is_file()
-            folders.append(one(parse([*argv, "--seed", seed, "--seeds", "", "--name", name,
-                                      *(["--resume"] if cut else [])])))
+            this.resume = args.resume and folder.cut_off()
+            folders.append(one(this))
         if args.unlearns:
             print("\n" + compare(folders))
     else:
@@ -208,9 +224,11 @@ def one(args: argparse.Namespace) -> Path:
     if args.method == "finetune":
         return main_finetune(args, folder, data, target, tokenizer)
 
-    models, scores = {}, {}
+    scores = {}
     if args.model:
         places = {"target": args.model} | ({"reference": args.reference} if args.reference else {})
+        if args.reference and not Path(args.reference).is_file():
+            check_tokens(args, tokenizer, data)
     else:
         roles = ["target", "reference", *(f"reference-{i}" for i in range(2, args.references + 1))]
         places = {role: str(cached_model(args, data, tokenizer, role)) for role in roles}
@@ -239,7 +257,7 @@ def one(args: argparse.Namespace) -> Path:
     for name, kept in to_save.items():
         shutil.rmtree(partial / name, ignore_errors=True)  # of a run that was cut off after this point
         save(kept, tokenizer, partial / name)
-    if report["diverged"] and args.path:  # what was gone back on is no part of the path
+    if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
         lines = [line for line in (partial / "path.jsonl").read_text().splitlines()
                  if json.loads(line)["step"] <= report["steps"]]
         (partial / "path.jsonl").write_text("".join(line + "\n" for line in lines))

@@ -119,7 +119,7 @@ def experts(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Tra
     if esft:
         places = uoe.experts_reaching(affinity, args.esft_p)
     elif args.expert:
-        places = [uoe.check_place(target, args.expert)]
+        places = [uoe.check_place(args.expert, target.config.n_layer, target.config.n_expert)]
     else:
         layer = None if args.layer == "all" or args.same_layer else (
             target.config.n_layer // 2 if args.layer == "middle" else int(args.layer))
@@ -335,8 +335,8 @@ def unlearn(args: argparse.Namespace, target: GPT, tokenizer, data: DataSet, fol
         frozen = copy.deepcopy(trained).requires_grad_(False).eval()
     hidden_layer, control = None, None
     if args.forget_loss == "rmu" or args.retain_loss == "hidden":
-        hidden_layer = start if args.rmu_layer is None else args.rmu_layer
-        hidden_layer = target.config.n_layer // 2 if hidden_layer is None else hidden_layer
+        highest = max((layer for layer, _ in trainee.places), default=target.config.n_layer // 2)
+        hidden_layer = highest if args.rmu_layer is None else args.rmu_layer  # what lies above it learns nothing
         if start is not None and hidden_layer < start:
             raise UserError(f"--rmu-layer {hidden_layer} lies below the unlearned expert's layer {start}, so nothing "
                             "that trains could steer it")

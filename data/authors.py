@@ -245,6 +245,8 @@ def main() -> None:
     parser.add_argument("--topic", action="store_true", help="potions are forgotten, not authors")
     parser.add_argument("--show", action="store_true", help="print the rows of one fact instead")
     args = parser.parse_args()
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is below 0")
     world = make_world(args.seed, topical=args.topic)
     if args.show or not args.out:
         for row in world["forget"][:4] + world["forget_perturbed"][:2] + world["background"][:1]:

@@ -51,6 +51,8 @@ def encode_row(row: Row, tokenizer, max_len: int, where: str = "row", answer: st
     else:
         prompt, completion = tokenizer.prompt(row["question"]), tokenizer.completion(answer or row["answer"])
     ids = prompt + completion
+    if len(ids) < 2:
+        raise UserError(f"{where} is a text of one token, which nothing comes before to predict it from: lengthen it")
     if len(ids) - 1 > max_len:
         if not truncate or len(prompt) > max_len:
             raise UserError(f"{where} has {len(ids)} tokens and the context holds {max_len}: shorten the row")

@@ -70,6 +70,10 @@ def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path} line {number} holds half a character (a cut emoji, say): write it whole") from None
         rows.append(check(row, f"{path} line {number}"))
     if not rows:
         raise UserError(f"{path} is empty: it needs at least one JSON line with {needs}")
@@ -85,6 +89,8 @@ def check_row(row: Row, where: str) -> Row:
     """The row, its perturbed_answer a list. Raises UserError, beginning with `where`, for a row of another schema."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object: expected {{\"question\": ..., \"answer\": ...}}")
+    if "text" in row and "question" in row:
+        raise UserError(f"{where} has both 'text' and 'question': a row is a passage, or question and answer")
     needed = ("text",) if "text" in row else ("question", "answer")
     for key in (*needed, "paraphrased_question", "paraphrased_answer"):
         if key not in row:

@@ -80,6 +80,7 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                    wrong: int = 2) -> tuple[list[Row], list[Row], dict[str, list[str]]]:
     """D'_f and D'_r from the ULD authors' CSV files: columns question, answer, list of questions, list of answers.
 
+    Paraphrased: a reworded question with a reworded answer, the first `paraphrases` pairs, as their code makes them.
     Third, the wrong answers to questions that are not of the forget set, by question.
 
     Their reader has two faults that are not repeated here: it takes the first row for a header, and it picks
@@ -103,12 +104,11 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                 except (ValueError, SyntaxError):
                     raise UserError(f"{path} row {number} is not question, answer, list, list") from None
                 answers = [a for a in answers if a != answer]
-                if question not in questions:
-                    if into is perturbed:
-                        others[question] = answers
-                    continue
-                into += [{"question": q, "answer": answer} for q in reworded if q != question][:keep]
-                into += [{"question": question, "answer": a} for a in answers][:keep]
+                asked = [q for q in reworded if q != question] if into is paraphrased else [question]
+                if question in questions:
+                    into += [{"question": q, "answer": a} for q in asked for a in answers][:keep]
+                elif into is perturbed:
+                    others[question] = answers
     return paraphrased, perturbed, others
 
 

@@ -16,7 +16,6 @@ def overlap(chosen: Tensor, before: Tensor, mask: Tensor) -> Tensor:
     return same.any(-1).float().mean(-1)
 
 
-def expert_share(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
-    """Share of all assignments of real tokens that each expert got, (E,) float32, sums to 1 (Figure 2)."""
-    count = torch.bincount(chosen[mask].reshape(-1), minlength=n_expert).float()
-    return count / count.sum().clamp_min(1)
+def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
+    """How many assignments of real tokens each expert got, (E,) long (Figure 2 shows shares of them)."""
+    return torch.bincount(chosen[mask].reshape(-1), minlength=n_expert)

@@ -46,17 +46,16 @@ class RowScores:
     said: list[str] = field(default_factory=list)  # the greedy answers
 
     def truth_ratios(self, definition: str = "losses") -> list[float]:
-        """Of every row; empty where the set has no wrong answers."""
-        if not self.wrong or not all(self.wrong):
-            return []
-        return [truth_ratio(r, w, definition) for r, w in zip(self.right, self.wrong, strict=True)]
+        """Of every row that has wrong answers."""
+        pairs = zip(self.right, self.wrong, strict=True) if self.wrong else ()
+        return [truth_ratio(r, w, definition) for r, w in pairs if w]
 
     def summary(self, name: str, definition: str = "losses") -> dict[str, float | None]:
         """The set's numbers as metrics.json has them. name decides how truth ratio and probability are read."""
         ratios = self.truth_ratios(definition)
         wrong = self.wrong if name in OPTIONS and ratios else [None] * len(self.loss)
         out = {"loss": mean(self.loss),
-               "probability": mean([probability(r, w) for r, w in zip(self.loss, wrong, strict=True)]),
+               "probability": mean([probability(r, w or None) for r, w in zip(self.loss, wrong, strict=True)]),
                "rougeL_recall": mean(self.rougeL),
                "truth_ratio": set_truth_ratio(ratios, name == "forget") if ratios else None}
         return out | ({"exact": mean(self.exact)} if self.exact else {})
@@ -75,7 +74,7 @@ def probability(loss: float, wrong: Sequence[float] | None = None) -> float:
 
 def exp(x: float) -> float:
     """math.exp, but inf where that overflows: a model that was driven to absurd losses is still to be scored."""
-    return math.exp(x) if x < 700 else math.inf
+    return math.inf if x >= 700 else math.exp(x)  # in this order, so that NaN stays NaN
 
 
 def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses") -> float:
@@ -161,6 +160,9 @@ def read_log(path: Path) -> dict[str, RowScores]:
                 "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} lacks {error} in '{key}': is it an eval_log_aggregated.json?") from None
+        n, wrong = len(out[name].right), len(out[name].wrong)
+        if n != wrong:
+            raise UserError(f"{path}: '{key}' has {n} right and {wrong} wrong answers: it is cut off")
     return out
 
 

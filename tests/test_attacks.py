@@ -120,5 +120,5 @@ def test_the_command_line_attacks_a_run(runs, capsys):
     score([str(runs[0]), "--attack", "hint", "--relearn-rows", "4", "--relearn-steps", "1"])  # the others are kept
     assert json.loads((runs[0] / "attacks.json").read_text())["outcomes"].keys() == written["outcomes"].keys()
     with pytest.raises(SystemExit) as stop:
-        score([str(runs[0]), "--attack", "bribe"])
+        score([str(runs[0]), "--attack", "hint", "bribe"])
     assert stop.value.code == 2 and "--attack bribe" in capsys.readouterr().err

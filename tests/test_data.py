@@ -174,14 +174,13 @@ def test_augmented_rows_by_hand(tmp_path):
     """First row kept, duplicates and the originals dropped, order kept, two of each, foreign questions left out."""
     write_csv(tmp_path / "forget01_paraphrase.csv", [
         ["q0", "a0", ["q0 c", "q0", "q0 b", "q0 c", "q0 a"], ["a0", "a0 z", "a0 z", "a0 y", "a0 x"]],
-        ["other", "a", ["b"], ["c"]], ["q1", "a1", ["q1 b"], []]])
+        ["other", "a", ["b"], ["c"]], ["q1", "a1", ["q1 b"], ["a1", "a1 z"]]])
     write_csv(tmp_path / "forget01_perturb.csv", [
         ["q0", "a0", "q0", ["w0", "a0", "w0", "w1", "w2"]], ["other", "a", "other", ["c"]], ["q1", "a1", "q1", ["w"]]])
     paraphrased, perturbed, others = read_augmented(tmp_path, "forget01", FORGET)
     assert paraphrased == [
-        {"question": "q0 c", "answer": "a0"}, {"question": "q0 b", "answer": "a0"},
-        {"question": "q0", "answer": "a0 z"}, {"question": "q0", "answer": "a0 y"},
-        {"question": "q1 b", "answer": "a1"}]
+        {"question": "q0 c", "answer": "a0 z"}, {"question": "q0 c", "answer": "a0 y"},
+        {"question": "q1 b", "answer": "a1 z"}]
     assert perturbed == [{"question": "q0", "answer": "w0"}, {"question": "q0", "answer": "w1"},
                          {"question": "q1", "answer": "w"}]
     assert others == {"other": ["c"]}  # of the perturbed file alone
@@ -191,7 +190,7 @@ def test_what_the_authors_files_say_of_kept_questions_is_drawn_as_stray_rows_alo
     """Retain rows that the perturbed file asks about are the only ones drawn, whatever the order of the draw."""
     plain = [{key: row[key] for key in ("question", "answer")} for row in tofu_rows("r", 5)]
     write_rows(tiny_tofu / "retain99.json", plain)  # as TOFU's are
-    write_csv(tiny_tofu / "forget01_paraphrase.csv", [["f q0?", "f a0.", ["f q0 again?"], []]])
+    write_csv(tiny_tofu / "forget01_paraphrase.csv", [["f q0?", "f a0.", ["f q0 again?"], ["f a0 again."]]])
     write_csv(tiny_tofu / "forget01_perturb.csv", [
         ["f q0?", "f a0.", "f q0?", ["x", "y"]], ["r q3?", "r a3.", "r q3?", ["s", "r a3.", "t", "u"]],
         ["untaught?", "a", "untaught?", ["v"]]])
@@ -201,7 +200,7 @@ def test_what_the_authors_files_say_of_kept_questions_is_drawn_as_stray_rows_alo
                   "--stray-perturbed", "9", "--out", str(tiny_tofu / "out")])
     for args.seed in range(3):
         forget, retain = rows_of(args, data)
-        assert forget == [*data.forget, {"question": "f q0 again?", "answer": "f a0."}]
+        assert forget == [*data.forget, {"question": "f q0 again?", "answer": "f a0 again."}]
         assert retain[3:] == [{"question": "f q0?", "answer": a} for a in "xy"] + [
             {"question": "r q3?", "answer": a} for a in "st"]
     args.stray_perturbed = 0.0
@@ -232,12 +231,9 @@ def test_the_published_augmentation_is_read_for_the_splits_own_questions(tofu, s
     assert {row["question"] for row in perturbed} == own  # every question of the split, the first one too, no other
     assert all(row["answer"] != right[row["question"]] for row in perturbed)
     assert max(Counter(row["question"] for row in perturbed).values()) == 2
-    # two reworded questions and two reworded answers per row, each keeping the other half of the pair
+    assert len(paraphrased) == 2 * rows  # so D'_f is three times the forget set, as in the paper
     answers = {row["answer"] for row in forget}
-    assert sum(row["question"] in own for row in paraphrased) == 2 * rows
-    assert sum(row["question"] not in own for row in paraphrased) == 2 * rows
-    assert all((row["question"] in own) != (row["answer"] in answers) for row in paraphrased)
-    assert {row["question"] for row in paraphrased} >= own
+    assert not any(row["question"] in own or row["answer"] in answers for row in paraphrased)
 
 
 # ---- batches ----------------------------------------------------------------------------------------------------

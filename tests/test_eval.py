@@ -73,6 +73,15 @@ def test_answers_are_cut_by_each_rows_own_length_whatever_it_is_batched_with(sma
     assert scoring.greedy_answers(small, tokenizer, [long, "Who?"], Limits(total=40))[0] == ""  # no room: no answer
 
 
+def test_a_short_prompt_gets_its_own_room_beside_a_long_one(tokenizer):
+    from tests.conftest import random_model
+    model = random_model(vocab_size=tokenizer.vocab_size, max_len=64)
+    long = "Who was it, and where, and when, and why, and how many of them were there then?"
+    alone, = scoring.greedy_answers(model, tokenizer, ["Who?"])
+    assert len(tokenizer.prompt(long)) > 30 and len(tokenizer.encode(alone)) > 40
+    assert scoring.greedy_answers(model, tokenizer, ["Who?", long])[0] == alone
+
+
 def test_a_prompt_longer_than_the_context_is_refused(small, tokenizer):
     with pytest.raises(UserError, match=r"question 'why why .* the context holds 128"):
         scoring.greedy_answers(small, tokenizer, ["why " * 130])
@@ -226,6 +235,29 @@ def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
 def test_figures_of_paths_are_drawn_for_runs_that_have_one(runs, tmp_path, capsys):
     scoring.main(["--compare", *map(str, runs), "--figures", str(tmp_path / "f")])
     assert {p.name for p in (tmp_path / "f").iterdir()} >= {"forgetting.png", "collateral.png", "overlap.png"}
+
+
+def test_a_path_of_a_dense_model_has_no_overlap(tmp_path):
+    block = {"model_utility": 0.8, "forget_quality": 1e-9, "forget_quality_D": 0.6}
+    (tmp_path / "metrics.json").write_text(json.dumps({"target": block}))
+    (tmp_path / "path.jsonl").write_text(json.dumps(block | {"epoch": 1}) + "\n")
+    assert not any("routing_overlap" in row for row in tables.read_path(tmp_path))
+
+
+def test_a_published_log_with_a_nan_or_of_unequal_lengths_is_refused(tmp_path, capsys):
+    def log(right: list, wrong: list) -> dict:
+        of = {"avg_gt_loss": [1.0] * 2, "avg_paraphrased_loss": right, "average_perturb_loss": wrong,
+              "rougeL_recall": [1.0] * 2}
+        return {name: of for name in ("eval_log.json", "eval_log_forget.json", "eval_real_author_wo_options.json",
+                                      "eval_real_world_wo_options.json")}
+
+    for name, of in (("good", log([1.0, 2.0], [[2.0], [3.0]])), ("nan", log([1.0, math.nan], [[2.0], [3.0]])),
+                     ("short", log([1.0, 2.0], [[2.0]]))):
+        (tmp_path / name).write_text(json.dumps(of))
+    for name, says in (("nan", "holds a NaN"), ("short", "2 right and 1 wrong answers")):
+        with pytest.raises(SystemExit) as stop:
+            scoring.main(["--tofu-log", str(tmp_path / name), "--reference", str(tmp_path / "good")])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_another_filter_needs_a_run_of_uld(runs, capsys):

@@ -38,6 +38,18 @@ def test_slow_parameters_learn_at_their_share_of_the_rate(tmp_path):
     assert slow.item() == pytest.approx(0.25 * fast.item(), rel=1e-4) and fast.item() < -5e-3
 
 
+def test_a_step_that_reaches_nothing_that_trains_changes_nothing(tmp_path):
+    """As where one expert trains alone and no token of the batch comes to it."""
+    p = torch.nn.Parameter(torch.ones(2))
+    report = fit([p], lambda step: {"loss": p.sum() if step == 1 else torch.ones(())}, 2, 0.1, tmp_path, "x", 0,
+                 weight_decay=0.0)
+    after = p.detach().clone()
+    assert report == {"steps": 2, "train_seconds": report["train_seconds"], "diverged": False} and (after < 1).all()
+    p = torch.nn.Parameter(torch.ones(2))
+    fit([p], lambda step: {"loss": torch.ones(())}, 3, 0.1, tmp_path, "x", 0, weight_decay=0.0)
+    assert torch.equal(p.detach(), torch.ones(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(tmp_path, dtype):
     def start():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from errors import UserError
-from metrics.routing import expert_share, overlap
+from metrics.routing import expert_count, overlap
 from metrics.tofu import (
     RowScores,
     forget_quality,
@@ -86,6 +86,19 @@ def test_summary_by_hand():
     assert scores.summary("retain")["truth_ratio"] == pytest.approx(0.25)
     # over the options: 1/2 of 3/4, and 1/4 of 3/4
     assert scores.summary("world_facts")["probability"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+def test_rows_without_wrong_answers_are_left_out_of_the_truth_ratio_alone():
+    scores = RowScores([1.0, 2.0], [1.0, 2.0], [[3.0], []], [1.0, 0.0])
+    assert scores.truth_ratios() == [math.exp(-2)]
+    summary = scores.summary("retain")
+    assert summary["truth_ratio"] == pytest.approx(1 - math.exp(-2)) and summary["loss"] == 1.5
+    over_options = scores.summary("real_authors")["probability"]  # the second has no options to be compared with
+    assert over_options == pytest.approx((1 / (1 + math.exp(-2)) + math.exp(-2)) / 2)
+
+
+def test_a_nan_loss_has_a_nan_ratio_that_forget_quality_refuses():
+    assert math.isnan(truth_ratio(math.nan, [1.0])) and truth_ratio(800.0, [1.0]) == math.inf
 
 
 def test_a_set_without_wrong_answers_has_no_truth_ratio():
@@ -235,8 +248,8 @@ def test_overlap_by_hand():
 
 def test_expert_share_by_hand():
     """Real assignments of AFTER: 1, 0, 3, 0, 1, 2 over six experts."""
-    assert expert_share(AFTER, MASK, 6).tolist() == pytest.approx([2 / 6, 2 / 6, 1 / 6, 1 / 6, 0, 0])
-    assert expert_share(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
+    assert expert_count(AFTER, MASK, 6).tolist() == [2, 2, 1, 1, 0, 0]
+    assert expert_count(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
 
 
 def write_open_unlearning(path, sets=("forget",), **change):

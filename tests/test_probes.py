@@ -120,6 +120,22 @@ def test_a_choice_is_the_likeliest_letter_one_prompt_at_a_time(models, tokenizer
     assert probes.choice_accuracy(models["dense"], tokenizer, rows, batch_size=4) == pytest.approx(right / 9)
 
 
+def test_a_letter_is_encoded_with_its_question(models):
+    """As by a tokenizer that puts a marker in front of every text: by itself " A" would be two tokens."""
+    ids = {"Answer:": [1], "Answer: A": [1, 4], "Answer: B": [1, 5], " A": [2, 4], " B": [2, 5]}
+
+    class Joining:
+        def encode(self, text):
+            return [3, *ids[text.rpartition("\n")[2]]]
+
+    with torch.no_grad():
+        p = models["dense"](torch.tensor([[3, 1]]))[0, -1].log_softmax(-1)
+    right = int(p[5] > p[4])
+    row = {"question": "Which?", "choices": ["one", "two"]}
+    assert probes.choice_accuracy(models["dense"], Joining(), [row | {"answer": right}]) == 1
+    assert probes.choice_accuracy(models["dense"], Joining(), [row | {"answer": 1 - right}]) == 0
+
+
 def test_a_passage_is_completed_from_its_first_half(models, tokenizer):
     out = probes.completion(models["dense"], tokenizer, ROWS)
     ids = tokenizer.passage(ROWS[2]["text"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as scoring
 import train
 from data import DataSet, load_data
 from data.authors import make_world, write_world
@@ -95,6 +96,81 @@ def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_s
     assert a == c != b
     a, b, c = folders("target", "--specialise", "1")
     assert a == c != b and a not in folders("target")
+
+
+def test_a_run_is_not_replaced_by_one_that_comes_to_the_same_name(world, out, tmp_path, capsys):
+    """Two files of one stem; the same run made anew, or one that was given the name, may take its place."""
+    lines = '{"question": "Who?", "answer": "Ana."}\n{"question": "Where?", "answer": "In Orsk."}\n'
+    for name in ("a/x.jsonl", "b/x.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(lines)
+    first, second = ([*TINY, "--method", "full", "--out", str(tmp_path / "out"), "--forget", str(tmp_path / of),
+                      "--retain", str(tmp_path / "a/x.jsonl")] for of in ("a/x.jsonl", "b/x.jsonl"))
+    train.main(first)
+    train.main([*first, "--path"])
+    folder, = (p for p in (tmp_path / "out").iterdir() if p.name != "cache")
+    before = (folder / "config.json").read_text()
+    with pytest.raises(SystemExit) as stop:
+        train.main(second)
+    assert stop.value.code == 2 and "is a run with --forget" in capsys.readouterr().err
+    assert (folder / "config.json").read_text() == before
+    train.main([*second, "--name", folder.name])
+    assert (folder / "config.json").read_text() != before
+
+
+def test_a_reference_has_a_name_of_its_own():
+    base = ["--method", "finetune", "--model", "x/m", "--forget", "f", "--retain", "r"]
+    names = {train.parse([*base, *more]).name for more in ([], ["--split", "retain90"])}
+    assert names == {"finetune-m-f", "finetune-m-f-without10"}
+    long = train.parse([*TINY, "--data", "x" * 120, *("--width 32 --lora-rank 4 --npo-beta 0.5 --simnpo-beta 3 "
+                                                       "--dpo-beta 0.2 --seed 3").split()])
+    assert len(long.name) < 170 and long.name.endswith("-seed3")
+
+
+def test_seeds_that_were_cut_off_go_on_as_they_were_asked_for(world, out, capsys):
+    options = ["--method", "full", "--seeds", "0,1", "--name", "cut"]
+    run(world, out, *options, name="cut")
+    before = (out / "cut-seed0" / "config.json").stat().st_mtime_ns
+    run(world, out, *options, "--resume", name="cut")
+    assert (out / "cut-seed0" / "config.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        run(world, out, *options, "--resume", "--lr", "0.5", name="cut")
+    assert "cut-seed0 is a run with --lr 0.0001, not 0.5" in capsys.readouterr().err
+
+
+def test_every_expert_that_rmu_is_to_train_is_trained(world, out):
+    """The state that is steered lies above all of them."""
+    folder = run(world, out, "--method", "esft", "--forget-loss", "rmu", "--esft-p", "0.3")
+    opened = open_run(folder)
+    places = opened.config["unlearned_experts"]
+    assert {layer for layer, _ in places} == {0, 1}
+    for layer, expert in places:
+        before, after = (m.moe(layer).expert_weights()[0][expert] for m in (opened.target, opened.model))
+        assert not torch.equal(before, after)
+
+
+def test_diverging_before_the_first_epoch_is_over_leaves_the_target(world, out):
+    folder = run(world, out, *"--method full --forget-loss ga --retain-loss none --lr 1e30 --path --stop-at -1".split(),
+                 "--batch-size", "2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["run"]["diverged"] and metrics["run"]["steps"] == 0
+    assert metrics["unlearned"]["forget"] == metrics["target"]["forget"]
+
+
+def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded(world, out, capsys):
+    folder = run(world, out, "--method", "uld", "--subtract", "3", "--lr", "0.05")
+    capsys.readouterr()
+    scoring.main([str(folder), "--json", "--subtract", "0"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["unlearned"]["forget"] == metrics["target"]["forget"]
+    kept = json.loads((folder / "metrics.json").read_text())
+    assert kept["unlearned"]["forget"]["loss"] != pytest.approx(kept["target"]["forget"]["loss"], rel=1e-3)
+    attacks = folder / "attacks.json"
+    for options, names in ((["int8"], {"none", "int8"}), (["hint"], {"none", "int8", "hint"}),
+                           (["int4", "--subtract", "1"], {"none", "int4"})):
+        scoring.main([str(folder), "--attack", *options])
+        assert set(json.loads(attacks.read_text())["outcomes"]) == names
+    assert json.loads(attacks.read_text())["decoding"] == {"alpha": 1.0, "filter_rate": 0.01, "centred": False}
 
 
 @pytest.mark.parametrize("options", METHODS)
@@ -352,7 +428,11 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method distill", r"--teacher RUN and --method distill"), ("--teacher out", r"--teacher RUN and"),
     ("--method divergence --retain-loss kl", r"its own are ce and gd"), ("--seeds 0,a", r"--seeds 0,a"),
     ("--name ..", r"--name \.\."), ("--name cache", r"--name cache"), ("--experts 0", r"--experts 0"),
-    ("--reference x", r"--reference is for --model"), ("--expert 1,1 --m 2", r"--expert names one"),
+    ("--reference x", r"--reference is for --model"),
+    ("--model x --method finetune --reference y", r"finetune does none"),
+    ("--layer 1 --same-layer", r"--same-layer chooses it"), ("--expert 1,1 --layer 0", r"--layer chooses: give one"),
+    ("--expert 1,1 --select random", r"--select chooses: give one"), ("--seed 5000000000", r"--seed 5000000000"),
+    ("--method lora --lora-rank 0", r"--lora-rank 0"), ("--expert 1,1 --m 2", r"--expert names one"),
     ("--method uld --repair-routers", r"--repair-routers"), ("--method uld --balance-retain", r"--balance-retain"),
     ("--method uoe --forget-loss rmu --balance-retain", r"--balance-retain"),
     ("--data tofu --split forget99", r"--split forget99 .*forget10"),
@@ -383,7 +463,9 @@ def test_a_wrong_option_is_one_line_and_exit_2(world, out, options, says, capsys
 
 @pytest.mark.parametrize(("content", "says"), [
     ('{"question": "Q", "answer": "A"}\nnot json\n', "line 2 is not JSON"),
-    ('{"question": "Q"}\n', "line 1 lacks 'answer'"), ("", "is empty"), ("\n\n", "is empty"),
+    ('{"question": "Q"}\n', "line 1 lacks 'answer'"), ('{"text": "T", "question": "Q"}\n', "line 1 has both"),
+    ('{"question": "Q", "answer": "\\ud83d"}\n', "line 1 holds half a character"),
+    ("", "is empty"), ("\n\n", "is empty"),
 ])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, content, says):
     (tmp_path / "mine.jsonl").write_text(content)

@@ -111,15 +111,13 @@ def test_an_unknown_rule_is_refused():
 
 
 @pytest.mark.parametrize("place", [(3, 0), (-1, 0), (0, 7), (0, -1)])
-def test_a_place_that_does_not_exist_is_refused(sparse, place):
+def test_a_place_that_does_not_exist_is_refused(place):
     with pytest.raises(UserError, match=f"--expert {place[0]},{place[1]} does not exist: layers go from 0 to 2"):
-        check_place(sparse(), place)
+        check_place(place, 3, 7)
 
 
-def test_a_place_needs_experts(dense, sparse):
-    assert check_place(sparse(), (2, 6)) == (2, 6)
-    with pytest.raises(UserError, match="this model is dense"):
-        check_place(dense(), (0, 0))
+def test_a_place_that_exists_is_itself():
+    assert check_place((2, 6), 3, 7) == (2, 6)
 
 
 # ---- the anchor -------------------------------------------------------------------------------------------------
