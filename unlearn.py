@@ -111,9 +111,7 @@ def low_rank(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Tr
 
 def experts(args: argparse.Namespace, target: GPT, forget: list[Example]) -> Trainee:
     """UOE: one expert or M of them, with their routers. ESFT: per layer those that carry a share p of the affinity."""
-    sample = in_order(forget, 64, target.device)
-    if args.attribution_tokens:  # rows by lot, not the longest first
-        sample = (collate_at(forget, 8, args.seed, i, target.device) for i in range(-(-len(forget) // 8)))
+    sample = uoe.calibration(forget, args.attribution_tokens, args.seed, target.device)
     affinity = uoe.expert_attribution(target, sample, args.attribution_tokens).cpu()
     esft = args.method == "esft"
     if esft:

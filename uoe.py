@@ -31,8 +31,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, encode_rows, in_order
+from data.batches import Batch, Example, encode_rows, in_order
 from errors import UserError, one_line_errors
+from loop import collate_at
 from model import GPT, Trace
 from moe import Routing
 
@@ -64,6 +65,13 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
     if not rows:
         raise UserError("expert attribution has no forget rows to look at: give a forget set of at least one row")
     return total / rows
+
+
+def calibration(examples: list[Example], tokens: int, seed: int, device) -> Iterable[Batch]:
+    """Batches to attribute on: all rows; where `tokens` of them are enough (above 0), by lot, not the longest first."""
+    if not tokens:
+        return in_order(examples, 64, device)
+    return (collate_at(examples, 8, seed, i, device) for i in range(-(-len(examples) // 8)))
 
 
 def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
@@ -244,9 +252,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="calibrate on this many forget tokens (0: all)")
     args = parser.parse_args()
     run = open_run(args.run)
-    forget = run.forget_batches()
-    before = expert_attribution(run.target, forget, args.tokens)
-    after = expert_attribution(run.model, forget, args.tokens) if isinstance(run.model, GPT) else None
+    examples = encode_rows(run.data.forget, run.tokenizer, run.target.config.max_len, truncate=True)
+    before, after = (expert_attribution(model, calibration(examples, args.tokens, run.config["seed"], model.device),
+                                        args.tokens) if isinstance(model, GPT) else None
+                     for model in (run.target, run.model))
     chosen = [tuple(place) for place in run.config.get("unlearned_experts", [])]
     print(affinity_table(before, after, chosen))
     rows = {"forget": run.data.forget, "retain": run.data.retain, "background": run.data.background}
