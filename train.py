@@ -218,8 +218,8 @@ def one(args: argparse.Namespace) -> Path:
     for name, rows in (("forget", data.forget), ("retain", data.retain)):
         cut = sum(is_cut(row, tokenizer, args.context) for row in rows)
         if cut:
-            print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to there, "
-                  "and scored as far as the model's own context reaches")
+            print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to "
+                  "there, and scored as far as the model's own context reaches")
     for name, rows in data.scored.items():  # a row that cannot be scored is said now, not after an hour
         encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
     if args.method == "finetune":
