@@ -10,6 +10,7 @@ Shapes: B batch   T tokens   V vocabulary   E experts   K experts per token
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict
@@ -201,9 +202,8 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         whole = all(name in of for name in data.utility)  # a published log may lack sets
         block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
-        ratios = of["forget"].truth_ratios()
-        if role != "reference" and reference and ratios:
-            quality = forget_quality(ratios, reference)
+        with contextlib.suppress(ValueError):  # no reference, no wrong answers, a NaN: then there is nothing to compare
+            quality = forget_quality(of["forget"].truth_ratios(), [] if role == "reference" else reference)
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
             if null and not role.startswith("reference"):
                 block["forget_quality_null"] = sum(d >= quality.D for d in null) / len(null)
@@ -293,10 +293,11 @@ def score_log(log: str, reference: str | None) -> dict:
         other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
         out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
     if reference:
-        ratios = [read["forget"].truth_ratios() for read in (scores, read_log(Path(reference)))]
-        if not all(ratios) or any(r != r for of in ratios for r in of):
-            raise UserError(f"{log} or {reference} lacks truth ratios of the forget set, or holds a NaN")
-        quality = forget_quality(*ratios)
+        theirs = read_log(Path(reference))["forget"].truth_ratios()
+        try:
+            quality = forget_quality(scores["forget"].truth_ratios(), theirs)
+        except ValueError as error:
+            raise UserError(f"{log} against {reference}: {error}") from None
         out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
     return out
 

@@ -8,8 +8,9 @@ import torch
 
 from data import WORLDS
 from errors import UserError
+from uld import check_depth, check_lora
 from unlearn import FORGET_LOSSES, RETAIN_LOSSES, TRAINEES
-from uoe import check_place, select_experts
+from uoe import check_layer, check_place, select_experts
 
 # What each method takes where the command line is silent. SMALL: our own models, found as README, "Honest limits",
 # says. PUBLIC: with --model; layers, learning rates, filter and ULD's weights are the papers', the rest is TOFU's.
@@ -251,7 +252,7 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
     args.pretrain_epochs = args.pretrain_epochs or PRETRAIN_EPOCHS.get(args.arch, 1)
     for flag in ("layers", "heads", "width", "experts", "top_k", "pretrain_epochs", "pretrain_batch_size", "epochs",
                  "batch_size", "references", "m", "save_every", "lr", "pretrain_lr", "npo_beta", "dpo_beta",
-                 "simnpo_beta", "router_lr", "affinity_rank", "lora_rank"):
+                 "simnpo_beta", "router_lr", "affinity_rank"):
         if not getattr(args, flag) > 0:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not above 0")
     for flag in ("seed", "ff", "context", "vocab_size", "balance", "specialise", "retain_weight", "weight_decay",
@@ -274,8 +275,7 @@ def check(args: argparse.Namespace, given: dict) -> argparse.Namespace:
         if args.method != "finetune":
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = f"forget{100 - int(args.split.removeprefix('retain')):02d}"
-    if args.lora_targets not in ("all", "attn", "mlp"):
-        raise UserError(f"--lora-targets {args.lora_targets} is unknown: choose all, attn or mlp")
+    check_lora(args.lora_rank, args.lora_targets)
     if not args.model:
         check_shape(args)
         args.context = args.context or (64 if on_world else 256)
@@ -302,15 +302,15 @@ def check_shape(args: argparse.Namespace) -> None:
     """What the small model's layers and experts rule out, said before it is trained."""
     if args.with_shared:
         raise UserError("--with-shared: the small models have no shared experts")
-    if args.assistant_layers > args.layers:
-        raise UserError(f"--assistant-layers {args.assistant_layers} is not between 1 and the target's {args.layers}")
-    if args.rmu_layer is not None and not 0 <= args.rmu_layer < args.layers:
-        raise UserError(f"--rmu-layer {args.rmu_layer} does not exist: layers go from 0 to {args.layers - 1}")
+    if args.assistant_layers:
+        check_depth(args.assistant_layers, args.layers)
+    if args.rmu_layer is not None:
+        check_layer("--rmu-layer", args.rmu_layer, args.layers)
     if args.method == "uoe" and args.expert:
         check_place(args.expert, args.layers, args.experts)
     elif args.method == "uoe":
-        any_layer = args.same_layer or args.layer == "all"
-        layer = None if any_layer else 0 if args.layer == "middle" else int(args.layer)
+        anywhere = args.same_layer or args.layer == "all"
+        layer = None if anywhere else 0 if args.layer == "middle" else int(args.layer)
         select_experts(torch.zeros(args.layers, args.experts), args.m, args.same_layer, layer=layer,
                        rank=args.affinity_rank)
 

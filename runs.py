@@ -106,9 +106,6 @@ class Run:
     target: GPT
     model: GPT | LogitDifference | LogitOffset
 
-    def forget_batches(self) -> list[Batch]:
-        return forget_batches(self.target, self.tokenizer, self.data)
-
 
 def weights_of(path: str | Path) -> str | Path:
     """Where a run or a cached model keeps its weights; any other folder or hub name is what it is."""

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds.split(","):
             name = f"{args.name}-seed{seed}"
             this = parse([*argv, "--seed", seed, "--seeds", "", "--name", name])
-            this.named = args.named
+            this.named = args.named  # by the user, not by the line above
             folder = RunFolder(this)
             if args.resume and folder.finished():  # before the cut
                 folder.check_same()

@@ -77,16 +77,20 @@ class LoRAStack(nn.Module):
         return stack + (self.scale * self.b @ self.a).to(stack.dtype)
 
 
-def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> list[nn.Parameter]:
-    """Freeze model and put LoRA on the linear layers of its blocks, routers aside; returns what trains.
-
-    targets: all, attn (attention only) or mlp (MLPs and experts only).
-    Raises UserError where the rank is below 1 or targets is none of these.
-    """
+def check_lora(rank: int, targets: str) -> None:
+    """Raises UserError where the rank is below 1 or targets is none of all, attn, mlp."""
     if rank < 1:
         raise UserError(f"--lora-rank {rank} is below 1")
     if targets not in ("all", "attn", "mlp"):
         raise UserError(f"--lora-targets {targets} is unknown: choose all, attn or mlp")
+
+
+def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> list[nn.Parameter]:
+    """Freeze model and put LoRA on the linear layers of its blocks, routers aside; returns what trains.
+
+    targets: all, attn (attention only) or mlp (MLPs and experts only).  Raises UserError as check_lora does.
+    """
+    check_lora(rank, targets)
     model.requires_grad_(False)
     for block in model.blocks:
         parts = block if targets == "all" else getattr(block, targets)
@@ -121,13 +125,18 @@ def merge_lora(model: GPT) -> GPT:
     return plain.requires_grad_(False)
 
 
+def check_depth(layers: int, n_layer: int) -> None:
+    """Raises UserError unless an assistant of so many layers fits into a target of n_layer."""
+    if not 1 <= layers <= n_layer:
+        raise UserError(f"--assistant-layers {layers} is not between 1 and the target's {n_layer}")
+
+
 def first_layers(target: GPT, layers: int) -> GPT:
     """A frozen model of the target's first layers, final norm and head. Weights are shared, not copied.
 
     Raises UserError unless 1 <= layers <= the target's.
     """
-    if not 1 <= layers <= target.config.n_layer:
-        raise UserError(f"--assistant-layers {layers} is not between 1 and the target's {target.config.n_layer}")
+    check_depth(layers, target.config.n_layer)
     config = copy.copy(target.config)
     config.n_layer = layers
     with torch.device("meta"):

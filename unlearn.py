@@ -255,8 +255,7 @@ def steering_vector(side: Side, layer: int, coefficient: float, seed: int) -> Te
 
     The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
     """
-    if not 0 <= layer < side.model.config.n_layer:
-        raise UserError(f"--rmu-layer {layer} does not exist: layers go from 0 to {side.model.config.n_layer - 1}")
+    uoe.check_layer("--rmu-layer", layer, side.model.config.n_layer)
     few = list(range(min(64, len(side.examples))))
     batch = side.of(few)
     length = side.see(side.model, batch, layer).hidden[batch.mask].float().norm(dim=-1).mean()

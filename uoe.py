@@ -74,6 +74,12 @@ def calibration(examples: list[Example], tokens: int, seed: int, device) -> Iter
     return (collate_at(examples, 8, seed, i, device) for i in range(-(-len(examples) // 8)))
 
 
+def check_layer(flag: str, layer: int, n_layer: int) -> None:
+    """Raises UserError, naming the flag, unless the layer, counted from 0, exists."""
+    if not 0 <= layer < n_layer:
+        raise UserError(f"{flag} {layer} does not exist: layers go from 0 to {n_layer - 1}")
+
+
 def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
                    generator: torch.Generator | None = None, layer: int | None = None, rank: int = 1) -> list[Place]:
     """The M experts to unlearn, (layer, expert) each, most wanted first. affinity: (L, E).
@@ -84,8 +90,7 @@ def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule:
     """
     n_layer, n_expert = affinity.shape
     if layer is not None:
-        if not 0 <= layer < n_layer:
-            raise UserError(f"--layer {layer} does not exist: layers go from 0 to {n_layer - 1}")
+        check_layer("--layer", layer, n_layer)
         within = select_experts(affinity[layer : layer + 1], m, True, rule, generator, rank=rank)
         return [(layer, expert) for _, expert in within]
     most = n_expert if same_layer else n_layer * n_expert
@@ -253,9 +258,12 @@ def main() -> None:
     args = parser.parse_args()
     run = open_run(args.run)
     examples = encode_rows(run.data.forget, run.tokenizer, run.target.config.max_len, truncate=True)
-    before, after = (expert_attribution(model, calibration(examples, args.tokens, run.config["seed"], model.device),
-                                        args.tokens) if isinstance(model, GPT) else None
-                     for model in (run.target, run.model))
+
+    def affinity(model: GPT) -> Tensor:
+        batches = calibration(examples, args.tokens, run.config["seed"], model.device)
+        return expert_attribution(model, batches, args.tokens)
+
+    before, after = affinity(run.target), affinity(run.model) if isinstance(run.model, GPT) else None
     chosen = [tuple(place) for place in run.config.get("unlearned_experts", [])]
     print(affinity_table(before, after, chosen))
     rows = {"forget": run.data.forget, "retain": run.data.retain, "background": run.data.background}

@@ -71,7 +71,7 @@ def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            json.dumps(row, ensure_ascii=False).encode()  # JSON may spell half a surrogate pair, UTF-8 may not
         except UnicodeEncodeError:
             raise UserError(f"{path} line {number} holds half a character (a cut emoji, say): write it whole") from None
         rows.append(check(row, f"{path} line {number}"))

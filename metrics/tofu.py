@@ -54,7 +54,7 @@ class RowScores:
         """The set's numbers as metrics.json has them. name decides how truth ratio and probability are read."""
         ratios = self.truth_ratios(definition)
         wrong = self.wrong if name in OPTIONS and ratios else [None] * len(self.loss)
-        out = {"loss": mean(self.loss),
+        out = {"loss": mean(self.loss),  # a row that has no options is read by its own probability
                "probability": mean([probability(r, w or None) for r, w in zip(self.loss, wrong, strict=True)]),
                "rougeL_recall": mean(self.rougeL),
                "truth_ratio": set_truth_ratio(ratios, name == "forget") if ratios else None}

@@ -254,10 +254,22 @@ def test_a_published_log_with_a_nan_or_of_unequal_lengths_is_refused(tmp_path, c
     for name, of in (("good", log([1.0, 2.0], [[2.0], [3.0]])), ("nan", log([1.0, math.nan], [[2.0], [3.0]])),
                      ("short", log([1.0, 2.0], [[2.0]]))):
         (tmp_path / name).write_text(json.dumps(of))
-    for name, says in (("nan", "holds a NaN"), ("short", "2 right and 1 wrong answers")):
+    for name, says in (("nan", "none of them NaN"), ("short", "2 right and 1 wrong answers")):
         with pytest.raises(SystemExit) as stop:
             scoring.main(["--tofu-log", str(tmp_path / name), "--reference", str(tmp_path / "good")])
         assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_model_that_gives_nan_is_summed_up_without_a_forget_quality():
+    def of(*losses: float) -> dict:
+        return {"forget": scoring.RowScores(list(losses), list(losses), [[1.0], [2.0]], [1.0, 0.5])}
+
+    data = DataSet("mine", ROWS, ROWS, utility=("forget",))
+    models = {"reference": of(2.0, 3.0), "target": of(0.1, 0.2), "unlearned": of(math.nan, 1.0)}
+    blocks = scoring.summarise(models, data)
+    assert blocks["unlearned"]["forget_quality"] is None and blocks["reference"]["forget_quality"] is None
+    assert blocks["target"]["forget_quality_D"] == 1.0 and blocks["target"]["forget_quality_n"] == 2
+    assert scoring.summarise({"target": of(0.1, 0.2)}, data)["target"]["forget_quality"] is None
 
 
 def test_another_filter_needs_a_run_of_uld(runs, capsys):

@@ -97,7 +97,7 @@ def test_rows_without_wrong_answers_are_left_out_of_the_truth_ratio_alone():
     assert over_options == pytest.approx((1 / (1 + math.exp(-2)) + math.exp(-2)) / 2)
 
 
-def test_a_nan_loss_has_a_nan_ratio_that_forget_quality_refuses():
+def test_a_nan_loss_has_a_nan_ratio_not_an_infinite_one():
     assert math.isnan(truth_ratio(math.nan, [1.0])) and truth_ratio(800.0, [1.0]) == math.inf
 
 
@@ -246,7 +246,7 @@ def test_overlap_by_hand():
     assert overlap(AFTER, BEFORE, torch.zeros(2, 2, dtype=torch.bool)).shape == (0,)
 
 
-def test_expert_share_by_hand():
+def test_expert_count_by_hand():
     """Real assignments of AFTER: 1, 0, 3, 0, 1, 2 over six experts."""
     assert expert_count(AFTER, MASK, 6).tolist() == [2, 2, 1, 1, 0, 0]
     assert expert_count(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
