@@ -1,11 +1,14 @@
 """The one training loop, under pretraining, fine-tuning and every unlearning method: minimise, log, keep, resume.
 
-    report = fit(parameters, lambda step: {"loss": ...}, steps=100, lr=1e-3, folder=..., what="target", seed=0)
+    report = minimise(parameters, lambda step: {"loss": ...}, steps=100, lr=1e-3, folder=..., what="target", seed=0)
+    fit = fitting(args, forget, folder)          # the same with all but what trains filled in: what a method calls
+    report = fit(model, parameters, losses)
 
 Weights in bf16 learn through float32 copies (mixed precision, arXiv 1710.03740, section 3.1): an update smaller than
 bf16's rounding, 1/256 of the weight, would otherwise be lost.
 """
 
+import argparse
 import json
 import math
 import time
@@ -16,7 +19,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import Batch, Example, batch_at, collate
+from data.batches import Rows, greedy_answers
+from data.rows import NO_LIMITS, Limits, Row
+from flags import COUNT, SHARE, WEIGHT, Flag
+from interfaces import LanguageModel, TextCodec
+from model import GPT
+
+Losses = Callable[[int], dict[str, Tensor]]  # of a step: named terms, "loss" the one that is minimised
+Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
+AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
+
+
+
+def share_or_never(text: str) -> float | None:
+    """A kind of flag: a share from 0 to 1, or never."""
+    return None if text == "never" else SHARE(text)
+
+
+STOP = Flag("--stop-at", share_or_never, 0.1, None, "end after the epoch in which so few of the forget rows are still "
+                                                    "said word for word, so that methods compare at one level of "
+                                                    "forgetting; never: after the last")
+FLAGS = [  # of everything that trains
+    #     name              kind     small   public  what it is
+    Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),
+    Flag("--weight-decay",  WEIGHT,  0.01,   0.01,   "of AdamW"),
+    Flag("--save-every",    COUNT,   100,    100,    "steps between states that --resume can go on from"),
+    Flag("--checkpointing", bool,    False,  False,  "recompute blocks in the backward pass: less memory, more time"),
+]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -25,12 +54,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def collate_at(examples: list[Example], size: int, seed: int, step: int, device) -> Batch:
-    """Batch number `step` of an endless run of shuffled epochs."""
-    index = batch_at(len(examples), size, seed, step)
-    return collate([examples[i] for i in index], index, device)
 
 
 class Weights:
@@ -55,10 +78,14 @@ class Weights:
                 p.copy_(full)
 
 
-def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float, folder: Path,
-        what: str, seed: int, weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
-        enough: Callable[[int, float], bool] = lambda done, spent: False, slow: tuple[Tensor, ...] = (),
-        slow_factor: float = 1.0) -> dict:
+def never(done: int, spent: float) -> bool:
+    return False
+
+
+def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, folder: Path, what: str, seed: int,
+             weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
+             enough: Callable[[int, float], bool] = never, slow: tuple[Tensor, ...] = (),
+             slow_factor: float = 1.0) -> dict:
     """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
@@ -131,3 +158,52 @@ def fit(parameters: list[Tensor], losses: Callable[[int], dict[str, Tensor]], st
     log_file.write_text(log)
     state_file.unlink(missing_ok=True)
     return {"steps": steps, "train_seconds": seconds, "diverged": diverged}
+
+
+def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:
+    """--stop-at: it is enough once at most this share of the rows that are being forgotten is said word for word.
+
+    At most 100 of them are asked, and no row that scores.
+    """
+    asked = [row for row in rows if "question" in row]
+    asked = asked[:: math.ceil(len(asked) / 100) or 1]
+
+    def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
+        said = greedy_answers(model, tokenizer, [row["question"] for row in asked], limits)
+        right = sum(a.strip() == row["answer"].strip() for a, row in zip(said, asked, strict=True))
+        return bool(asked) and right <= share * len(asked)
+
+    return after_epoch
+
+
+def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool = False,
+            after_epoch: AfterEpoch | None = None) -> Fit:
+    """The `fit(model, parameters, losses, slow, slow_factor)` that a method's `unlearn` calls.
+
+    args: the flags of this file, and lr, epochs, seed, method. An epoch is a pass over the forget rows.
+    after_epoch: looks at the model as it would be scored then; training ends where it returns True.
+    """
+    def fit(model: LanguageModel, parameters: list[Tensor], losses: Losses, slow: tuple[Tensor, ...] = (),
+            slow_factor: float = 1.0) -> dict:
+        size = sum(p.numel() for p in parameters)
+        print(f"training {size:,} parameters")
+        for part in model.modules():
+            if isinstance(part, GPT):
+                part.checkpointing = args.checkpointing
+
+        def enough(done: int, spent: float) -> bool:
+            if after_epoch is None or done % forget.per_epoch:
+                return False
+            model.eval()
+            stop = after_epoch(model, done // forget.per_epoch, done, spent)
+            model.train()
+            return stop
+
+        model.train()
+        report = minimise(parameters, losses, args.epochs * forget.per_epoch, args.lr, folder,
+                          f"unlearn ({args.method})", args.seed, args.weight_decay, args.save_every, resume, enough,
+                          slow, slow_factor)
+        model.eval()
+        return report | {"trainable_parameters": size}
+
+    return fit

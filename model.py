@@ -78,6 +78,9 @@ class Trace:
     forced: dict[int, Tensor] = field(default_factory=dict)
 
 
+Stem = tuple[int, Tensor]  # (layer, (B, T, D)): a pass that is already there, see GPT.hidden
+
+
 class Cache:
     """Keys and values of all layers for the tokens seen so far, one (B, G, max_len, C) tensor each per layer."""
 
@@ -186,7 +189,11 @@ class Block(nn.Module):
     def attend(self, x: Tensor, *context) -> Tensor:
         return x + self.attn(self.attn_norm(x), *context)
 
-    def feed(self, x: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(self, layer: int, x: Tensor, context: tuple, cache: Cache | None = None, forced: Tensor | None = None,
+                only_mlp: bool = False) -> tuple[Tensor, Routing | None]:
+        """x (B, T, D) -> the same after this block, and what a MoE routed where. context: of GPT.positions."""
+        if not only_mlp:
+            x = self.attend(x, *context, cache, layer)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(self.mlp_norm(x), forced)
             return x + y, routing
@@ -235,10 +242,7 @@ class GPT(nn.Module):
         """The MoE layer of block `layer`."""
         return self.blocks[layer].mlp
 
-    # A forward pass is stem (up to some layer's MLP input), then tail (the rest). Everything runs through these
-    # two, so that a method that trains only late parts can compute the stem once and reuse it (uoe.py).
-
-    def _positions(self, batch: int, length: int, cache: Cache | None, pad: Tensor | None):
+    def positions(self, length: int, cache: Cache | None, pad: Tensor | None):
         """Rotary cos and sin (B or 1, 1, T, C/2), and the attention mask (B or 1, 1, T, S), None where causal.
 
         pad: (B,) number of padding tokens at the left of each row; a row's first real token has position 0.
@@ -257,61 +261,48 @@ class GPT(nn.Module):
         dtype = self.embed.weight.dtype
         return angle.cos().to(dtype), angle.sin().to(dtype), mask
 
-    def stem(self, tokens: Tensor, layer: int, cache: Cache | None = None, pad: Tensor | None = None,
-             trace: Trace | None = None) -> Tensor:
-        """Tokens (B, T) -> residual stream after the attention of block `layer`, (B, T, D): its MLP's input."""
-        context = self._positions(*tokens.shape, cache, pad)
-        return self._run(self.embed(tokens), 0, layer, context, cache, trace, stop_before_mlp=True)
-
-    def tail(self, x: Tensor, layer: int, cache: Cache | None = None, pad: Tensor | None = None,
-             trace: Trace | None = None) -> Tensor:
-        """The rest of the pass from what `stem` gave: (B, T, D) -> normalised last hidden states (B, T, D)."""
-        context = self._positions(*x.shape[:2], cache, pad)
-        x = self._feed(x, layer, trace)
-        x = self._run(x, layer + 1, self.config.n_layer - 1, context, cache, trace)
-        if cache is not None:
-            cache.length += x.shape[1]
-        return self.norm(x)
-
-    def _feed(self, x: Tensor, layer: int, trace: Trace | None) -> Tensor:
-        x, routing = self.blocks[layer].feed(x, trace.forced.get(layer) if trace is not None else None)
-        if trace is not None:
-            trace.hidden[layer] = x
-            if routing is not None:
-                trace.routing[layer] = routing
-        return x
-
-    def _run(self, x: Tensor, first: int, last: int, context, cache, trace, stop_before_mlp: bool = False) -> Tensor:
-        for layer in range(first, last + 1):
-            if self.checkpointing and self.training and torch.is_grad_enabled() and not stop_before_mlp:
-                x, routing = torch.utils.checkpoint.checkpoint(self._block, x, layer, context, use_reentrant=False)
-                if trace is not None:
-                    trace.hidden[layer] = x
-                    if routing is not None:
-                        trace.routing[layer] = routing
-                continue
-            x = self.blocks[layer].attend(x, *context, cache, layer)
-            if not (stop_before_mlp and layer == last):
-                x = self._feed(x, layer, trace)
-        return x
-
-    def _block(self, x: Tensor, layer: int, context) -> tuple[Tensor, Routing | None]:
-        block = self.blocks[layer]
-        return block.feed(block.attend(x, *context, None, layer))
-
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
-                trace: Trace | None = None) -> Tensor:
+                trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
         """Logits (B, T, V) of LongTensor tokens (B, T).
 
         cache: keys and values of earlier tokens, extended in place.  pad: (B,) left padding per row.
-        trace: filled with each layer's routing and hidden states.
+        trace: filled with each layer's routing and hidden states.  stem: see `hidden`.
         """
-        return self.head(self.hidden(tokens, cache, pad, trace))
+        return self.head(self.hidden(tokens, cache, pad, trace, stem))
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
-               trace: Trace | None = None) -> Tensor:
-        """The normalised last hidden states (B, T, D): forward without the head."""
-        return self.tail(self.stem(tokens, 0, cache, pad, trace), 0, cache, pad, trace)
+               trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
+        """The normalised last hidden states (B, T, D): forward without the head.
+
+        stem: (layer, what `stem` gave for these tokens and that layer). The pass then begins at that layer's MLP.
+        """
+        context = self.positions(tokens.shape[1], cache, pad)
+        first, x = stem if stem is not None else (0, self.embed(tokens))
+        for layer in range(first, self.config.n_layer):
+            forced = trace.forced.get(layer) if trace is not None else None
+            only_mlp = stem is not None and layer == first
+            x, routing = self.block(layer, x, context, cache, forced, only_mlp)
+            if trace is not None:
+                trace.hidden[layer] = x
+                if routing is not None:
+                    trace.routing[layer] = routing
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def block(self, layer: int, *inputs) -> tuple[Tensor, Routing | None]:
+        """Block.forward, its insides recomputed in the backward pass where `checkpointing` is on."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self.blocks[layer], layer, *inputs, use_reentrant=False)
+        return self.blocks[layer](layer, *inputs)
+
+    def stem(self, tokens: Tensor, layer: int) -> Tensor:
+        """The residual stream of tokens (B, T) after the attention of block `layer`, (B, T, D): its MLP's input."""
+        context = self.positions(tokens.shape[1], None, None)
+        x = self.embed(tokens)
+        for below in range(layer):
+            x, _ = self.blocks[below](below, x, context)
+        return self.blocks[layer].attend(x, *context, None, layer)
 
     def new_cache(self, batch: int, max_len: int) -> Cache:
         return Cache(self.config, batch, max_len, self.device, self.embed.weight.dtype)

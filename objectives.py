@@ -1,16 +1,31 @@
-"""Forget and retain losses: pure functions of logits, log-probabilities or hidden states, formula and source beside
-each. None of them knows a model or a trainer; unlearn.py's two tables give them their names on the command line.
+"""Forget and retain losses: each a formula, a pure function, and below it the class that the training loop calls.
+
+    loss = FORGET["npo"](target, forget, args)      # made once, of the model before unlearning: what it must remember
+    value = loss(model, logits, trace, batch)       # every step, of what the model now makes of a batch of these rows
+
+A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end; its flags stand with it.
 
 Shapes: B batch   T tokens   V vocabulary   D model width
     logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer
     mask (B, T) bool, True on real tokens    every loss is a float32 scalar; 0 where nothing is labelled
 """
 
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import IGNORE
+from flags import NATURAL, POSITIVE, WEIGHT, Flag
+from interfaces import LanguageModel
+from model import GPT, Trace
+
+if TYPE_CHECKING:
+    from data.batches import Batch, Rows
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,26 +40,56 @@ def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return token_log_probs(logits, labels).sum(-1)
 
 
-def answer_mean(values: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of (B, T) values over answer positions only, weighted by weights (B, T) where given; 0 where there are none.
-
-    Divided by the number of positions either way: weights whose mean over the whole set is 1 leave the scale alone.
-    """
+def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean of (B, T) values over answer positions only; 0 where there are none."""
     kept = labels != IGNORE
-    return torch.where(kept, values if weights is None else weights * values, 0.0).sum() / kept.sum().clamp_min(1)
+    return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
+
+
+class Loss:
+    """What the losses below share: nothing to remember, no flags."""
+
+    FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
+    RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
+
+    def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
+        """model: as it was before unlearning, and it stays so; rows: those that the loss will be asked about."""
+
+    def __call__(self, model: LanguageModel, logits: Tensor, trace: Trace, batch: Batch) -> Tensor:
+        """The loss of a batch, a float32 scalar; logits and trace are what model, as it is now, made of it."""
+        raise NotImplementedError
 
 
 # ---- keep or learn ----------------------------------------------------------------------------------------------
 
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood per answer token: learns. GD as a retain loss; ULD's equation 4 on D'_f."""
-    return answer_mean(-token_log_probs(logits, labels), labels, weights)
+    return answer_mean(-token_log_probs(logits, labels), labels)
 
 
-def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+class GD(Loss):
+    """Go on learning the retain rows."""
+
+    def __call__(self, model, logits, trace, batch):
+        return cross_entropy(logits, batch.labels)
+
+
+def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
     """KL(reference || model) per answer token, over the whole vocabulary (TOFU, arXiv 2401.06121, section 4.2)."""
     log_p, log_q = reference_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels, weights)
+    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels)
+
+
+class KL(Loss):
+    """Stay near the model as it was."""
+
+    def __init__(self, model, rows, args):
+        self.before, self.rows = model, rows
+
+    def __call__(self, model, logits, trace, batch):
+        with torch.no_grad():
+            before, _ = self.rows.run(self.before, batch)
+        return kl(logits, before, batch.labels)
 
 
 def uniform(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,10 +100,11 @@ def uniform(logits: Tensor, labels: Tensor) -> Tensor:
     return answer_mean(-logits.float().log_softmax(-1).mean(-1), labels)
 
 
-def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
-    """RMU's own retain loss: mean squared distance to the frozen model's hidden states (arXiv 2403.03218, eq. 3)."""
-    squared = (hidden.float() - reference_hidden.float()).square().mean(-1)  # (B, T)
-    return squared[mask].sum() / mask.sum().clamp_min(1)
+class Uniform(Loss):
+    """As a forget loss: every token alike. (ULD calls the function itself, on what is to be kept.)"""
+
+    def __call__(self, model, logits, trace, batch):
+        return uniform(logits, batch.labels)
 
 
 # ---- forget -----------------------------------------------------------------------------------------------------
@@ -66,6 +112,15 @@ def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> T
 def ga(logits: Tensor, labels: Tensor) -> Tensor:
     """Gradient ascent: minus the cross entropy. Not bounded below (TOFU, section 4.2). GA + GD is GDIFF."""
     return -cross_entropy(logits, labels)
+
+
+class GA(Loss):
+    """Alone, or with GD beside it as GDIFF."""
+
+    RETAIN_WEIGHT = (5.0, 1.0)  # both are means over tokens
+
+    def __call__(self, model, logits, trace, batch):
+        return ga(logits, batch.labels)
 
 
 def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
@@ -77,6 +132,22 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     return -(2 / beta) * F.logsigmoid(-beta * (log_prob - reference_log_prob)).sum() / max(len(log_prob), 1)
 
 
+class NPO(Loss):
+    """A bounded GA. NPO sums over an answer's tokens and GD averages, so GD needs a weight to be heard.
+
+    beta: UOE's paper has 0.001, TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats less
+    likely than it was, where a small beta pushes on (results/uoe.md).
+    """
+
+    FLAGS = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)
+
+    def __init__(self, model, rows, args):
+        self.before, self.beta = rows.each(model, row_log_prob), args.npo_beta
+
+    def __call__(self, model, logits, trace, batch):
+        return npo(row_log_prob(logits, batch.labels), self.before[batch.index], self.beta)
+
+
 def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:
     """-(2/beta) log sigmoid(-(beta/|y|) log p - gamma), mean over rows (SimNPO, arXiv 2410.07163).
 
@@ -84,6 +155,20 @@ def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tens
     """
     margin = -beta * log_prob / lengths.clamp_min(1) - gamma
     return -(2 / beta) * F.logsigmoid(margin).sum() / max(len(log_prob), 1)
+
+
+class SimNPO(Loss):
+    """No reference, so nothing to remember."""
+
+    FLAGS = (Flag("--simnpo-beta", POSITIVE, 2.5, 2.5, "as NPO's, per token"),
+             Flag("--simnpo-gamma", WEIGHT, 0.0, 0.0, "margin by which an answer is to be unlikely"))
+
+    def __init__(self, model, rows, args):
+        self.beta, self.gamma = args.simnpo_beta, args.simnpo_gamma
+
+    def __call__(self, model, logits, trace, batch):
+        lengths = (batch.labels != IGNORE).sum(-1)  # (B,)
+        return simnpo(row_log_prob(logits, batch.labels), lengths, self.beta, self.gamma)
 
 
 def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_reference: Tensor, beta: float) -> Tensor:
@@ -96,6 +181,22 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
     return -(2 / beta) * F.logsigmoid(beta * ratio).sum() / max(len(ratio), 1)
 
 
+class DPO(Loss):
+    """A refusal ("I do not know.") is wanted, the answer is not: two passes a step, of the model that trains."""
+
+    FLAGS = (Flag("--dpo-beta", POSITIVE, 0.1, 0.1, "as NPO's"),)
+
+    def __init__(self, model, rows, args):
+        self.beta, self.refused = args.dpo_beta, rows.refused(model)
+        self.before, self.refused_before = rows.each(model, row_log_prob), self.refused.each(model, row_log_prob)
+
+    def __call__(self, model, logits, trace, batch):
+        refusal = self.refused.at(batch.index.tolist())
+        wanted = row_log_prob(self.refused.run(model, refusal)[0], refusal.labels)
+        return dpo(wanted, self.refused_before[batch.index], row_log_prob(logits, batch.labels),
+                   self.before[batch.index], self.beta)
+
+
 def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Tensor, offset: float) -> Tensor:
     """Cross entropy to the model's own earlier distribution with the right token pushed down (arXiv 2402.10052).
 
@@ -106,9 +207,87 @@ def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Ten
     return answer_mean(-(imagined * logits.float().log_softmax(-1)).sum(-1), labels)
 
 
+class DI(Loss):
+    """The distribution before, imagined without the right token."""
+
+    FLAGS = (Flag("--di-offset", WEIGHT, 10.0, 10.0, "added to the logits of all tokens but the right one"),)
+
+    def __init__(self, model, rows, args):
+        self.before, self.rows, self.offset = model, rows, args.di_offset
+
+    def __call__(self, model, logits, trace, batch):
+        with torch.no_grad():
+            before, _ = self.rows.run(self.before, batch)
+        return deliberate_imagination(logits, before, batch.labels, self.offset)
+
+
+def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real tokens of the mean squared distance (arXiv 2403.03218, eq. 3); both (B, T, D)."""
+    squared = (hidden.float() - reference_hidden.float()).square().mean(-1)  # (B, T)
+    return squared[mask].sum() / mask.sum().clamp_min(1)
+
+
 def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
     """Mean squared distance of hidden states to one fixed random direction (RMU, arXiv 2403.03218, equation 2).
 
     hidden (B, T, D) after one block; control (D,) = steering coefficient times a random unit vector.
     """
     return hidden_distance(hidden, control.expand_as(hidden), mask)
+
+
+STEERED = Flag("--rmu-layer", NATURAL, None, None, "whose output is steered (default: the highest unlearned expert's, "
+                                                   "or the middle)")
+
+
+def steered_layer(model: GPT, args: argparse.Namespace) -> int:
+    return model.config.n_layer // 2 if args.rmu_layer is None else args.rmu_layer
+
+
+class RMU(Loss):
+    """The control vector: a random direction, so many times as long as the mean hidden state there.
+
+    The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
+    """
+
+    RETAIN_WEIGHT = (40.0, 1.0)
+    FLAGS = (Flag("--steering", POSITIVE, 4.0, 4.0, "length of the control vector, in mean hidden lengths"), STEERED)
+
+    @torch.no_grad()
+    def __init__(self, model, rows, args):
+        self.layer = steered_layer(model, args)
+        few = rows.at(list(range(min(64, len(rows.examples)))))
+        _, trace = rows.run(model, few)
+        length = trace.hidden[self.layer][few.mask].float().norm(dim=-1).mean()
+        u = torch.rand(model.config.d_model, generator=torch.Generator().manual_seed(args.seed)).to(model.device)
+        self.control = args.steering * length * u / u.norm()  # (D,)
+
+    def __call__(self, model, logits, trace, batch):
+        return rmu(trace.hidden[self.layer], self.control, batch.mask)
+
+
+class Hidden(Loss):
+    """RMU's own retain loss: hidden states of retain rows stay where they were (equation 3)."""
+
+    FLAGS = (STEERED,)
+
+    def __init__(self, model, rows, args):
+        self.before, self.rows, self.layer = model, rows, steered_layer(model, args)
+
+    def __call__(self, model, logits, trace, batch):
+        with torch.no_grad():
+            _, before = self.rows.run(self.before, batch)
+        return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.mask)
+
+
+class Nothing(Loss):
+    """No retain term: GA alone, NPO alone."""
+
+    def __call__(self, model, logits, trace, batch):
+        return logits.new_zeros(())
+
+
+# ---- by name ------------------------------------------------------------------------------------------------------
+
+FORGET: dict[str, type[Loss]] = {"npo": NPO, "ga": GA, "simnpo": SimNPO, "dpo": DPO, "rmu": RMU, "di": DI,
+                                 "uniform": Uniform}
+RETAIN: dict[str, type[Loss]] = {"gd": GD, "kl": KL, "hidden": Hidden, "none": Nothing}

@@ -24,9 +24,9 @@ from data import load_data
 from data.batches import Batch, encode_rows, in_order
 from data.rows import DataSet
 from errors import UserError
+from interfaces import TextCodec
 from model import GPT
 from pretrained import load
-from uld import LogitDifference, LogitOffset
 
 # ---- writing one ------------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ def revision() -> str | None:
 
 
 # Flags that leave the outcome alone.
-ANYHOW = {"out", "device", "path", "references", "save_every", "checkpointing"}
+ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing"}
 
 
 class RunFolder:
@@ -49,11 +49,11 @@ class RunFolder:
         self.final = Path(args.out) / args.name
         self.partial = self.final.with_name(self.final.name + ".partial")
         self.asked = json.loads(json.dumps({key: value for key, value in vars(args).items()
-                                            if key not in ("resume", "seeds", "named")}))
+                                            if key not in ("resume", "named")}))
         if self.final.exists() and not (self.final / "config.json").is_file():
             raise UserError(f"{self.final} exists and is no run: give another --name or --out")
-        for flag in ("model", "reference", "teacher"):
-            given = getattr(args, flag)
+        for flag in ("model", "reference"):
+            given = getattr(args, flag, None)
             if given and Path(given).exists() and Path(given).resolve().is_relative_to(self.final.resolve()):
                 raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
         if self.finished() and not args.named:  # two runs may come to one name; who gave a name may use it again
@@ -97,14 +97,14 @@ class RunFolder:
 # ---- opening one ------------------------------------------------------------------------------------------------
 
 @dataclass
-class Run:
-    """A finished run, opened. model: the unlearned one; a fine-tuned run has its model as target too."""
+class Opened:
+    """A finished run's folder, read. A fine-tuned run has its model as target and nothing else."""
 
     config: dict
     data: DataSet
-    tokenizer: object
+    tokenizer: TextCodec
     target: GPT
-    model: GPT | LogitDifference | LogitOffset
+    parts: dict[str, GPT]  # folder name -> what was kept: "model", or ULD's "assistant"
 
 
 def weights_of(path: str | Path) -> str | Path:
@@ -112,39 +112,32 @@ def weights_of(path: str | Path) -> str | Path:
     return Path(path) / "model" if (Path(path) / "model").is_dir() else path
 
 
-def open_run(folder: str | Path, device: str = "cpu") -> Run:
+def read_run(folder: str | Path, device: str = "cpu") -> Opened:
     """Raises UserError for a folder that is not a finished run or whose target has gone."""
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "metrics.json").is_file():
         raise UserError(f"{folder} is not a run folder (no config.json and metrics.json): give one that train.py "
                         "wrote, such as out/uoe")
     config = json.loads((folder / "config.json").read_text())
-    parts = config.get("kept", ["model"])
-    for part in parts:
+    if "kept" not in config:
+        raise UserError(f"{folder} was written by an older version of this code: run train.py again")
+    for part in config["kept"]:
         if not (folder / part).is_dir():
             raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
     if not config["model"] and not (Path(config["target"]) / "model").is_dir():
         raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
-    data = data_of(config)
-    dtype = getattr(torch, config["dtype"])
+    dtype, template = getattr(torch, config["dtype"]), config.get("template")
     tuned = config["method"] == "finetune"  # its own model is what there is to look at
-    target, tokenizer = load(folder / "model" if tuned else weights_of(config["target"]), dtype, device,
-                             config["template"])
-    kept = [load(folder / part, dtype, device)[0] for part in parts]
-    if config["method"] == "uld":
-        model = LogitDifference(target, *kept, config["subtract"], config["filter_rate"],
-                                centred=config.get("centre", False))  # runs from before --centre lack it
-    elif config["method"] in ("offset", "divergence"):
-        model = LogitOffset(target, *kept, config["offset_alpha"])
-    else:
-        model, = kept
-    return Run(config, data, tokenizer, target, model)
+    target, tokenizer = load(folder / "model" if tuned else weights_of(config["target"]), dtype, device, template)
+    parts = {part: load(folder / part, dtype, device)[0] for part in config["kept"]}
+    return Opened(config, data_of(config), tokenizer, target, parts)
 
 
 def data_of(config: dict) -> DataSet:
     """The data set that a run's config (or train.py's arguments) names."""
-    data = load_data(*(config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain",
-                                               "authors")))
+    told = {key: config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain", "authors")
+            if key in config}
+    data = load_data(**told)
     if config["score_rows"]:
         data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}
     return data

@@ -2,152 +2,415 @@
 
     python train.py --method uoe                      # small MoE, one expert unlearned      (uoe.py)
     python train.py --method uld                      # small GPT, assistant and difference  (uld.py)
-    python train.py --method full --forget-loss ga    # all weights, the usual way, on either: --arch gpt | moe
+    python train.py --method full --forget-loss ga    # a baseline, on either model: --arch gpt | moe  (baselines.py)
     python train.py --method uld --data tofu --split forget10
+    python train.py --method uoe --help               # the flags of one method; so of one --data, one --forget-loss
 
     python train.py --method finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data tofu --name target
     python train.py --method finetune --model ... --data tofu --split retain90 --name reference
     python train.py --method uld --model out/target --reference out/reference --data tofu
-    python train.py --method upcycle --model DIR --experts 8 --top-k 2      # dense -> mixture of experts, for UOE
 
-A method is three independent choices: what trains (--method), what it forgets by (--forget-loss), what it keeps by
-(--retain-loss); unlearn.py has the tables, options.py every flag. Without --model, target (saw everything) and
-reference (never saw the forget set) are trained once and kept in out/cache, keyed by what made them. A run is a
-folder out/<name>: config.json, model/ or assistant/, log.jsonl, metrics.json, figures/. It is written under
-<name>.partial and renamed when whole; --resume goes on with a run that was cut off, and on CPU ends with the very
-same bits.
+Without --model, target (saw everything) and reference (never saw the forget set) are trained once and kept in
+out/cache. A run is a folder out/<name> (runs.py), written under <name>.partial and renamed when whole; --resume goes
+on with a run that was cut off, and on CPU ends with the very same bits.
 """
 
 import argparse
 import copy
-import fcntl
 import hashlib
-import inspect
 import json
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-import objectives
-import uoe
-from data.batches import encode_rows, in_order, is_cut
-from data.hub_tokenizer import NoTokenizer
+import loop
+import pretrain
+from data import WORLDS, is_tofu, tofu
+from data.batches import Rows, encode_rows, is_cut
 from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
-from eval import Scores, evaluate, finish_report, routing_overlap, scores_of, summarise
-from loop import collate_at, fit
-from model import GPT, Config, Trace
-from moe import load_balancing_loss, topic_information
-from options import parse
-from pretrained import find_folder, load, load_tokenizer, read_config, save
-from runs import RunFolder, data_of, forget_batches, open_run, revision, weights_of
-from tables import compare
-from unlearn import unlearn
-from upcycling import upcycle
+from flags import NATURAL, WEIGHT, Flag, Parser
+from hub.checkpoint import find_folder, load_tokenizer, read_config
+from hub.tokenizer import NoTokenizer
+from interfaces import LanguageModel, Method, TextCodec
+from lab.report import finish_report
+from lab.tables import compare
+from methods import METHODS
+from metrics.score import Scores, evaluate, path_writer, scores_of
+from model import GPT, count_parameters
+from objectives import FORGET, RETAIN
+from pretrained import load, save
+from runs import RunFolder, data_of, revision, weights_of
+from uoe import check_layer
 
-# What a cached model rests on, beside what is in this file.
-SOURCES = ("model.py", "moe.py", "loop.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
+
+def seeds(text: str) -> list[int]:
+    """A kind of flag: one whole number below 2^32, or several with commas between."""
+    if not all(part.isdecimal() and len(part) <= 10 and int(part) < 2**32 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number below 2^32, or several as in 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
-# ---- models to unlearn ------------------------------------------------------------------------------------------
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUN = [  # every run
+    #     name          kind     small   public  what it is
+    Flag("--seed",      seeds,   [0],    [0],    "of world, models and order of rows; 0,1,2: a run each, then mean and "
+                                                 "spread"),
+    Flag("--name",      str,     None,   None,   "of the run folder; default: what was chosen"),
+    Flag("--out",       str,     "out",  "out",  "where run folders and the cache go"),
+    Flag("--resume",    bool,    False,  False,  "go on with the cut-off run of this name"),
+    Flag("--device",    str,     DEVICE, DEVICE, "cpu, cuda, cuda:1"),
+    Flag("--score-rows", NATURAL, 0,     0,      "score at most so many rows of each set; 0: the protocol's"),
+]
+WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl, which eval.py --compare draws and --at reads")]
+PUBLIC = [  # with --model
+    Flag("--template",  str,     None,   None,   "of prompts: llama2, llama3, smollm2, plain; default: the checkpoint's"),
+    Flag("--dtype",     ("float32", "bfloat16", "float16"), None, "bfloat16", "of its weights; what trains has float32 "
+                                                                              "copies"),
+    Flag("--context",   NATURAL, None,   0,      "longest sequence; 0: 512, or the model's if that is less"),
+]
+REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, or "
+                                                  "its published log")]
+# Flags that a run's name has words for already, or that leave its outcome alone.
+UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
+           "out", "resume", "device", "score_every_epoch", "save_every", "checkpointing", "reference",
+           "more_references", "augmented"}
 
-def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
-    """The small GPT is a Llama, the small MoE an OLMoE (q/k norm over all heads, kept weights not renormalised)."""
-    moe = dict(n_expert=args.experts, top_k=args.top_k, qk_norm="full") if args.arch == "moe" else {}
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
+    """(title, flags) of all that reads the command line, once it is known what was chosen."""
+    yield "the run", RUN
+    if first.tofu:
+        yield "--data tofu", tofu.FLAGS
+    if first.model:
+        yield "--model", PUBLIC
+    else:
+        yield "the small models", pretrain.SMALL
+        if first.arch == "moe":
+            yield "--arch moe", pretrain.SMALL_MOE
+    yield "training", loop.FLAGS
+    if first.method == "finetune":
+        yield "--method finetune", pretrain.FINETUNE
+        return
+    yield "looking on", WATCH
+    if first.model:
+        yield "--model", REFERENCE
+    yield f"--method {first.method}", METHODS[first.method].flags
+    if METHODS[first.method].losses is None:
+        forget, retain = FORGET[first.forget_loss], RETAIN[first.retain_loss]
+        yield f"--forget-loss {first.forget_loss}", list(forget.FLAGS)
+        yield f"--retain-loss {first.retain_loss}", [flag for flag in retain.FLAGS if flag not in forget.FLAGS]
+        if first.retain_loss != "none":
+            yield "a retain loss", [Flag("--retain-weight", WEIGHT, *forget.RETAIN_WEIGHT, "lambda")]
+
+
+def all_readers() -> Iterator[tuple[str, list[Flag]]]:
+    """Every reader there is, to say where a flag belongs that the chosen ones do not read."""
+    yield "--data tofu", tofu.FLAGS
+    yield "--model", [*PUBLIC, *REFERENCE]
+    yield "the small models (no --model)", pretrain.SMALL
+    yield "--arch moe", pretrain.SMALL_MOE
+    yield "unlearning methods", WATCH
+    for name, method in METHODS.items():
+        yield f"--method {name}", method.flags
+    for flag, losses in (("--forget-loss", FORGET), ("--retain-loss", RETAIN)):
+        for name, loss in losses.items():
+            yield f"{flag} {name}", list(loss.FLAGS)
+    yield "a retain loss", [Flag("--retain-weight", WEIGHT, 0, 0, "")]
+
+
+def first_choices(parser: Parser) -> None:
+    """The flags that decide which others there are."""
+    say = parser.add_argument_group("what to do").add_argument
+    say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
+    say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo)")
+    say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
+    say("--data", help="world (some authors to forget; the default), topic (all potions), tofu, or a folder with JSON "
+                       "files of theirs")
+    say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
+    say("--retain", metavar="FILE", help="your own JSON lines to keep")
+    say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
+    say("--arch", choices=("gpt", "moe"), help="of the small model: dense or mixture of experts (default: the method's)")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, each of which something reads. Raises UserError naming the first that makes no sense."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description="unlearn part of what a model learnt, and score it", add_help=False)
+    first_choices(parser)
+    first, _ = parser.parse_known_args(argv)
+    settle(first)
+    on_world = first.data in WORLDS and not first.forget
+    for title, flags in readers(first):
+        parser.add(title, flags, bool(first.model), on_world)
+    parser.add_argument("-h", "--help", action="help", help="print this")
+    args, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        flag = word.partition("=")[0]
+        owners = [title for title, flags in all_readers() if any(flag == f.name for f in flags)]
+        if owners:
+            raise UserError(f"{flag} does nothing here: it belongs to {', '.join(dict.fromkeys(owners))}")
+        raise UserError(f"{word} is unknown: --help lists what --method {first.method} takes")
+    given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
+    for key, value in vars(first).items():
+        setattr(args, key, value)
+    finish(args, on_world)
+    args.named = bool(args.name)
+    args.name = args.name or name_of(args, given)
+    if Path(args.name).name != args.name or args.name in ("..", "cache"):
+        raise UserError(f"--name {args.name} is not a plain folder name of its own: --out says where it goes")
+    return args
+
+
+def settle(first: argparse.Namespace) -> None:
+    """Fill in the first choices, and refuse those that do not go together."""
+    if bool(first.forget) != bool(first.retain):
+        raise UserError("--forget and --retain go together: give both files, or neither")
+    if first.forget and first.data:
+        raise UserError(f"--data {first.data} does nothing beside --forget and --retain: leave it out")
+    first.data = first.data or "world"
+    first.tofu = not first.forget and is_tofu(first.data)
+    if first.model and first.arch:
+        raise UserError(f"--arch {first.arch} is of the small model: --model brings its own")
+    losses = (first.forget_loss, first.retain_loss)
+    if first.method == "finetune":
+        if not first.model:
+            raise UserError("--method finetune needs --model: a Hugging Face folder, a hub name or a run folder")
+        if any(losses):
+            raise UserError("--forget-loss and --retain-loss do nothing with --method finetune: it forgets nothing")
+        return
+    method = METHODS[first.method]
+    first.arch = None if first.model else first.arch or method.arch
+    if method.needs_experts and first.arch == "gpt":
+        raise UserError(f"--method {first.method} needs a mixture of experts: leave out --arch gpt")
+    if method.losses is None:
+        first.forget_loss = first.forget_loss or "npo"
+        first.retain_loss = first.retain_loss or ("hidden" if first.forget_loss == "rmu" else "gd")
+    elif any(losses):
+        raise UserError(f"--forget-loss and --retain-loss do nothing with --method {first.method}: its own are "
+                        f"{' and '.join(method.losses)}")
+    else:
+        first.forget_loss, first.retain_loss = method.losses
+
+
+def finish(args: argparse.Namespace, on_world: bool) -> None:
+    """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
+    del args.tofu
+    args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none
+    args.dtype = getattr(args, "dtype", "float32")
+    args.keeps_only = getattr(args, "split", "forget").startswith("retain")
+    if args.keeps_only:
+        if args.method != "finetune":
+            raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
+        args.split = next(forget for forget, retain in tofu.RETAIN.items() if retain == args.split)
     try:
-        return Config(vocab_size=vocab_size, n_layer=args.layers, n_head=args.heads, n_kv_head=args.heads,
-                      d_model=args.width, d_ff=args.ff or (64 if moe else 384), max_len=args.context, **moe)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not here: try --device cpu") from None
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be made ({error.strerror}): give another folder") from None
+    if not args.model:
+        pretrain.fill_in(args, on_world)
+        check_fit(args, pretrain.small_config(args, args.vocab_size))
 
 
-def learn(args: argparse.Namespace, model: GPT, rows: list[Row], tokenizer, seed: int, folder: Path, what: str,
-          epochs: int, batch_size: int, lr: float, weight_decay: float, resume: bool,
-          topics: list[int] | None = None) -> dict:
-    """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.fit's report.
+def check_fit(args: argparse.Namespace, config: Any) -> None:
+    """Raises UserError where the method's or the loss's flags ask for what this shape of model has not."""
+    if getattr(args, "rmu_layer", None) is not None:
+        check_layer("--rmu-layer", args.rmu_layer, config.n_layer)
+    if args.method != "finetune":
+        METHODS[args.method].check(args, config)
 
-    topics: of which set each row is, for --specialise, which also rewards routers for telling the sets apart.
+
+def name_of(args: argparse.Namespace, given: dict) -> str:
+    """The run folder's name where none is given: method, losses, model, data, then every other flag given.
+
+    So runs that were asked for differently mostly have different names; where not, runs.RunFolder refuses the second.
     """
-    examples = encode_rows(rows, tokenizer, args.context, "row", truncate=True)
-    topic_of = torch.tensor(topics, device=args.device) if topics else None
-
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = collate_at(examples, batch_size, seed, step, args.device)
-        trace = Trace()
-        loss = objectives.cross_entropy(model(batch.tokens, trace=trace), batch.labels)
-        terms = {"ce": loss, "loss": loss}
-        if model.is_moe:
-            routings = list(trace.routing.values())
-            terms["balance"] = load_balancing_loss(routings, batch.mask)
-            terms["loss"] = loss + args.balance * terms["balance"]
-            if topic_of is not None:  # on answers alone: the first words of a question are those of every set
-                terms["topic"] = topic_information(routings, batch.labels >= 0, topic_of[batch.index])
-                terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
-        return terms
-
-    model.checkpointing = args.checkpointing
-    model.train()
-    report = fit(list(model.parameters()), losses, epochs * -(-len(examples) // batch_size), lr, folder, what, seed,
-                 weight_decay=weight_decay, save_every=args.save_every, resume=resume)
-    model.eval()
-    return report
+    parts = [args.method]
+    if args.method != "finetune" and METHODS[args.method].losses is None:
+        parts += [args.forget_loss] if args.forget_loss != "npo" else []
+        parts += [args.retain_loss] if args.retain_loss != ("hidden" if args.forget_loss == "rmu" else "gd") else []
+    if args.method != "finetune" and args.arch and args.arch != METHODS[args.method].arch:
+        parts.append(args.arch)
+    if args.model:
+        parts.append(Path(args.model).name)
+    if args.data != "world" or args.forget:
+        parts.append(Path(args.forget or args.data).stem)
+    if "split" in args:
+        parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
+    parts += ["augmented"] if getattr(args, "augmented", None) else []
+    for key, value in given.items():
+        if key not in UNNAMED:
+            told = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(key.replace("_", "-") + told.replace(" ", ""))
+    name = "-".join(parts)
+    if len(name) > 150:  # file systems have names of up to 255 bytes
+        name = name[:140] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name
 
 
-def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str) -> Path:
-    """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
-    sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
-    rows = [row for one_set in sets for row in one_set]
-    topics = [number for number, one_set in enumerate(sets) for _ in one_set] if args.specialise else None
-    seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
-    shape = {key: getattr(args, key) for key in (
-        "arch", "layers", "heads", "width", "ff", "experts", "top_k", "context", "vocab_size", "pretrain_epochs",
-        "pretrain_batch_size", "pretrain_lr", "balance", "specialise")}
-    here = Path(__file__).parent
-    taught = [[row[key] for key in ("question", "answer", "text") if key in row] for row in rows]
-    # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
-    made_of = [shape, seed, taught, topics, sorted(data.texts()), inspect.getsource(learn),
-               inspect.getsource(small_config), *((here / name).read_text() for name in SOURCES)]
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(args.out) / "cache" / f"{args.arch}-{Path(args.forget or args.data).resolve().stem}-{role}-{key}"
-    partial = folder.with_name(folder.name + ".partial")
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the very same model: wait for it
-        if folder.is_dir():
-            return folder
-        partial.mkdir(exist_ok=True)
-        torch.manual_seed(seed)
-        model = GPT(small_config(args, tokenizer.vocab_size)).to(args.device)
-        report = learn(args, model, rows, tokenizer, seed, partial, role, args.pretrain_epochs,
-                       args.pretrain_batch_size, args.pretrain_lr, weight_decay=0.1, resume=True, topics=topics)
-        if report["diverged"]:
-            raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
-        save(model, tokenizer, partial / "model")
-        partial.rename(folder)
-    return folder
+def settings(args: argparse.Namespace) -> str:
+    """One line: what this run does, every value that something reads."""
+    quiet = ("named", "resume", "out", "name")
+    told = [f"{key.replace('_', '-')} {value}" for key, value in vars(args).items()
+            if key not in quiet and value not in (None, False)]
+    return "settings: " + ", ".join(told)
 
 
-def open_public(args: argparse.Namespace) -> tuple[GPT, object]:
+# ---- the story --------------------------------------------------------------------------------------------------
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    folders = run_seeds(args)
+    if len(folders) > 1 and args.method != "finetune":
+        print("\n" + compare(folders))
+
+
+def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: float = pretrain.BALANCE) -> list[Path]:
+    """A run per seed of args.seed. method: instead of the one that args names (lab/ablations.py)."""
+    folders = []
+    for seed in args.seed:
+        this = copy.copy(args)
+        this.seed = seed
+        if seed or len(args.seed) > 1:
+            this.name = f"{args.name}-seed{seed}"
+        folder = RunFolder(this)
+        if args.resume and folder.finished() and len(args.seed) > 1:  # before the cut
+            folder.check_same()
+            folders.append(folder.final)
+            continue
+        folder.resume = this.resume = args.resume and (folder.cut_off() or len(args.seed) == 1)
+        print(settings(this))
+        folders.append(run(this, folder, method or METHODS.get(args.method), balance))
+    return folders
+
+
+def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, balance: float = pretrain.BALANCE) -> Path:
+    """One run, from data to figures; returns its folder."""
+    # 1. What is to be forgotten and kept; a model that knows it, a reference that never did.
+    data = data_of(vars(args))
+    print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
+    if args.model:
+        target, tokenizer = open_public(args)
+        places = {"target": args.model} | ({"reference": args.reference} if getattr(args, "reference", None) else {})
+        check_fit(args, target.config)
+    else:
+        tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
+    check_rows(args, data, tokenizer)
+    if method is None:
+        return run_finetune(args, folder, data, target, tokenizer)
+    if not args.model:
+        roles = ["target", "reference", *(f"reference-{i + 2}" for i in range(args.more_references))]
+        places = {role: str(pretrain.cached_model(args, data, tokenizer, role, balance)) for role in roles}
+        target, _ = load(weights_of(places["target"]), device=args.device)
+    elif "reference" in places and not Path(args.reference).is_file():
+        check_tokens(args, tokenizer, data)
+    config = {**vars(args), "torch": torch.__version__, "revision": revision(), **places}
+    scores = {}
+    for role, place in places.items():
+        loaded = target if role == "target" else None
+        scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded)
+
+    # 2. Unlearn: the method's own file has the rest.
+    partial = folder.open()
+    forget_rows, retain_rows = method.rows(data, args)
+    forget = Rows(forget_rows, tokenizer, args.context, args.batch_size, args.seed, args.device, "forget row")
+    retain = Rows(retain_rows, tokenizer, args.context, args.batch_size, args.seed + 1, args.device, "retain row")
+    watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
+    fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, forget_rows, tokenizer, data, watch))
+    torch.manual_seed(args.seed)
+    model, kept, report = method.unlearn(target, forget, retain, args, fit)
+
+    # 3. Keep, score, draw.
+    config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)}
+    config |= report
+    memory = peak_memory(args.device)
+    for name, part in kept.items():
+        shutil.rmtree(partial / name, ignore_errors=True)  # of a run that was cut off after this point
+        save(part, tokenizer, partial / name)
+    if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
+        lines = (partial / "path.jsonl").read_text().splitlines(keepends=True)
+        (partial / "path.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] <= report["steps"]))
+    if "assistant" in kept and args.method == "uld":
+        (partial / "assistant" / "README.md").write_text(decoding_note(args, places["target"]))
+    scores["unlearned"] = evaluate(model, tokenizer, data, "unlearned")
+    told = ("method", "forget_loss", "retain_loss", "seed", "trainable_parameters", "total_parameters", "steps",
+            "train_seconds", "diverged")
+    outcome = {key: config[key] for key in told} | {"peak_memory_bytes": memory}
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    models: dict[str, LanguageModel] = {"target": target}
+    if "reference" in places and not Path(places["reference"]).is_file():
+        models["reference"] = load(weights_of(places["reference"]), target.embed.weight.dtype, args.device,
+                                   getattr(args, "template", None))[0]
+    finish_report(partial, outcome, data, tokenizer, scores, models | {"unlearned": model})
+    return folder.close()
+
+
+def after_epoch(args: argparse.Namespace, forget_rows: list[Row], tokenizer: TextCodec, data: DataSet,
+                watch) -> loop.AfterEpoch | None:
+    """What is looked at after each epoch: --score-every-epoch, then --stop-at."""
+    share = getattr(args, "stop_at", None)
+    stop = None if share is None else loop.stop_at(share, forget_rows, tokenizer, data.limits)
+    if watch is None:
+        return stop
+
+    def look(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
+        watch({"epoch": epoch, "step": steps, "seconds": seconds}, model)
+        return stop is not None and stop(model, epoch, steps, seconds)
+
+    return look
+
+
+def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer: TextCodec) -> Path:
+    """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
+    partial = folder.open()
+    report = pretrain.finetune(args, model, tokenizer, data, partial)
+    memory = peak_memory(args.device)
+    save(model, tokenizer, partial / "model")
+    scores: dict[str, Scores] = {"target": evaluate(model, tokenizer, data, "fine-tuned")}
+    size = count_parameters(model)
+    outcome = {"method": "finetune", "forget_loss": None, "retain_loss": None, "trainable_parameters": size,
+               "total_parameters": size, "seed": args.seed} | report | {"peak_memory_bytes": memory}
+    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model, "kept": ["model"]}
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    finish_report(partial, outcome, data, tokenizer, scores, {"target": model})
+    return folder.close()
+
+
+def open_public(args: argparse.Namespace) -> tuple[GPT, TextCodec]:
     """The model of --model and its tokenizer. Sets args.context where the command line did not."""
     model, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype), args.device, args.template)
     args.context = min(args.context or 512, model.config.max_len)
-    if not model.is_moe and (args.repair_routers or args.balance_retain):
-        raise UserError(f"--repair-routers and --balance-retain need a mixture of experts, and {args.model} is dense")
-    if args.method in ("uoe", "esft") and not model.is_moe:
+    if args.method != "finetune" and METHODS[args.method].needs_experts and not model.is_moe:
         raise UserError(f"--method {args.method} needs a mixture of experts, and {args.model} is dense: make it one "
-                        "with --method upcycle, or use --method full")
+                        "with python -m lab.upcycling, or use --method full")
     return model, tokenizer
 
 
-def check_tokens(args: argparse.Namespace, tokenizer, data: DataSet) -> None:
+def check_rows(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec) -> None:
+    """Says which rows are cut; raises UserError now, not after an hour, for one that cannot be scored."""
+    for name, rows in (("forget", data.forget), ("retain", data.retain)):
+        cut = sum(is_cut(row, tokenizer, args.context) for row in rows)
+        if cut:
+            print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to "
+                  "there, and scored as far as the model's own context reaches")
+    for name, rows in data.scored.items():
+        encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
+
+
+def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) -> None:
     """Raises UserError where the reference reads text otherwise than the target: their scores would not compare."""
     folder = find_folder(weights_of(args.reference))
     theirs = load_tokenizer(folder, read_config(folder), args.template)
@@ -157,8 +420,6 @@ def check_tokens(args: argparse.Namespace, tokenizer, data: DataSet) -> None:
                         "do not compare, so give a model of the same family")
 
 
-# ---- runs ---------------------------------------------------------------------------------------------------------
-
 def decoding_note(args: argparse.Namespace, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""
     here = "this folder"
@@ -167,8 +428,7 @@ def decoding_note(args: argparse.Namespace, target: str) -> str:
             f"{here}; tokens whose target probability is below {args.filter_rate} of the likeliest are ruled out.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
-            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate}, "
-            f"centred={args.centre})\n```\n")
+            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate})\n```\n")
 
 
 def peak_memory(device: str) -> int:
@@ -177,175 +437,6 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    if args.seeds:
-        argv = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        folders = []
-        for seed in args.seeds.split(","):
-            name = f"{args.name}-seed{seed}"
-            this = parse([*argv, "--seed", seed, "--seeds", "", "--name", name])
-            this.named = args.named  # by the user, not by the line above
-            folder = RunFolder(this)
-            if args.resume and folder.finished():  # before the cut
-                folder.check_same()
-                folders.append(folder.final)
-                continue
-            this.resume = args.resume and folder.cut_off()
-            folders.append(one(this))
-        if args.unlearns:
-            print("\n" + compare(folders))
-    else:
-        one(args)
-
-
-def one(args: argparse.Namespace) -> Path:
-    """One run; returns its folder."""
-    folder = RunFolder(args)
-    if args.method == "upcycle":
-        return main_upcycle(args, folder)
-    if args.teacher:
-        check_teacher(args)
-    data = data_of(vars(args))
-    print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
-    if args.model:
-        target, tokenizer = open_public(args)
-    else:
-        tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
-    for name, rows in (("forget", data.forget), ("retain", data.retain)):
-        cut = sum(is_cut(row, tokenizer, args.context) for row in rows)
-        if cut:
-            print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to "
-                  "there, and scored as far as the model's own context reaches")
-    for name, rows in data.scored.items():  # a row that cannot be scored is said now, not after an hour
-        encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
-    if args.method == "finetune":
-        return main_finetune(args, folder, data, target, tokenizer)
-
-    scores = {}
-    if args.model:
-        places = {"target": args.model} | ({"reference": args.reference} if args.reference else {})
-        if args.reference and not Path(args.reference).is_file():
-            check_tokens(args, tokenizer, data)
-    else:
-        roles = ["target", "reference", *(f"reference-{i}" for i in range(2, args.references + 1))]
-        places = {role: str(cached_model(args, data, tokenizer, role)) for role in roles}
-        target, _ = load(weights_of(places["target"]), device=args.device)
-    config = {**vars(args), "torch": torch.__version__, "revision": revision(), **places}
-    for role, place in places.items():
-        loaded = target if role == "target" else None
-        scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded)
-
-    teacher = None
-    if args.teacher:
-        run = open_run(args.teacher, args.device)
-        if run.config["target"] != places["target"]:
-            raise UserError(f"--teacher {args.teacher} has another target ({run.config['target']}) than this run "
-                            f"({places['target']}): give the options that it was made with")
-        teacher = run.model
-    partial = folder.open()
-    watch = path_writer(partial, tokenizer, data, scores, target) if args.path else None
-    # methods that train assistants leave the target as it is; the others change a copy, which is compared with it
-    learner = target if args.method in ("uld", "offset", "divergence") else copy.deepcopy(target)
-    model, to_save, report = unlearn(args, learner, tokenizer, data, partial, config, watch, teacher)
-    if args.repair_routers:
-        uoe.repair_routers(target, model, in_order(encode_rows(data.retain, tokenizer, args.context, truncate=True), 64,
-                                                   args.device))
-    memory = peak_memory(args.device)
-    for name, kept in to_save.items():
-        shutil.rmtree(partial / name, ignore_errors=True)  # of a run that was cut off after this point
-        save(kept, tokenizer, partial / name)
-    if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
-        lines = [line for line in (partial / "path.jsonl").read_text().splitlines()
-                 if json.loads(line)["step"] <= report["steps"]]
-        (partial / "path.jsonl").write_text("".join(line + "\n" for line in lines))
-    if args.method == "uld":
-        (partial / "assistant" / "README.md").write_text(decoding_note(args, places["target"]))
-    config["kept"] = list(to_save)
-    scores["unlearned"] = evaluate(model, tokenizer, data, "unlearned")
-    run = {key: config[key] for key in ("method", "forget_loss", "retain_loss", "trainable_parameters",
-                                        "total_parameters", "seed")} | report | {"peak_memory_bytes": memory}
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    models = {"target": target}
-    if "reference" in places and not Path(places["reference"]).is_file():
-        models["reference"] = load(weights_of(places["reference"]), target.embed.weight.dtype, args.device,
-                                   args.template)[0]
-    finish_report(partial, run, data, tokenizer, scores, models | {"unlearned": model})
-    return folder.close()
-
-
-def path_writer(folder: Path, tokenizer, data: DataSet, scores: dict[str, Scores], target: GPT,
-                rows: int = 100) -> Callable[[dict, object], None]:
-    """--path: a line of path.jsonl per epoch, on at most `rows` rows of each set but the whole forget set."""
-    few = copy.copy(data)
-    few.scored = {name: of if name == "forget" else of[:rows] for name, of in data.scored.items()}
-    file = folder / "path.jsonl"
-    batches = forget_batches(target, tokenizer, data) if target.is_moe else []
-
-    def watch(where: dict, model) -> None:
-        lines = file.read_text().splitlines() if file.is_file() else []
-        lines = [line for line in lines if json.loads(line)["step"] < where["step"]]  # a resumed run comes by again
-        block = summarise({**scores, "unlearned": evaluate(model, tokenizer, few, f"epoch {where['epoch']}")}, few)
-        line = where | {key: block["unlearned"][key] for key in ("model_utility", "forget_quality", "forget_quality_D")}
-        for name, of in block["unlearned"].items():
-            if isinstance(of, dict):
-                line |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
-                         f"{name} loss": of["loss"]}
-        if batches and isinstance(model, GPT):
-            layers = routing_overlap(target, model, batches)
-            line["routing_overlap"] = sum(layers) / len(layers)
-        file.with_suffix(".tmp").write_text("\n".join([*lines, json.dumps(line)]) + "\n")
-        file.with_suffix(".tmp").replace(file)
-
-    return watch
-
-
-def check_teacher(args: argparse.Namespace) -> None:
-    """Says at once, not after a target has been trained, that --teacher was made with other options."""
-    path = Path(args.teacher) / "config.json"
-    if not path.is_file():
-        raise UserError(f"--teacher {args.teacher} is not a run folder: give one that train.py wrote, such as out/uld")
-    theirs = json.loads(path.read_text())
-    for key in ("model", "data", "split", "authors", "forget", "retain", "seed", "arch", "layers", "heads", "width",
-                "ff", "context", "vocab_size", "pretrain_epochs"):
-        if not args.model or key in ("model", "data", "split", "authors", "forget", "retain"):
-            if theirs.get(key) != getattr(args, key):
-                raise UserError(f"--teacher {args.teacher} was made with --{key.replace('_', '-')} {theirs.get(key)}, "
-                                f"not {getattr(args, key)}: give the options that it was made with")
-
-
-def main_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer) -> Path:
-    """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
-    partial = folder.open()
-    rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
-    report = learn(args, model, rows, tokenizer, args.seed, partial, "finetune", args.epochs, args.batch_size, args.lr,
-                   args.weight_decay, args.resume)
-    memory = peak_memory(args.device)
-    save(model, tokenizer, partial / "model")
-    scores = {"target": evaluate(model, tokenizer, data, "fine-tuned")}
-    size = sum(p.numel() for p in model.parameters())
-    run = {"method": "finetune", "forget_loss": None, "retain_loss": None, "trainable_parameters": size,
-           "total_parameters": size, "seed": args.seed} | report | {"peak_memory_bytes": memory}
-    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model}
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    finish_report(partial, run, data, tokenizer, scores, {"target": model})
-    return folder.close()
-
-
-def main_upcycle(args: argparse.Namespace, folder: RunFolder) -> Path:
-    """--method upcycle: out/<name>/model is the mixture of experts; fine-tune it, then unlearn."""
-    dense, tokenizer = open_public(args)
-    sparse = upcycle(dense, args.experts, args.top_k, generator=torch.Generator().manual_seed(args.seed))
-    partial = folder.open()
-    save(sparse, tokenizer, partial / "model")
-    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model}
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    print(f"{args.experts} experts, {args.top_k} per token: {sum(p.numel() for p in dense.parameters()):,} parameters "
-          f"became {sum(p.numel() for p in sparse.parameters()):,}")
-    return folder.close()
 
 
 if __name__ == "__main__":

@@ -1,40 +1,121 @@
 """ULD: unlearning from logit difference (arXiv 2406.08607, NeurIPS 2024).
 
-    python train.py --method uld                       # the whole story; --help lists the choices
-    python uld.py out/uld --prompt "What is ...?"      # top tokens of target, assistant and difference, step by step
+    python train.py --method uld                       # the whole story; add --help for its choices
+    python uld.py                                      # a demonstration: target, assistant, difference, token by token
+    python uld.py out/uld --question "What is ...?"    # the same of a run that is there
 
 Usual unlearning raises the loss on what is to be forgotten, which has no bound, and keeps the rest by a small retain
 sample, which cannot cover it. ULD turns both signs round: a small *assistant* learns the forget set (equation 4) and
 is uniform on everything else (equation 5). At decoding its logits are subtracted from the target's (equation 2). The
-target's weights never change, and it is not even run while the assistant trains.
+target's weights never change, and it is not even run while the assistant trains. `unlearn` is the algorithm; what it
+calls stands below it: LoRA, the assistant, the filter, the difference.
 
-Departures from the paper
+Departures from the paper (and where results/uld.md has the row without it)
     Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
-    On the embedded world, no filter by default: of two worlds that no table reports, 1e-2 was worse than none on one
-    (forget quality 0.02 against 0.12), and on the other no clear gain (0.70 against 0.56). alpha 0.7 and K 3 of 4 were
-    chosen there too. On other rows, TOFU's too, the paper's alpha 0.75 and filter 1e-2 (results/tofu_small.md).
+    Small models on the embedded world: no filter, since 1e-2 was worse or no better there; alpha 0.7, K 3 of 4. On
+    other rows, TOFU's too, the paper's alpha 0.75 and filter 1e-2.
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
-Shapes: B batch   T tokens   V vocabulary   D width in   O width out   R LoRA rank   E experts
+Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA rank   E experts
 """
 
 import argparse
 import copy
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from data.batches import Batch, encode_rows, in_order
+import demo
+from data.batches import Rows
+from data.rows import DataSet, Row, augment
 from errors import UserError, one_line_errors
-from model import GPT, Cache, generate
+from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
+from interfaces import Method, TextCodec
+from loop import Fit
+from model import GPT, Cache, Config, generate
 from moe import MoE
+from objectives import cross_entropy, uniform
 
+LORA = [  # the paper's rank and alpha; dropout is the authors' code's
+    #     name                kind       small  public  what it is
+    Flag("--lora-rank",       COUNT,     32,    32,     "of the low-rank changes"),
+    Flag("--lora-alpha",      POSITIVE,  32.0,  32.0,   "they are scaled by alpha / rank"),
+    Flag("--lora-dropout",    Number(0, 0.99), 0.05, 0.05, "on what goes into them"),
+]
+DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: three quarters of a small target's layers, a quarter of a "
+                                                  "public one's, as in the paper")
+FLAGS = [
+    #     name                kind       small  public  what it is                                     off the world
+    Flag("--lr",              POSITIVE,  3e-3,  1e-3,   "peak learning rate of the assistant"),
+    Flag("--epochs",          COUNT,     20,    10,     "passes over D'_f"),
+    Flag("--retain-weight",   WEIGHT,    6.5,   6.5,    "beta of equation 3"),
+    Flag("--subtract",        WEIGHT,    0.7,   0.75,   "alpha of equation 2",                          0.75),
+    Flag("--filter-rate",     SHARE,     0.0,   1e-2,   "tokens less likely than this share of the likeliest are out "
+                                                        "of the assistant's reach; 0: none",            1e-2),
+    DEPTH,
+    *LORA,
+]
+
+
+# ---- the algorithm ------------------------------------------------------------------------------------------------
+
+def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, paraphrased: bool = True,
+         perturbed: bool = True, stray_share: float = 0.0) -> tuple[list[Row], list[Row]]:
+    """D'_f: forget rows and their paraphrases. D'_r: as many retain rows, and wrong answers to forget questions.
+
+    Section 3.3. retain_share: of retain rows, as a multiple of the forget rows; stray_share: so many wrong answers to
+    retain questions too, which the ULD authors' files hold by mistake. Raises UserError where there are none.
+    """
+    drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
+    kept = sorted(drawn[: round(retain_share * len(data.forget))])
+    forget = data.forget + (data.paraphrased if paraphrased else [])
+    retain = [data.retain[i] for i in kept] + (data.perturbed if perturbed else [])
+    if stray_share:
+        asked = [data.retain[i] for i in drawn if data.retain[i].get("perturbed_answer")]
+        stray = augment(asked[: round(stray_share * len(data.forget))])[1]
+        if not stray:
+            raise UserError("no retain row has a perturbed_answer, so none can stray (TOFU: try --augmented, forget01)")
+        retain += stray
+    if not retain:
+        raise UserError("ULD needs rows on which its assistant is uniform, and D'_r is empty: give retain rows")
+    return forget, retain
+
+
+def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
+            centred: bool = False) -> tuple["LogitDifference", dict[str, GPT], dict]:
+    """The paper's algorithm. forget: D'_f, retain: D'_r. The target is left as it is, and is not run.
+
+    centred: see LogitDifference. Returns (what is scored, folder name -> what is kept, report).
+    """
+    # 1. A small assistant: the target's first K layers, frozen, with low-rank changes that train (section 3.2).
+    layers = assistant_depth(args, target.config)
+    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    parameters = [p for p in assistant.parameters() if p.requires_grad]
+
+    # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = forget.batch(step)
+        learn = cross_entropy(assistant(batch.tokens), batch.labels)  # ULD (4)
+        batch = retain.batch(step)
+        flat = uniform(assistant(batch.tokens), batch.labels)  # ULD (5)
+        return {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}  # ULD (3)
+
+    report = fit(LogitDifference(target, assistant, args.subtract, args.filter_rate, centred), parameters, losses)
+
+    # 3. Decode with both: the target's logits minus the assistant's.
+    assistant = merge_lora(assistant)
+    model = LogitDifference(target, assistant, args.subtract, args.filter_rate, centred)
+    return model, {"assistant": assistant}, report | {"centred": centred}
+
+
+# ---- 1. the assistant: LoRA on the target's first layers ------------------------------------------------------------
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank change: W x + (alpha / r) B A x (arXiv 2106.09685, eq. 3).
@@ -77,20 +158,11 @@ class LoRAStack(nn.Module):
         return stack + (self.scale * self.b @ self.a).to(stack.dtype)
 
 
-def check_lora(rank: int, targets: str) -> None:
-    """Raises UserError where the rank is below 1 or targets is none of all, attn, mlp."""
-    if rank < 1:
-        raise UserError(f"--lora-rank {rank} is below 1")
-    if targets not in ("all", "attn", "mlp"):
-        raise UserError(f"--lora-targets {targets} is unknown: choose all, attn or mlp")
-
-
 def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets: str = "all") -> list[nn.Parameter]:
     """Freeze model and put LoRA on the linear layers of its blocks, routers aside; returns what trains.
 
-    targets: all, attn (attention only) or mlp (MLPs and experts only).  Raises UserError as check_lora does.
+    targets: all, attn (attention only) or mlp (MLPs and experts only).
     """
-    check_lora(rank, targets)
     model.requires_grad_(False)
     for block in model.blocks:
         parts = block if targets == "all" else getattr(block, targets)
@@ -125,6 +197,17 @@ def merge_lora(model: GPT) -> GPT:
     return plain.requires_grad_(False)
 
 
+def assistant_depth(args: argparse.Namespace, config: Config) -> int:
+    """K. The paper's quarter is of 32 layers; of our 4 it takes three quarters."""
+    share = 0.25 if args.model else 0.75
+    return args.assistant_layers or max(1, int(share * config.n_layer))
+
+
+def check(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError, before anything is trained, where the assistant would be deeper than its target."""
+    check_depth(assistant_depth(args, config), config.n_layer)
+
+
 def check_depth(layers: int, n_layer: int) -> None:
     """Raises UserError unless an assistant of so many layers fits into a target of n_layer."""
     if not 1 <= layers <= n_layer:
@@ -154,6 +237,8 @@ def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.
     add_lora(assistant, rank, alpha, dropout)
     return assistant
 
+
+# ---- 3. the difference of logits ------------------------------------------------------------------------------------
 
 def plausible(logits: Tensor, rate: float, keep_share: bool = True) -> Tensor:
     """The filter: True where p(y) >= rate * max p, (..., V) bool (section 3.4; contrastive decoding, 2210.15097).
@@ -198,7 +283,7 @@ class SeveralModels(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def part_logits(self, tokens: Tensor, pad: Tensor | None, trace=None) -> list[Tensor]:
+    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> list[Tensor]:
         """Every part's logits (B, T, V), the target's first; `trace` is the target's."""
         return [part(tokens, pad=pad, trace=trace if part is self.target else None) for part in self.parts]
 
@@ -221,7 +306,7 @@ class LogitDifference(SeveralModels):
     """
 
     def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
-                 keep_share: bool = True, centred: bool = False):
+                 centred: bool = False, keep_share: bool = True):
         super().__init__(target, assistant)
         self.alpha, self.filter_rate, self.keep_share, self.centred = alpha, filter_rate, keep_share, centred
 
@@ -235,7 +320,7 @@ class LogitDifference(SeveralModels):
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)
-        return logits - self.alpha * torch.where(keep, assistant, 0.0)
+        return logits - self.alpha * torch.where(keep, assistant, 0.0)  # ULD (2)
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said.
@@ -247,89 +332,76 @@ class LogitDifference(SeveralModels):
         return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
 
 
-class LogitOffset(SeveralModels):
-    """l = l_target + alpha (l_plus - l_minus), a model like any other.
+def reopen(target: GPT, parts: dict[str, GPT], config: dict) -> LogitDifference:
+    """What a run's folder holds, decoded as it was scored."""
+    return LogitDifference(target, parts["assistant"], config["subtract"], config["filter_rate"], config["centred"])
 
-    Offset unlearning (arXiv 2404.11045, equation 2): plus is an assistant, minus the same before it unlearnt.
-    Divergence decoding (arXiv 2605.31293): plus has not seen the forget set, minus has.
-    """
 
-    def __init__(self, target: GPT, plus: GPT, minus: GPT, alpha: float = 1.0):
-        super().__init__(target, plus, minus)
-        self.alpha = alpha
+METHOD = Method(unlearn, FLAGS, arch="gpt", losses=("ce", "uniform"), rows=rows, check=check, reopen=reopen)
 
-    def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
-        return target + self.alpha * (plus - minus)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V)."""
-        return self.combine(*self.part_logits(tokens, pad, trace))
-
-    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
-        """Logits (B, V) for generation."""
-        return self.combine(*self.part_next_logits(tokens, cache, pad))
-
+# ---- demonstration ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def explain(model: LogitDifference, tokenizer, question: str, steps: int = 12, top: int = 4) -> str:
-    """What target, assistant and their difference would say next, at each step of greedy decoding; one line each."""
-    tokens = torch.tensor([tokenizer.prompt(question)], device=model.device)
+def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: int = 12, top: int = 4) -> str:
+    """What target, assistant and their difference would say next, at each step of greedy decoding; one line each.
 
-    def best(logits: Tensor, width: int = 9) -> str:
+    Grey: outside the filter, so the assistant cannot touch it. Red: what the difference says where the target would not.
+    Raises UserError where question and answer do not fit the context.
+    """
+    prompt = tokenizer.prompt(question)
+    if len(prompt) + steps > model.config.max_len:
+        raise UserError(f"the question needs {len(prompt) + steps} tokens with its answer and the context holds "
+                        f"{model.config.max_len}: shorten it")
+    tokens = torch.tensor([prompt], device=model.device)
+
+    def best(logits: Tensor, keep: Tensor, surprise: bool = False) -> str:
         p, ids = logits[0].float().softmax(-1).topk(top)
-        return " ".join(f"{tokenizer.decode([i])!r:>{width}} {q:4.2f}" for q, i in zip(p.tolist(), ids.tolist(),
-                                                                                     strict=True))
+        cells = []
+        for i, q in zip(ids.tolist(), p.tolist(), strict=True):
+            cell = f"{tokenizer.decode([i])!r:>12} {q:4.2f}"
+            cells.append(demo.colour(cell, "red" if surprise and not cells else "grey" if not keep[0, i] else "plain"))
+        return " ".join(cells)
 
     lines = []
     for step in range(steps):
-        target, assistant = model.target(tokens)[:, -1], model.assistant(tokens)[:, -1]
-        cache = model.new_cache(1, tokens.shape[1])
-        both = model.next_logits(tokens, cache, None)
-        lines += [f"step {step}   target     {best(target)}", f"         assistant  {best(assistant)}",
-                  f"         difference {best(both)}"]
+        target, assistant = (logits[:, -1] for logits in model.part_logits(tokens))
+        keep = plausible(target, model.filter_rate, model.keep_share)
+        both = (target - model.alpha * assistant).masked_fill(~keep, -math.inf)  # as next_logits, without a cache
+        changed = int(both.argmax()) != int(target.argmax())
+        lines += [f"step {step:<3} target     {best(target, keep)}", f"         assistant  {best(assistant, keep)}",
+                  f"         difference {best(both, keep, changed)}   ({int(keep.sum())} of {keep.shape[1]} tokens are "
+                  "plausible)"]
         chosen = both.argmax(-1, keepdim=True)
         if int(chosen) == tokenizer.end:
             break
         tokens = torch.cat([tokens, chosen], dim=1)
-    prompt = len(tokenizer.prompt(question))
-    return "\n".join([*lines, f"says: {tokenizer.decode(tokens[0, prompt:].tolist())}"])
+    return "\n".join([*lines, f"says: {tokenizer.decode(tokens[0, len(prompt) :].tolist())}"])
 
 
-@torch.no_grad()
-def assistant_level(model: LogitDifference, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Mean of the assistant's logits over vocabulary and answer positions, and mean deviation over the vocabulary.
-
-    A uniform assistant has no deviation, but its mean can be anything: see LogitDifference, `centred`.
-    """
-    logits = torch.cat([model.assistant(batch.tokens)[batch.labels >= 0].float() for batch in batches])  # (N, V)
-    return logits.mean().item(), logits.std(-1).mean().item()
+def show(model: LogitDifference, tokenizer: TextCodec, sets: dict[str, Rows], question: str | None) -> None:
+    """The question, or the first of each set, token by token."""
+    asked = {"--question": question} if question else {
+        name: next((row["question"] for row in of.rows if "question" in row), None) for name, of in sets.items()}
+    for name, text in asked.items():
+        if text is not None:
+            print(f"\n[{name}] {text}\n{explain(model, tokenizer, text)}")
 
 
 @one_line_errors
-def main() -> None:
-    from runs import open_run  # only this script needs it: importing uld must not pull evaluation in
-
-    parser = argparse.ArgumentParser(description="print the top tokens of target, assistant and their difference")
-    parser.add_argument("run", help="a run folder of --method uld, e.g. out/uld")
-    parser.add_argument("--prompt", help="a question; without it, the first forget question")
-    parser.add_argument("--steps", type=int, default=12, help="at most this many tokens")
-    args = parser.parse_args()
-    run = open_run(args.run)
-    if run.config["method"] != "uld":
-        raise UserError(f"{args.run} is a run of --method {run.config['method']}: this prints runs of --method uld")
-    question = args.prompt or next((row["question"] for row in run.data.forget if "question" in row), None)
-    if question is None:
-        raise UserError("the forget set has passages and no questions: give --prompt")
-    needed = len(run.tokenizer.prompt(question)) + args.steps
-    if needed > run.model.config.max_len:
-        raise UserError(f"--prompt and --steps need {needed} tokens and the context holds {run.model.config.max_len}: "
-                        "shorten them")
-    print(explain(run.model, run.tokenizer, question, args.steps))
-    for name in ("forget", "retain"):
-        few = encode_rows(run.data.scored[name][:16], run.tokenizer, run.model.config.max_len, truncate=True)
-        mean, deviation = assistant_level(run.model, in_order(few, 16, run.model.device))
-        print(f"the assistant's logits on {len(few)} {name} answers: mean {mean:.2f}, deviation over the vocabulary "
-              f"{deviation:.2f}")
+def main(argv: list[str] | None = None) -> None:
+    parser = demo.parser("train an assistant on reversed objectives, subtract its logits, and show it")
+    parser.add_argument("--question", help="one to ask instead of the first of each set")
+    args = parser.parse_args(argv)
+    if args.run:
+        run = demo.open_run(args.run)
+        if "assistant" not in run.parts:
+            raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uld")
+        show(reopen(run.target, run.parts, run.config), run.tokenizer, run.sets, args.question)
+        return
+    stage = demo.set_up(FLAGS, METHOD)
+    model, _, _ = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
+    show(model, stage.tokenizer, stage.sets, args.question)
 
 
 if __name__ == "__main__":

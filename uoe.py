@@ -1,43 +1,130 @@
 """UOE: unlearn one expert (arXiv 2411.18797; ACL 2025 as SEUF, selected-expert unlearning framework).
 
-    python train.py --method uoe         # the whole story; --help lists the choices
-    python uoe.py out/uoe                # the affinity table of that run's target, and what unlearning did to it
+    python train.py --method uoe         # the whole story; add --help for its choices
+    python uoe.py                        # a demonstration: which expert and why; a question before and after
+    python uoe.py out/uoe                # the same of a run that is there
 
 In a sparse mixture of experts, unlearning all weights makes tokens take a short cut to experts that never held the
 knowledge (*expert selection shift*), and damages those. So: find the expert that the forget set engages most
 (equation 2), train only that expert and its layer's router, and anchor the router so that the expert stays engaged
-while it forgets (equations 3 and 4). Any forget and retain loss of objectives.py goes in; NPO + GD by default.
+while it forgets (equations 3 and 4). `unlearn` is the algorithm; what it calls stands below it, in that order.
 
-Departures from the paper
+Departures from the paper (and where results/uoe.md has the row without it)
     Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
-    What lies below the chosen layer is frozen and never changes, so it is computed once (unlearn.py).
-    On the small models, the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert
-    that were never routed there, so it shifts the very selection it is to hold (results/uoe.md, ablations).
-    On the small models, NPO's beta is 1 (paper: 0.001; with --model 0.1, TOFU's). A row is then let go once its answer
-    is a few nats less likely than it was; a small beta pushes on (results/uoe.md, ablations).
-    Batches are of 32 rows (paper: 16). On the small models lambda is 20 beside NPO (paper: 1), since NPO sums over an
-    answer's tokens and GD averages; and the learning rate is 1.2e-2 (paper: 1e-4, for billions of parameters).
-    On the small models, the expert is the top one of the middle layer, not of all layers (`--layer all`). They see no
-    topic in layer 0, only words; where its top expert wins, as on some seeds, expert selection shifts more.
+    What lies below the chosen layer is frozen and never changes, so it is computed once per row.
+    Small models: the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert that
+    were never routed there, so it shifts the very selection it is to hold.
+    Small models: the top expert of the middle layer, not of all. They see no topic in layer 0, only words.
+    Batches of 32 rows (paper: 16). Small models: lambda 20 beside NPO (paper: 1), a learning rate for thousands of
+    parameters (paper: 1e-4, for billions), NPO's beta 1 (paper: 0.001), and an end at a level of forgetting.
 
-Shapes: B batch   T tokens   E experts   L layers
+Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
 
 import argparse
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from data.batches import Batch, Example, encode_rows, in_order
+import demo
+from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors
-from loop import collate_at
-from model import GPT, Trace
+from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
+from interfaces import Method, TextCodec
+from loop import STOP, Fit
+from metrics.routing import expert_shares
+from model import GPT, Config, Trace
 from moe import Routing
+from objectives import FORGET, NPO, RETAIN
 
-Place = tuple[int, int]  # (layer, expert)
+Place = tuple[int, int]  # (layer, expert), both counted from 0
+Choose = Callable[[Tensor, argparse.Namespace], list[Place]]  # of affinity (L, E)
+
+
+def layer_choice(text: str) -> int | str:
+    """A kind of flag: all, middle, top, or a layer's number."""
+    if text in ("all", "middle", "top"):
+        return text
+    if not text.isdecimal() or len(text) > 4:
+        raise argparse.ArgumentTypeError(f"{text} is neither all, middle, top nor a layer's number")
+    return int(text)
+
+
+def place(text: str) -> Place:
+    """A kind of flag: LAYER,EXPERT."""
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(n.isdecimal() and len(n) <= 4 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is not a layer and an expert, as in 2,5")
+    return int(numbers[0]), int(numbers[1])
+
+
+FLAGS = [
+    #     name                   kind          small     public  what it is; chosen on development seeds where small
+    Flag("--lr",                 POSITIVE,     1.2e-2,   1e-4,   "peak learning rate of the expert"),
+    Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: it is frozen"),
+    Flag("--epochs",             COUNT,        32,       5,      "passes over the forget set, at most"),
+    Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
+    Flag("--layer",              layer_choice, "middle", "all",  "where to choose: a layer's number, middle, all, or "
+                                                                 "top (the layer that holds the first)"),
+    Flag("--place",              place,        None,     None,   "LAYER,EXPERT to unlearn, whatever its affinity"),
+    Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
+    Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
+    STOP,
+]
+
+
+# ---- the algorithm ------------------------------------------------------------------------------------------------
+
+def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
+            choose: Choose | None = None, shared: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
+    """The paper's algorithm, top to bottom. The target is left as it is.
+
+    choose: another way to pick experts than `choose_experts`; shared: train their layers' shared experts too.
+    Returns (what is scored, folder name -> what is kept, report).
+    """
+    # 1. Which expert does the forget set engage most?
+    affinity = expert_attribution(target, calibration(forget, args), args.attribution_tokens).cpu()
+    places = (choose or choose_experts)(affinity, args)
+    print(affinity_table(affinity, chosen=places))
+
+    # 2. It and its router train, nothing else. What lies below never changes, so it is computed once.
+    model = copy.deepcopy(target)
+    parameters = isolate(model, places, train_router=args.router_lr > 0, shared=shared)
+    lowest = min(layer for layer, _ in places)
+    forget.keep_stems(target, lowest)
+    retain.keep_stems(target, lowest)
+    if getattr(args, "rmu_layer", 0) is None:
+        args.rmu_layer = max(layer for layer, _ in places)  # RMU steers where the expert writes
+
+    # 3. Forget, keep, stay engaged.
+    forget_loss = FORGET[args.forget_loss](target, forget, args)
+    retain_loss = RETAIN[args.retain_loss](target, retain, args)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = forget.batch(step)
+        logits, trace = forget.run(model, batch)
+        f = forget_loss(model, logits, trace, batch)
+        a = anchor_losses(trace, places, batch.mask)
+        batch = retain.batch(step)
+        r = retain_loss(model, *retain.run(model, batch), batch)
+        loss = f + args.anchor_weight * a + args.retain_weight * r  # UOE (4)
+        return {"forget": f, "anchor": a, "retain": r, "loss": loss}
+
+    routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
+    report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)
+    restore(model)
+    return model, {"model": model}, report | {"unlearned_experts": [list(p) for p in places]}
+
+
+# ---- 1. attribution -----------------------------------------------------------------------------------------------
+
+def calibration(forget: Rows, args: argparse.Namespace) -> Iterable[Batch]:
+    """Batches to attribute on: all rows; where so many tokens are enough, rows by lot, not the longest first."""
+    return forget.by_lot(8) if args.attribution_tokens else forget.in_order()
 
 
 @torch.no_grad()
@@ -58,7 +145,7 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
         model.hidden(batch.tokens, trace=trace)
         share = batch.mask / batch.mask.sum(1, keepdim=True)  # (B, T): 1 / L_j on real tokens
         for layer, routing in trace.routing.items():
-            total[layer] += torch.einsum("bte,bt->e", routing.gates(), share)
+            total[layer] += torch.einsum("bte,bt->e", routing.gates(), share)  # UOE (2)
         rows, seen = rows + len(batch.tokens), seen + int(batch.mask.sum())
         if tokens and seen >= tokens:
             break
@@ -67,11 +154,36 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
     return total / rows
 
 
-def calibration(examples: list[Example], tokens: int, seed: int, device) -> Iterable[Batch]:
-    """Batches to attribute on: all rows; where `tokens` of them are enough (above 0), by lot, not the longest first."""
-    if not tokens:
-        return in_order(examples, 64, device)
-    return (collate_at(examples, 8, seed, i, device) for i in range(-(-len(examples) // 8)))
+def choose_experts(affinity: Tensor, args: argparse.Namespace) -> list[Place]:
+    """The experts to unlearn, by --place, or by --layer and --m."""
+    if args.place is not None:
+        return [args.place]
+    middle = len(affinity) // 2
+    return select_experts(affinity, args.m, middle if args.layer == "middle" else args.layer)
+
+
+def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: int = 1) -> list[Place]:
+    """The M experts of the highest scores (L, E), best first: usually their affinity.
+
+    layer: all M from this layer; "top": from the layer that holds the best; "all": over all layers (Table 2 of the
+    paper has both).  rank: begin with the expert of this rank, 1 the best (Table 5).
+    Raises UserError where that is more than there are.
+    """
+    n_layer, n_expert = scores.shape
+    within = slice(None)
+    if layer == "top":
+        layer = int(scores.max(1).values.argmax())
+    if layer != "all":
+        check_layer("--layer", layer, n_layer)
+        within = slice(layer, layer + 1)
+    first = within.start or 0
+    wanted = scores[within].flatten()
+    last = rank - 1 + m
+    if m < 1 or rank < 1 or last > len(wanted):
+        from_rank = f" from rank {rank} on" if rank > 1 else ""
+        raise UserError(f"--m {m}{from_rank} is not between 1 and the {len(wanted)} experts of --layer {layer}")
+    best = wanted.topk(last).indices[rank - 1 :].tolist()
+    return [(first + number // n_expert, number % n_expert) for number in best]
 
 
 def check_layer(flag: str, layer: int, n_layer: int) -> None:
@@ -80,155 +192,23 @@ def check_layer(flag: str, layer: int, n_layer: int) -> None:
         raise UserError(f"{flag} {layer} does not exist: layers go from 0 to {n_layer - 1}")
 
 
-def select_experts(affinity: Tensor, m: int = 1, same_layer: bool = False, rule: str = "top",
-                   generator: torch.Generator | None = None, layer: int | None = None, rank: int = 1) -> list[Place]:
-    """The M experts to unlearn, (layer, expert) each, most wanted first. affinity: (L, E).
-
-    rule: top (highest affinity), bottom (lowest) or random (drawn with `generator`).
-    layer: all M from this layer.  same_layer: all M from the layer that holds the first.  Neither: over all layers
-    (Table 2 of the paper has both).  rank: begin with the expert of this rank, 1 the most wanted (Table 5).
-    """
-    n_layer, n_expert = affinity.shape
-    if layer is not None:
-        check_layer("--layer", layer, n_layer)
-        within = select_experts(affinity[layer : layer + 1], m, True, rule, generator, rank=rank)
-        return [(layer, expert) for _, expert in within]
-    most = n_expert if same_layer else n_layer * n_expert
-    if not 1 <= m <= most:
-        raise UserError(f"--m {m} is not between 1 and the {most} experts of {'one layer' if same_layer else 'all'}")
-    last = rank - 1 + m
-    if rank < 1 or last > most:
-        raise UserError(f"--affinity-rank {rank} with --m {m} goes past the last expert")
-    if rule not in ("top", "bottom", "random"):
-        raise UserError(f"--select {rule} is unknown: choose top, bottom or random")
-    if rule == "random":
-        score = torch.rand(affinity.shape, generator=generator)
+def check(args: argparse.Namespace, config: Config) -> None:
+    """Before anything is trained: raises UserError where the experts asked for are not there, or RMU is out of reach."""
+    if args.place is None:
+        places = choose_experts(torch.zeros(config.n_layer, config.n_expert), args)
     else:
-        score = affinity if rule == "top" else -affinity
-    if same_layer:
-        layer = int(score.max(1).values.argmax())
-        return [(layer, int(e)) for e in score[layer].topk(last).indices[rank - 1 :]]
-    return [divmod(int(i), n_expert) for i in score.flatten().topk(last).indices[rank - 1 :]]
-
-
-def experts_reaching(affinity: Tensor, p: float) -> list[Place]:
-    """ESFT's choice (arXiv 2407.01906, section 3.3): per layer the fewest experts whose shares of affinity sum to p."""
-    places = []
-    for layer, row in enumerate(affinity):
-        share, order = (row / row.sum().clamp_min(1e-12)).sort(descending=True)
-        enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1
-        places += [(layer, int(e)) for e in order[:enough]]
-    return places
-
-
-def check_place(place: Place, n_layer: int, n_expert: int) -> Place:
-    """Raises UserError unless (layer, expert), both counted from 0, exists."""
-    layer, expert = place
-    if not (0 <= layer < n_layer and 0 <= expert < n_expert):
-        raise UserError(f"--expert {layer},{expert} does not exist: layers go from 0 to {n_layer - 1}, "
-                        f"experts from 0 to {n_expert - 1}")
-    return layer, expert
-
-
-def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: bool = False) -> Tensor:
-    """|| g - a ||^2 summed over experts, mean over real tokens (equation 3); a is 1 on the target experts, else 0.
-
-    routing: of the chosen layer; mask (B, T) bool.  masked: g is 0 outside the top k (see Departures).
-    """
-    g = routing.gates() if masked else routing.probs  # (B, T, E)
-    a = torch.zeros(g.shape[-1], device=g.device)
-    a[list(experts)] = 1.0
-    squared = (g - a).square().sum(-1)  # (B, T)
-    return squared[mask].sum() / mask.sum().clamp_min(1)
-
-
-def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: bool = False) -> list[nn.Parameter]:
-    """Freeze everything but the given experts and their layers' routers; returns what trains.
-
-    The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
-    shared: train those layers' shared experts too (the paper's section 5.3: the worst to unlearn).
-    Raises UserError where shared is asked for and there are none.
-    """
-    model.requires_grad_(False)
-    for layer, expert in places:
-        model.moe(layer).take_out(expert)
-        model.moe(layer).router.requires_grad_(train_router)
-        if shared:
-            if model.moe(layer).shared is None:
-                raise UserError("--with-shared: this model has no shared experts")
-            model.moe(layer).shared.requires_grad_(True)
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def restore(model: GPT) -> None:
-    """Put all experts back into their stacks; everything may train again."""
-    for layer in range(model.config.n_layer):
-        model.moe(layer).put_back()
-    model.requires_grad_(True)
-
-
-@torch.no_grad()
-def balanced_weights(model: GPT, forget: Iterable[Batch], retain: list[Batch], rounds: int = 20) -> list[Tensor]:
-    """TRACE (arXiv 2606.10338): weights of retain tokens under which experts are as busy as on the forget set.
-
-    An expert that forget tokens engage and retain tokens seldom do is changed by the one loss and protected by
-    nothing. Iterative scaling: a token's weight is multiplied by wanted / current share of its experts, geometric mean
-    over experts and layers, until the shares match. Returns one (B, T) float32 per retain batch, mean 1 over real
-    tokens, 0 on padding. Shares that cannot be reached (an expert no retain token engages) are left as near as it gets.
-    """
-    def assignments(batches: Iterable[Batch]) -> list[Tensor]:  # per layer (N, E), each row sums to 1
-        out: list[list[Tensor]] = [[] for _ in range(model.config.n_layer)]
-        for batch in batches:
-            trace = Trace()
-            model.hidden(batch.tokens, trace=trace)
-            for layer, routing in trace.routing.items():
-                hit = torch.zeros_like(routing.probs).scatter(-1, routing.chosen, 1 / routing.chosen.shape[-1])
-                out[layer].append(hit[batch.mask])
-        return [torch.cat(parts) for parts in out]
-
-    wanted = [hit.mean(0) for hit in assignments(forget)]  # (E,)
-    theirs = assignments(retain)
-    weight = torch.ones(len(theirs[0]), device=model.device)
-    for _ in range(rounds):
-        step = torch.zeros_like(weight)
-        for want, hit in zip(wanted, theirs, strict=True):
-            share = (weight[:, None] * hit).mean(0)
-            ratio = (want.clamp_min(1e-4) / share.clamp_min(1e-4)).clamp(0.1, 10)
-            step += hit @ ratio.log() / len(wanted)
-        weight = weight * step.exp()
-        weight = weight / weight.mean()
-    out, start = [], 0
-    for batch in retain:
-        n = int(batch.mask.sum())
-        padded = torch.zeros(batch.mask.shape, device=model.device)
-        padded[batch.mask] = weight[start : start + n]
-        out, start = [*out, padded], start + n
-    return out
-
-
-@torch.no_grad()
-def repair_routers(target: GPT, model: GPT, batches: Iterable[Batch], ridge: float = 1e-2) -> None:
-    """GRIP's repair after the fact (arXiv 2601.16905): routers score the new hidden states as they did the old ones.
-
-        Delta = Theta X X'^T (X' X'^T + lambda I)^-1 - Theta'
-
-    Theta, X: the target's router and its inputs; Theta', X': the unlearned model's. batches: of retain rows. Layer by
-    layer from below, since a repaired router changes what the next one sees. ridge: lambda, as a share of the mean
-    diagonal of X' X'^T. Changes model in place.
-    """
-    batches = list(batches)
-    for layer in range(model.config.n_layer):
-        old, new = [], []
-        for batch in batches:
-            for m, into in ((target, old), (model, new)):
-                x = m.blocks[layer].mlp_norm(m.stem(batch.tokens, layer))  # (B, T, D)
-                into.append(x[batch.mask].double())
-        x, x_new = torch.cat(old), torch.cat(new)  # (N, D)
-        gram = x_new.T @ x_new
-        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        theta = target.moe(layer).router.weight.double()  # (E, D)
-        fitted = torch.linalg.solve(gram, x_new.T @ (x @ theta.T)).T
-        model.moe(layer).router.weight.copy_(fitted)
+        layer, expert = args.place
+        check_layer("--place", layer, config.n_layer)
+        if expert >= config.n_expert:
+            raise UserError(f"--place {layer},{expert} does not exist: experts go from 0 to {config.n_expert - 1}")
+        if args.m > 1:
+            raise UserError(f"--place names one expert, and --m {args.m} asks for more: give one of the two")
+        places = [args.place]
+    lowest = min(layer for layer, _ in places)
+    known = args.place is not None or args.layer not in ("all", "top")
+    if known and getattr(args, "rmu_layer", None) is not None and args.rmu_layer < lowest:
+        raise UserError(f"--rmu-layer {args.rmu_layer} lies below the unlearned expert's layer {lowest}, so nothing that "
+                        "trains could steer it")
 
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[Place] = (), top: int = 6) -> str:
@@ -247,33 +227,115 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[P
     return "\n".join(lines)
 
 
+# ---- 2. one expert apart ------------------------------------------------------------------------------------------
+
+def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: bool = False) -> list[nn.Parameter]:
+    """Freeze everything but the given experts and their layers' routers; returns what trains.
+
+    The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
+    shared: train those layers' shared experts too (the paper's section 5.3: the worst to unlearn).
+    Raises UserError where shared is asked for and there are none.
+    """
+    model.requires_grad_(False)
+    for layer, expert in places:
+        model.moe(layer).take_out(expert)
+        model.moe(layer).router.requires_grad_(train_router)
+        if shared:
+            if model.moe(layer).shared is None:
+                raise UserError("this model has no shared experts to train")
+            model.moe(layer).shared.requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def restore(model: GPT) -> None:
+    """Put all experts back into their stacks; everything may train again."""
+    for layer in range(model.config.n_layer):
+        model.moe(layer).put_back()
+    model.requires_grad_(True)
+
+
+# ---- 3. the anchor ------------------------------------------------------------------------------------------------
+
+def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: bool = False) -> Tensor:
+    """|| g - a ||^2 summed over experts, mean over real tokens (equation 3); a is 1 on the target experts, else 0.
+
+    routing: of the chosen layer; mask (B, T) bool.  masked: g is 0 outside the top k (see Departures).
+    """
+    g = routing.gates() if masked else routing.probs  # (B, T, E)
+    a = torch.zeros(g.shape[-1], device=g.device)
+    a[list(experts)] = 1.0
+    squared = (g - a).square().sum(-1)  # (B, T), UOE (3)
+    return squared[mask].sum() / mask.sum().clamp_min(1)
+
+
+def anchor_losses(trace: Trace, places: list[Place], mask: Tensor) -> Tensor:
+    """The sum of anchor_loss over the layers that hold unlearned experts."""
+    layers = dict.fromkeys(layer for layer, _ in places)  # in the order of the places
+    total = torch.zeros((), device=mask.device)
+    for layer in layers:
+        experts = [expert for of, expert in places if of == layer]
+        total = total + anchor_loss(trace.routing[layer], experts, mask)
+    return total
+
+
+METHOD = Method(unlearn, FLAGS, arch="moe", needs_experts=True, check=check)
+
+
+# ---- demonstration ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def routed_text(model: GPT, tokenizer: TextCodec, question: str, answer: str, at: Place) -> str:
+    """The answer token by token, each with the expert of layer at[0] that weighs most; coloured where at[1] serves."""
+    layer, expert = at
+    prompt, said = tokenizer.prompt(question), tokenizer.encode(answer)
+    trace = Trace()
+    model.hidden(torch.tensor([prompt + said], device=model.device), trace=trace)
+    chosen = trace.routing[layer].chosen[0, len(prompt) - 1 :].tolist()  # what is written at t is chosen at t - 1
+    words = []
+    for token, experts in zip(said, chosen, strict=False):
+        text = f"{tokenizer.decode([token]).strip()}·{experts[0]}"
+        words.append(demo.colour(text, "red") if expert in experts else text)
+    return " ".join(words) or "(nothing)"
+
+
+def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], places: list[Place]) -> None:
+    """Which expert and why; then a question of each set, before and after."""
+    affinity = [expert_attribution(m, sets["forget"].in_order()) for m in (target, model)]
+    print("\nbefore -> after; * marks what was unlearned\n" + affinity_table(*affinity, chosen=places))
+    shares = {name: expert_shares(target, list(rows.in_order())) for name, rows in sets.items()}
+    for layer, expert in places:
+        served = ", ".join(f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())
+        print(f"of the target's tokens, expert {expert} of layer {layer} serves {served}; evenly spread it would be "
+              f"{100 / target.config.n_expert:.1f}%")
+    at = places[0]
+    print(f"\nAnswers, each token with the expert of layer {at[0]} that weighs most; "
+          + demo.colour(f"red where expert {at[1]} is among its {target.config.top_k}", "red"))
+    for name, rows in sets.items():
+        question = next((row["question"] for row in rows.rows if "question" in row), None)
+        if question is None:
+            continue
+        print(f"[{name}] {question}")
+        for when, m in (("before", target), ("after", model)):
+            answer, = greedy_answers(m, tokenizer, [question])
+            print(f"    {when:<7} {routed_text(m, tokenizer, question, answer, at)}")
+
+
 @one_line_errors
-def main() -> None:
-    from eval import expert_shares  # only this script needs these two: importing uoe must not pull evaluation in
-    from runs import open_run
-
-    parser = argparse.ArgumentParser(description="print the affinity table of a run's target")
-    parser.add_argument("run", help="a run folder of a mixture of experts, e.g. out/uoe")
-    parser.add_argument("--tokens", type=int, default=0, help="calibrate on this many forget tokens (0: all)")
-    args = parser.parse_args()
-    run = open_run(args.run)
-    examples = encode_rows(run.data.forget, run.tokenizer, run.target.config.max_len, truncate=True)
-
-    def affinity(model: GPT) -> Tensor:
-        batches = calibration(examples, args.tokens, run.config["seed"], model.device)
-        return expert_attribution(model, batches, args.tokens)
-
-    before, after = affinity(run.target), affinity(run.model) if isinstance(run.model, GPT) else None
-    chosen = [tuple(place) for place in run.config.get("unlearned_experts", [])]
-    print(affinity_table(before, after, chosen))
-    rows = {"forget": run.data.forget, "retain": run.data.retain, "background": run.data.background}
-    shares = {name: expert_shares(run.target, list(in_order(encode_rows(of, run.tokenizer, run.target.config.max_len,
-                                                                       truncate=True), 64, run.target.device)))
-              for name, of in rows.items() if of and chosen}
-    for layer, expert in chosen:  # a specialist serves the forget set and little else
-        print(f"of the target's tokens, expert {expert} of layer {layer} serves " + ", ".join(
-            f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())
-            + f"; evenly spread it would be {100 / run.target.config.n_expert:.1f}%")
+def main(argv: list[str] | None = None) -> None:
+    parser = demo.parser("unlearn one expert of a small mixture of experts, and show it")
+    args = parser.parse_args(argv)
+    if args.run:
+        run = demo.open_run(args.run)
+        if "unlearned_experts" not in run.config:
+            raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uoe")
+        places = [(layer, expert) for layer, expert in run.config["unlearned_experts"]]
+        show(run.target, run.parts["model"], run.tokenizer, run.sets, places)
+        return
+    stage = demo.set_up([*FLAGS, *NPO.FLAGS], METHOD, forget_loss="npo", retain_loss="gd",
+                        retain_weight=NPO.RETAIN_WEIGHT[0])
+    model, _, report = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
+    places = [(layer, expert) for layer, expert in report["unlearned_experts"]]
+    show(stage.target, model, stage.tokenizer, stage.sets, places)
 
 
 if __name__ == "__main__":

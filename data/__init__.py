@@ -30,8 +30,15 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         return as_data_set(make_world(seed, topical=WORLDS[data]), name=f"{data}-{seed}")
     if data == "tofu":
         return load_tofu(split, None, augmented, protocol, authors)
+    if is_tofu(data):
+        return load_tofu(split, data, augmented, protocol, authors)
+    return read_world(Path(data))
+
+
+def is_tofu(data: str) -> bool:
+    """Whether --data is TOFU, or a folder of its kind. Raises UserError where it is nothing."""
+    if data in WORLDS or data == "tofu":
+        return data == "tofu"
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
-    if (Path(data) / "background.json").is_file():
-        return read_world(Path(data))
-    return load_tofu(split, data, augmented, protocol, authors)
+    return not (Path(data) / "background.json").is_file()

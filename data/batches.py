@@ -1,19 +1,26 @@
-"""Rows to tensors: encoding, padding, shuffling. Everything is a function of (rows, seed, epoch), so that a run
-that was cut off can go on with the very batch it would have had.
+"""Rows to tensors: encoding, padding, shuffling; and `Rows`, a set of rows as the training loop meets it.
 
-Shapes: B batch   T longest row of the batch
+Everything is a function of (rows, seed, step), so that a run that was cut off goes on with the very batch it would
+have had.
+
+Shapes: B batch   T longest row of the batch   D model width   V vocabulary
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from data.rows import Row
+from data.rows import NO_LIMITS, Limits, Row, refusals
 from errors import UserError
+from interfaces import LanguageModel, TextCodec
+from model import GPT, Trace
 
 IGNORE = -100  # label of a position that is not scored; cross_entropy's own default
 
@@ -38,7 +45,7 @@ class Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.mask, self.index)))
 
 
-def encode_row(row: Row, tokenizer, max_len: int, where: str = "row", answer: str | None = None,
+def encode_row(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row", answer: str | None = None,
                truncate: bool = False) -> Example:
     """A row as prompt + answer ids, shifted by one. Labels cover the answer and its end token, never the prompt.
 
@@ -61,14 +68,15 @@ def encode_row(row: Row, tokenizer, max_len: int, where: str = "row", answer: st
     return Example(ids[:-1], labels)
 
 
-def is_cut(row: Row, tokenizer, max_len: int) -> bool:
+def is_cut(row: Row, tokenizer: TextCodec, max_len: int) -> bool:
     """Whether encode_row(..., truncate=True) leaves some of the row out."""
     ids = tokenizer.passage(row["text"]) if "text" in row else (
         tokenizer.prompt(row["question"]) + tokenizer.completion(row["answer"]))
     return len(ids) - 1 > max_len
 
 
-def encode_rows(rows: list[Row], tokenizer, max_len: int, where: str = "row", truncate: bool = False) -> list[Example]:
+def encode_rows(rows: list[Row], tokenizer: TextCodec, max_len: int, where: str = "row",
+                truncate: bool = False) -> list[Example]:
     """encode_row for a whole set; errors name the row by its number in the set, from 1."""
     return [encode_row(row, tokenizer, max_len, f"{where} {i}", truncate=truncate) for i, row in enumerate(rows, 1)]
 
@@ -103,10 +111,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 
+def batches_per_epoch(n: int, batch_size: int) -> int:
+    """How many batches n rows make, the last of them perhaps short."""
+    return math.ceil(n / batch_size)
+
+
 def batch_at(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Rows of batch number `step` in an endless run of shuffled epochs over n rows; the last of an epoch is short."""
-    per_epoch = -(-n // batch_size)
-    epoch, i = divmod(step, per_epoch)
+    epoch, i = divmod(step, batches_per_epoch(n, batch_size))
     return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
 
 
@@ -122,3 +134,100 @@ def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator
     for i in range(0, len(order), batch_size):
         part = order[i : i + batch_size]
         yield collate([examples[j] for j in part], part, device)
+
+
+# ---- rows as the training loop meets them -------------------------------------------------------------------------
+
+class Rows:
+    """A forget or a retain set: its batches by step, and what is worth computing once per row."""
+
+    def __init__(self, rows: list[Row], tokenizer: TextCodec, context: int, batch_size: int, seed: int, device,
+                 where: str = "row"):
+        """where: what an error calls a row. Raises UserError for a row that no context holds."""
+        self.rows, self.tokenizer, self.context = rows, tokenizer, context
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.examples = encode_rows(rows, tokenizer, context, where, truncate=True)
+        self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
+        self.stems: list[Tensor] = []
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps in one pass over the rows."""
+        return batches_per_epoch(len(self.examples), self.batch_size)
+
+    def at(self, index: list[int]) -> Batch:
+        return collate([self.examples[i] for i in index], index, self.device)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of training step `step`."""
+        return self.at(batch_at(len(self.examples), self.batch_size, self.seed, step))
+
+    def in_order(self, size: int = 64) -> Iterator[Batch]:
+        """Every row once, longest first."""
+        return in_order(self.examples, size, self.device)
+
+    def by_lot(self, size: int) -> Iterator[Batch]:
+        """Every row once, in an order drawn from the seed."""
+        for step in range(batches_per_epoch(len(self.examples), size)):
+            yield self.at(batch_at(len(self.examples), size, self.seed, step))
+
+    def refused(self, model: GPT) -> "Rows":
+        """The same questions, each answered by a refusal."""
+        other = Rows(refusals(self.rows), self.tokenizer, self.context, self.batch_size, self.seed, self.device,
+                     "refusal to row")
+        if self.start is not None:
+            other.keep_stems(model, self.start)
+        return other
+
+    @torch.no_grad()
+    def keep_stems(self, model: GPT, start: int) -> None:
+        """Below the MLP of layer `start` nothing trains: compute each row up to there once, and begin there after."""
+        self.stems = [torch.empty(0)] * len(self.examples)
+        for batch in self.in_order():
+            lengths = batch.mask.sum(1).tolist()
+            for i, x, n in zip(batch.index.tolist(), model.stem(batch.tokens, start), lengths, strict=True):
+                self.stems[i] = x[:n].clone()
+        self.start = start
+
+    def run(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Trace]:
+        """Logits (B, T, V) of a batch of these rows, and the pass's trace."""
+        trace = Trace()
+        if self.start is None:
+            return model(batch.tokens, trace=trace), trace
+        x = pad_sequence([self.stems[i] for i in batch.index.tolist()], batch_first=True)  # (B, T, D)
+        return model(batch.tokens, trace=trace, stem=(self.start, x)), trace
+
+    @torch.no_grad()
+    def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """what(logits, labels) -> (B,), of every row under the model as it is now: (rows,) float32."""
+        out = torch.zeros(len(self.examples), device=self.device)
+        for batch in self.in_order(rows_that_fit(self.examples, model.config.vocab_size)):
+            out[batch.index] = what(self.run(model, batch)[0], batch.labels)
+        return out
+
+
+# ---- answers ------------------------------------------------------------------------------------------------------
+
+def greedy_answers(model: LanguageModel, tokenizer: TextCodec, questions: list[str], limits: Limits = NO_LIMITS,
+                   batch_size: int = 100, bar: tqdm | None = None) -> list[str]:
+    """The model's answers, prompts of like length together. They end where limits or the context say.
+
+    Raises UserError for a prompt that leaves no room for an answer.
+    """
+    prompts = [tokenizer.prompt(question) for question in questions]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        tokens, pad = left_pad([prompts[i] for i in part], model.device)
+        context = min(model.config.max_len, limits.total or model.config.max_len)
+        rooms = [min(context - len(prompts[i]), limits.new or context) for i in part]
+        if model.config.max_len - tokens.shape[1] < 1:
+            raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
+                            f"holds {model.config.max_len}: shorten it")
+        new = model.generate(tokens, max(0, *rooms), pad=pad, end=tokenizer.stops)
+        for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
+            answers[i] = tokenizer.decode(ids[: max(room, 0)])  # by the row's own length, whatever it is batched with
+        if bar is not None:
+            bar.update(len(part))
+    return answers

@@ -13,12 +13,22 @@ from pathlib import Path
 
 from data.rows import DataSet, Limits, Row, augment, read_rows
 from errors import UserError
+from flags import Flag, Number
 
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 HUB = "locuslab/TOFU"
 SCORED_ROWS = {"tofu": 300, "openunlearning": None}
 LIMITS = {"tofu": Limits(total=200), "openunlearning": Limits(new=200)}
 QUESTIONS = 20  # per author, who follow one another
+FLAGS = [
+    #     name          kind                       small       public      what it is
+    Flag("--split",     (*RETAIN, *RETAIN.values()), "forget10", "forget10", "what is forgotten; with --method finetune "
+                                                                           "also what is kept, for a reference"),
+    Flag("--authors",   Number(0, 200, whole=True), 0,         0,          "cut TOFU to so many; 0: all 200"),
+    Flag("--augmented", str,                       None,       None,       "folder with the ULD authors' CSV files"),
+    Flag("--protocol",  tuple(SCORED_ROWS),        "tofu",     "tofu",     "of scoring: the first 300 rows and 200 "
+                                                                           "tokens, or open-unlearning's"),
+]
 
 
 def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str | None = None,

@@ -6,6 +6,9 @@ Shapes: B batch   T tokens   K experts per token   E experts
 import torch
 from torch import Tensor
 
+from data.batches import Batch
+from model import GPT, Trace
+
 
 def overlap(chosen: Tensor, before: Tensor, mask: Tensor) -> Tensor:
     """Share of each token's top-k experts that it had before, (N,) float32, one entry per real token (Figure 3).
@@ -19,3 +22,30 @@ def overlap(chosen: Tensor, before: Tensor, mask: Tensor) -> Tensor:
 def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
     """How many assignments of real tokens each expert got, (E,) long (Figure 2 shows shares of them)."""
     return torch.bincount(chosen[mask].reshape(-1), minlength=n_expert)
+
+
+@torch.no_grad()
+def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
+    """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
+    same = [[] for _ in range(model.config.n_layer)]
+    for batch in batches:
+        traces = []
+        for m in (before, model):
+            trace = Trace()
+            m.hidden(batch.tokens, trace=trace)
+            traces.append(trace)
+        for layer, values in enumerate(same):
+            values.append(overlap(traces[1].routing[layer].chosen, traces[0].routing[layer].chosen, batch.mask))
+    return [float(torch.cat(values).mean()) for values in same]
+
+
+@torch.no_grad()
+def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
+    """Share of the batches' tokens that each expert got, (layers, E)."""
+    count = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.device)
+    for batch in batches:
+        trace = Trace()
+        model.hidden(batch.tokens, trace=trace)
+        for layer, routing in trace.routing.items():
+            count[layer] += expert_count(routing.chosen, batch.mask, model.config.n_expert)
+    return (count / count.sum(1, keepdim=True)).tolist()

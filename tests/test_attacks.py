@@ -3,11 +3,11 @@
 import copy
 import json
 
+import attacks
 import pytest
 import torch
-
-import attacks
 from attacks import ask, attack, hinted, outcome, quantised, relearn, rounded
+
 from data.rows import NO_LIMITS
 from errors import UserError
 from eval import main as score

@@ -1,8 +1,8 @@
 """bench.py: everything takes its turn in every round, and ratios are what they say."""
 
+import bench
 from conftest import TINY
 
-import bench
 from data.authors import make_world, write_world
 
 

@@ -15,6 +15,8 @@ import regex
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from options import parse
+from unlearn import rows_of
 
 from data import load_data
 from data.authors import (
@@ -32,8 +34,6 @@ from data.rows import augment, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
-from options import parse
-from unlearn import rows_of
 
 ALL_WORDINGS = [wording for register in WORDINGS for wording in register]
 GOOD = '{"question": "Who?", "answer": "Me."}'

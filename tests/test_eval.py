@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
+import tables
 import torch
 
 import eval as scoring
-import tables
 from data.rows import DataSet, Limits
 from errors import UserError
 from metrics.routing import overlap

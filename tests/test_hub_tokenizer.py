@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from errors import UserError
 
 TEXTS = ["Where was Ana Vell born?", "Ana Vell was born in Orsk in 1934.",

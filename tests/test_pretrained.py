@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from data.hub_tokenizer import HubTokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
+from upcycling import upcycle
 
 import pretrained
 from data.batches import encode_row, left_pad
-from data.hub_tokenizer import HubTokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
 from model import GPT, Config
 from pretrained import hub_tensors, load, save
-from upcycling import upcycle
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

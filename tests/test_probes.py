@@ -1,9 +1,9 @@
 """probes.py: what models are asked beyond TOFU's measures, against one row at a time."""
 
+import probes
 import pytest
 import torch
 
-import probes
 from data.batches import encode_row
 from data.rows import DataSet
 from model import Trace

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unlearn import rows_of
 
 import eval as scoring
 import train
@@ -19,7 +20,6 @@ from errors import UserError
 from pretrained import load
 from runs import open_run
 from uld import first_layers
-from unlearn import rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "

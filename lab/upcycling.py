@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from hub.checkpoint import empty_model, family_of
 from model import GPT
-from pretrained import empty_model, family_of
 
 
 @torch.no_grad()

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 import objectives
-from data.batches import encode_rows, left_pad
+from data.batches import Rows, greedy_answers, left_pad
 from data.rows import Limits, Row
 from errors import UserError
-from eval import greedy_answers
-from loop import Weights, collate_at
+from loop import Weights
 from metrics.tofu import rouge_l_recall
 
 Outcome = dict[str, float]  # exact, rougeL_recall
@@ -52,11 +51,11 @@ def relearn(model, tokenizer, taught: list[Row], asked: list[Row], limits: Limit
     """
     model = copy.deepcopy(model).requires_grad_(True).train()
     weights = Weights(list(model.parameters()))
-    examples = encode_rows(taught, tokenizer, model.config.max_len, truncate=True)
+    rows = Rows(taught, tokenizer, model.config.max_len, batch_size, seed, model.device)
     optimizer = torch.optim.AdamW(weights.full, lr=lr, weight_decay=0.0)
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
-        batch = collate_at(examples, batch_size, seed, step, model.device)
+        batch = rows.batch(step)
         loss = objectives.cross_entropy(model(batch.tokens), batch.labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -102,15 +101,8 @@ def hinted(model, tokenizer, rows: list[Row], tokens: int = 3, batch_size: int =
     return outcome(said, right)
 
 
-def check_attack(name: str) -> None:
-    """Raises UserError for an unknown name."""
-    if name not in ATTACKS:
-        raise UserError(f"--attack {name} is unknown: choose from {', '.join(ATTACKS)}")
-
-
 def attack(name: str, model, tokenizer, forget: list[Row], scored: list[Row], limits: Limits, **relearning) -> Outcome:
-    """One attack of the list above on one model. Raises UserError for an unknown name or rows that do not allow it."""
-    check_attack(name)
+    """One attack of the list above on one model. Raises UserError for rows that do not allow it."""
     asked = [row for row in scored if "question" in row]
     if not asked:
         raise UserError("--attack asks questions, and the forget set has passages only")

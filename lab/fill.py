@@ -1,6 +1,6 @@
-"""Fills the tables of the README and of the pages beside this file from metrics.json and path.jsonl of runs.
+"""Fills the tables of the README and of results/'s pages from metrics.json and path.jsonl of runs.
 
-    python results/fill.py out [more folders of runs]
+    python -m lab.fill out [more folders of runs]
 
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
@@ -15,11 +15,10 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import UserError, one_line_errors
-from tables import LEVELS, by_kind, heads_at, rows_at, spread
+from lab.tables import LEVELS, by_kind, heads_at, rows_at, spread
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
 COLUMNS = {

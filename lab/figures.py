@@ -7,12 +7,15 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from metrics.tofu import RowScores
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:  # runs go without figures then, and say so
+    plt = None
 
 STYLES = [("0.0", "-"), ("0.6", "-"), ("0.0", "--"), ("0.6", "--"), ("0.0", ":"), ("0.6", ":")]
 
@@ -22,11 +25,14 @@ def draw(folder: Path, scores: dict[str, dict[str, RowScores]], experts: dict[st
 
     experts: "share" (of forget tokens) and "affinity" (UOE, equation 2), each {"target": (L, E), "unlearned": (L, E)}.
     """
+    if plt is None:
+        print("no figures: pip install matplotlib")
+        return
     (folder / "figures").mkdir(exist_ok=True)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if log:
         figure, axis = plt.subplots(figsize=(6, 3.5))
-        for (key, label), (shade, line) in zip((("forget_ce", "cross entropy on forget rows"), ("ce", "cross entropy"),
+        for (key, label), (shade, line) in zip((("forget", "forget loss"), ("ce", "cross entropy"),
                                                 ("retain", "retain loss"), ("anchor", "anchor loss")), STYLES,
                                                strict=False):
             if key in log[0]:

@@ -21,18 +21,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from options import parse
 from tqdm import tqdm
+from unlearn import unlearn
 
 from data.batches import Batch, collate, encode_rows, left_pad
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from model import GPT
 from objectives import cross_entropy
-from options import parse
 from pretrained import save
 from runs import data_of
 from train import small_config
-from unlearn import unlearn
 
 METHODS = {  # against all parameters of the same model, NPO + GD
     "moe": {"UOE, one expert": ["--method", "uoe"], "ESFT": ["--method", "esft"],

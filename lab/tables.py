@@ -122,11 +122,11 @@ def read_path(folder: Path) -> list[dict]:
     """A run's path.jsonl behind a line for the target, epoch 0.
 
     The target was scored on all rows, the epochs on the first 100 of each set but forget.
-    Raises UserError where the run was without --path.
+    Raises UserError where the run was without --score-every-epoch.
     """
     file = Path(folder) / "path.jsonl"
     if not file.is_file():
-        raise UserError(f"{file} is missing: run train.py with --path")
+        raise UserError(f"{file} is missing: run train.py with --score-every-epoch")
     target = json.loads((Path(folder) / "metrics.json").read_text())["target"]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     start = {"epoch": 0, "step": 0, "seconds": 0.0,

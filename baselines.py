@@ -1,0 +1,186 @@
+"""The methods that ULD and UOE are compared with, by the same interface as theirs: a function each, and a table.
+
+    full         all weights                                              TOFU (arXiv 2401.06121), and everybody
+    lora         low-rank changes of all linear layers                    arXiv 2106.09685
+    esft         per layer the experts that carry a share of the affinity arXiv 2407.01906
+    offset       an assistant trained through the target's logits         arXiv 2404.11045
+    divergence   two assistants, one of which never saw the forget set    arXiv 2605.31293
+
+What they forget and keep by is objectives.py's: --forget-loss and --retain-loss. To add a method, write a function
+like `full` and give it a line in METHODS.
+
+Shapes: B batch   T tokens   V vocabulary
+"""
+
+import argparse
+import copy
+
+from torch import Tensor
+
+import uoe
+from data.batches import Rows
+from errors import UserError
+from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
+from interfaces import LanguageModel, Method
+from loop import STOP, Fit, Losses
+from model import GPT, Cache, Config
+from objectives import FORGET, RETAIN, cross_entropy
+from uld import (
+    DEPTH,
+    LORA,
+    SeveralModels,
+    add_lora,
+    assistant_depth,
+    build_assistant,
+    check,
+    first_layers,
+    merge_lora,
+)
+
+Unlearned = tuple[LanguageModel, dict[str, GPT], dict]  # what is scored, folder name -> what is kept, report
+
+
+def training(lr: tuple[float, float], epochs: tuple[int, int]) -> list[Flag]:
+    """The flags that every method here has: (small models, public models) each."""
+    return [Flag("--lr", POSITIVE, *lr, "peak learning rate"),
+            Flag("--epochs", COUNT, *epochs, "passes over the forget set, at most")]
+
+
+def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace) -> Losses:
+    """The losses(step) of most methods: forget + lambda * retain, whatever trains."""
+    forget_loss = FORGET[args.forget_loss](target, forget, args)
+    retain_loss = RETAIN[args.retain_loss](target, retain, args)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = forget.batch(step)
+        f = forget_loss(model, *forget.run(model, batch), batch)
+        batch = retain.batch(step)
+        r = retain_loss(model, *retain.run(model, batch), batch)
+        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+
+    return losses
+
+
+def full(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
+    """All weights."""
+    model = copy.deepcopy(target)
+    report = fit(model, list(model.parameters()), forget_and_keep(model, target, forget, retain, args))
+    return model, {"model": model}, report
+
+
+def lora(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
+         targets: str = "all") -> Unlearned:
+    """Low-rank changes; targets: all linear layers, or those of attn or mlp."""
+    model = copy.deepcopy(target)
+    parameters = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
+    report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
+    merged = merge_lora(model)
+    return merged, {"model": merged}, report
+
+
+def esft(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
+    """In every layer the fewest experts that carry a share p of the affinity; no router, no anchor."""
+    affinity = uoe.expert_attribution(target, forget.in_order()).cpu()
+    places = experts_reaching(affinity, args.esft_p)
+    print(uoe.affinity_table(affinity, chosen=places))
+    model = copy.deepcopy(target)
+    parameters = uoe.isolate(model, places, train_router=False)
+    lowest = min(layer for layer, _ in places)
+    forget.keep_stems(target, lowest)
+    retain.keep_stems(target, lowest)
+    if getattr(args, "rmu_layer", 0) is None:
+        args.rmu_layer = max(layer for layer, _ in places)
+    report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
+    uoe.restore(model)
+    return model, {"model": model}, report | {"unlearned_experts": [list(place) for place in places]}
+
+
+def experts_reaching(affinity: Tensor, p: float) -> list[uoe.Place]:
+    """ESFT's choice (section 3.3): per layer the fewest experts whose shares of affinity (L, E) sum to p."""
+    places = []
+    for layer, row in enumerate(affinity):
+        share, order = (row / row.sum().clamp_min(1e-12)).sort(descending=True)
+        enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1
+        places += [(layer, int(expert)) for expert in order[:enough]]
+    return places
+
+
+def offset(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
+    """The usual losses on l_target + alpha (l_assistant - l_assistant at the start), whose assistant alone trains."""
+    target.requires_grad_(False)  # so that its pass keeps nothing for a gradient
+    layers = assistant_depth(args, target.config)
+    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    before = first_layers(target, layers)
+    model = LogitOffset(target, assistant, before, args.offset_alpha)
+    parameters = [p for p in assistant.parameters() if p.requires_grad]
+    report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
+    merged = merge_lora(assistant)
+    return LogitOffset(target, merged, before, args.offset_alpha), {"assistant": merged, "before": before}, report
+
+
+def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
+    """Two assistants learn, one from the retain rows alone and one from both sets; their difference is added."""
+    layers = assistant_depth(args, target.config)
+    without, seen = (build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+                     for _ in range(2))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = forget.batch(step)
+        f = cross_entropy(seen(batch.tokens), batch.labels)
+        batch = retain.batch(step)
+        r = sum(cross_entropy(part(batch.tokens), batch.labels) for part in (without, seen))
+        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+
+    parameters = [p for part in (without, seen) for p in part.parameters() if p.requires_grad]
+    report = fit(LogitOffset(target, without, seen, args.offset_alpha), parameters, losses)
+    kept = {"without": merge_lora(without), "with": merge_lora(seen)}
+    return LogitOffset(target, kept["without"], kept["with"], args.offset_alpha), kept, report
+
+
+class LogitOffset(SeveralModels):
+    """l = l_target + alpha (l_plus - l_minus), a model like any other.
+
+    Offset unlearning (equation 2): plus is an assistant, minus the same before it unlearnt.
+    Divergence decoding: plus has not seen the forget set, minus has.
+    """
+
+    def __init__(self, target: GPT, plus: GPT, minus: GPT, alpha: float = 1.0):
+        super().__init__(target, plus, minus)
+        self.alpha = alpha
+
+    def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
+        return target + self.alpha * (plus - minus)  # Offset (2)
+
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
+        """Logits (B, T, V)."""
+        return self.combine(*self.part_logits(tokens, pad, trace))
+
+    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
+        """Logits (B, V) for generation."""
+        return self.combine(*self.part_next_logits(tokens, cache, pad))
+
+
+def no_hidden_states(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError where an offset model would be steered: it has no hidden states of its own."""
+    check(args, config)
+    if args.forget_loss == "rmu" or args.retain_loss == "hidden":
+        raise UserError("--method offset has no hidden states of its own to steer: --forget-loss npo, say")
+
+
+OFFSET_ALPHA = Flag("--offset-alpha", WEIGHT, 1.0, 1.0, "weight of the difference that is added")
+METHODS = {
+    "full": Method(full, [*training((1e-4, 1e-5), (24, 5)), STOP], arch="moe"),
+    "lora": Method(lora, [*training((1e-3, 1e-4), (24, 5)), STOP, *LORA], arch="moe"),
+    "esft": Method(esft, [*training((1e-3, 1e-5), (24, 5)), STOP,
+                          Flag("--esft-p", SHARE, 0.15, 0.15, "share of a layer's affinity that its experts reach")],
+                   arch="moe", needs_experts=True),
+    "offset": Method(offset, [*training((3e-3, 1e-4), (20, 5)), STOP, DEPTH, *LORA, OFFSET_ALPHA], arch="gpt",
+                     check=no_hidden_states,
+                     reopen=lambda target, parts, config: LogitOffset(target, parts["assistant"], parts["before"],
+                                                                      config["offset_alpha"])),
+    "divergence": Method(divergence, [*training((3e-3, 1e-3), (20, 10)), DEPTH, *LORA, OFFSET_ALPHA,
+                                      Flag("--retain-weight", WEIGHT, 1.0, 1.0, "of what both assistants learn")],
+                         arch="gpt", losses=("ce", "gd"), check=check,
+                         reopen=lambda target, parts, config: LogitOffset(target, parts["without"], parts["with"],
+                                                                          config["offset_alpha"])),
+}

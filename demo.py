@@ -1,0 +1,87 @@
+"""What the demonstrations of uoe.py and uld.py share: the embedded world's target, its rows, a loop, colours.
+
+    python uoe.py            # trains the small target once (minutes), unlearns, shows
+    python uld.py out/uld    # shows a run that is there
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import loop
+import pretrain
+from data import load_data
+from data.batches import Rows
+from data.rows import Row
+from data.tokenizer import Tokenizer
+from flags import Flag, Parser, defaults
+from interfaces import Method, TextCodec
+from model import GPT
+from pretrained import load
+from runs import Opened, read_run
+
+COLOURS = {"red": "\033[31m", "grey": "\033[90m", "plain": ""}
+
+
+def colour(text: str, name: str) -> str:
+    """The text in a colour, where the terminal has them."""
+    if not sys.stdout.isatty() or not COLOURS[name]:
+        return text
+    return f"{COLOURS[name]}{text}\033[0m"
+
+
+def parser(what: str) -> Parser:
+    out = Parser(description=what)
+    out.add_argument("run", nargs="?", help="a run folder of this method; without it, a small model is unlearned now")
+    return out
+
+
+@dataclass
+class Stage:
+    """All that a method's `unlearn` takes, and the tokenizer to read what comes out."""
+
+    target: GPT
+    sets: dict[str, Rows]  # forget, retain, and untouched where there are such
+    args: argparse.Namespace
+    fit: loop.Fit
+    tokenizer: TextCodec
+
+
+def set_up(flags: list[Flag], method: Method, **others) -> Stage:
+    """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments."""
+    args = defaults(flags, loop.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE, method="demonstration", arch=method.arch,
+                    data="world", forget=None, model=None, seed=0, out="out", device="cpu", **others)
+    pretrain.fill_in(args, on_world=True)
+    data = load_data(args.data, seed=args.seed)
+    tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
+    target, _ = load(pretrain.cached_model(args, data, tokenizer, "target") / "model")
+    forget, retain = method.rows(data, args)
+    sets = {"forget": rows_of(forget, tokenizer, args, args.seed),
+            "retain": rows_of(retain, tokenizer, args, args.seed + 1),
+            "untouched": rows_of(data.background, tokenizer, args, args.seed)}
+    folder = Path(args.out) / "cache" / "demonstration"
+    folder.mkdir(exist_ok=True)
+    stop = loop.stop_at(args.stop_at, forget, tokenizer) if "stop_at" in args else None
+    fit = loop.fitting(args, sets["forget"], folder, after_epoch=stop)
+    return Stage(target, sets, args, fit, tokenizer)
+
+
+def rows_of(rows: list[Row], tokenizer: TextCodec, args: argparse.Namespace, seed: int) -> Rows:
+    return Rows(rows, tokenizer, args.context, args.batch_size, seed, args.device)
+
+
+class Finished(Opened):
+    """A run's folder, read, with its sets as Rows."""
+
+    sets: dict[str, Rows]
+
+
+def open_run(folder: str) -> Finished:
+    """Raises UserError as runs.read_run does."""
+    run = read_run(folder)
+    out = Finished(**vars(run))
+    context, seed = run.target.config.max_len, run.config["seed"]
+    every = {"forget": run.data.forget, "retain": run.data.retain, "untouched": run.data.background}
+    out.sets = {name: Rows(rows, run.tokenizer, context, 32, seed, "cpu") for name, rows in every.items() if rows}
+    return out

@@ -1,0 +1,91 @@
+"""Command-line flags, each a line in the file that reads it; train.py puts together those that one command needs.
+
+    FLAGS = [
+        #    name      kind      small   public   what it is
+        Flag("--lr",   POSITIVE, 1.2e-2, 1e-4,    "peak learning rate of the expert"),
+    ]
+
+A flag that the chosen method, data or model does not read is not there, so giving it is an error, not a no-op.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from errors import UserError
+
+
+class Flag(NamedTuple):
+    """One flag: its kind is a function of the text, a tuple of choices, or bool for a switch."""
+
+    name: str
+    kind: Callable[[str], object] | tuple[str, ...]
+    small: object  # default for the small models trained here
+    public: object  # default for a public checkpoint (--model)
+    help: str
+    elsewhere: object = None  # default for a small model on other rows than the embedded world, where it differs
+
+    @property
+    def key(self) -> str:
+        """The attribute of the parsed arguments."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    def default(self, public: bool = False, on_world: bool = True) -> object:
+        if public:
+            return self.public
+        return self.small if on_world or self.elsewhere is None else self.elsewhere
+
+
+class Number:
+    """A kind of flag: a number from `low` to `high`; nan, inf and what no machine holds are refused."""
+
+    def __init__(self, low: float, high: float, whole: bool = False, above: bool = False):
+        self.low, self.high, self.whole, self.above = low, high, whole, above
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = math.nan
+        too_low = value <= self.low if self.above else value < self.low
+        if math.isnan(value) or too_low or value > self.high:
+            what = "a whole number" if self.whole else "a number"
+            least = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {least} to {self.high:g}")
+        return value
+
+
+COUNT = Number(1, 1_000_000, whole=True)
+NATURAL = Number(0, 1_000_000_000, whole=True)
+POSITIVE = Number(0, 1e9, above=True)
+WEIGHT = Number(0, 1e9)
+SHARE = Number(0, 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, exit 2 (errors.py)."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def add(self, title: str, flags: Iterable[Flag], public: bool = False, on_world: bool = True) -> None:
+        group = self.add_argument_group(title)
+        for flag in flags:
+            default = flag.default(public, on_world)
+            if flag.kind is bool:
+                group.add_argument(flag.name, action="store_true", help=flag.help)
+            elif isinstance(flag.kind, tuple):
+                group.add_argument(flag.name, choices=flag.kind, default=default, help=flag.help)
+            else:
+                group.add_argument(flag.name, type=flag.kind, default=default, help=flag.help,
+                                   metavar=flag.key.rpartition("_")[2].upper())
+
+
+def defaults(*lists: Iterable[Flag], **others) -> argparse.Namespace:
+    """What these flags are for a small model on the embedded world where no command line speaks; others are added."""
+    values = {flag.key: False if flag.kind is bool else flag.small for flags in lists for flag in flags}
+    return argparse.Namespace(**values | others)

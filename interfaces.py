@@ -1,0 +1,97 @@
+"""What everything here rests on: a model, a tokenizer, a method, whichever class or file brings them.
+
+Shapes: B batch   T tokens   V vocabulary   N new tokens
+"""
+
+import argparse
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flags import Flag
+from model import Config, Stem, Trace
+
+
+class LanguageModel(Protocol):
+    """What can be trained, scored and asked: a GPT, ULD's LogitDifference, a baseline's LogitOffset."""
+
+    config: Config
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def is_moe(self) -> bool: ...
+
+    def __call__(self, tokens: Tensor, *, pad: Tensor | None = None, trace: Trace | None = None,
+                 stem: Stem | None = None) -> Tensor:
+        """Logits (B, T, V) of LongTensor tokens (B, T); pad (B,): padding tokens at each row's left.
+
+        Models of several parts take no stem.
+        """
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Up to max_new_tokens tokens that follow each row, (B, N)."""
+
+    def train(self, mode: bool = True): ...
+
+    def eval(self): ...
+
+
+class TextCodec(Protocol):
+    """Text to ids and back: data/tokenizer.py's Tokenizer, or a public checkpoint's (hub/tokenizer.py)."""
+
+    vocab_size: int
+    end: int
+    stops: Collection[int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def prompt(self, question: str) -> list[int]:
+        """What the model is given: the question as it was taught to read one."""
+
+    def completion(self, answer: str) -> list[int]:
+        """What it is to say: the answer and an end token."""
+
+    def passage(self, text: str) -> list[int]:
+        """Running text, no question."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+def forget_and_retain(data: Any, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The rows that most methods learn from: the sets themselves (data: a data.DataSet)."""
+    return data.forget, data.retain
+
+
+def nothing_to_check(args: argparse.Namespace, config: Config) -> None:
+    """Most methods fit every model."""
+
+
+def model_alone(target: Any, parts: dict[str, Any], config: dict) -> Any:
+    """Most methods keep one model, and it is what is scored."""
+    return parts["model"]
+
+
+class Method(NamedTuple):
+    """An unlearning method, as train.py runs it and runs.py opens it again."""
+
+    unlearn: Callable[..., tuple[Any, dict[str, Any], dict]]
+    """(target, forget, retain, args, fit) -> (what is scored, folder name -> model to keep, report).
+
+    forget, retain: data.batches.Rows; fit: loop.fitting's. The target is left as it is. The report is fit's, and
+    whatever config.json should say besides.
+    """
+    flags: list[Flag]
+    arch: str  # of the small model it is tried on: gpt or moe
+    needs_experts: bool = False
+    losses: tuple[str, str] | None = None  # what it forgets and keeps by; None: any of objectives.FORGET and RETAIN
+    rows: Callable[..., tuple[list[dict], list[dict]]] = forget_and_retain
+    check: Callable[[argparse.Namespace, Config], None] = nothing_to_check  # UserError, before anything is trained
+    reopen: Callable[[Any, dict[str, Any], dict], Any] = model_alone  # (target, kept, config) -> what is scored

@@ -1,0 +1,179 @@
+"""Scores one model on every scored set of a data set, keeps them beside it, and makes metrics.json's numbers of them.
+
+Whatever has `model(tokens)` and `model.generate` can be scored: a GPT, or ULD's LogitDifference.
+
+Shapes: B batch   T tokens   V vocabulary
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.batches import encode_row, greedy_answers, in_order, rows_that_fit
+from data.rows import DataSet, Row
+from interfaces import LanguageModel, TextCodec
+from metrics.routing import routing_overlap
+from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
+from model import GPT
+from objectives import token_log_probs
+from pretrained import load
+from runs import forget_batches, weights_of
+
+Scores = dict[str, RowScores]
+
+
+@torch.no_grad()
+def answer_losses(model: LanguageModel, tokenizer: TextCodec, pairs: list[tuple[Row, str]], bar: tqdm | None = None,
+                  where: str = "row") -> list[float]:
+    """Mean negative log-likelihood per answer token of each (row, answer), in nats."""
+    limit = model.config.max_len
+    examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
+                for i, (row, answer) in enumerate(pairs, 1)]
+    losses = [0.0] * len(examples)
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        log_p = token_log_probs(model(batch.tokens), batch.labels)
+        count = (batch.labels >= 0).sum(1).clamp_min(1)
+        for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
+            losses[i] = loss
+        if bar is not None:
+            bar.update(len(batch.index))
+    return losses
+
+
+def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: str = "model") -> Scores:
+    """Scores of every scored set of data."""
+    out = {}
+    total = sum(3 + len(row.get("perturbed_answer", [])) for rows in data.scored.values() for row in rows)
+    with tqdm(total=total, desc=f"score {what}", mininterval=0.5) as bar:
+        for name, rows in data.scored.items():
+            # one list of pairs for the whole set: answer, right answer and wrong ones share batches
+            answers = [row.get("answer", "") for row in rows]  # a {"text": ...} row is scored as a whole
+            pairs = list(zip(rows, answers, strict=True))
+            reworded = {i: row["paraphrased_answer"] for i, row in enumerate(rows)
+                        if name not in OPTIONS and "paraphrased_answer" in row}  # elsewhere the answer stands for it
+            pairs += [(rows[i], answer) for i, answer in reworded.items()]
+            wrong = [row.get("perturbed_answer", []) for row in rows]
+            pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
+            losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row")
+            n, rest = len(rows), iter(losses[len(rows):])
+            bar.update(n - len(reworded))
+            paraphrased = losses[:n]
+            for i in reworded:
+                paraphrased[i] = next(rest)
+            asked = [row for row in rows if "question" in row]
+            right = [row["answer"] for row in asked]
+            said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
+            out[name] = RowScores(losses[:n], paraphrased, [[next(rest) for _ in w] for w in wrong],
+                                  rouge_l_recall(right, said),
+                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said)
+    return out
+
+
+def as_read(dtype: torch.dtype, tokenizer: TextCodec) -> str:
+    """What scores depend on beside the weights on disk: their dtype in memory, and the template of prompts."""
+    return f"{dtype} {getattr(tokenizer, 'template', None)}"
+
+
+def scores_key(data: DataSet, how: str) -> str:
+    """Changes with the scored rows, with as_read's answer, and with the code that scores."""
+    here = Path(__file__).parents[1]
+    sources = ("metrics/score.py", "model.py", "moe.py", "objectives.py", "uld.py", "metrics/tofu.py",
+               "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
+    made_of = [data.scored, data.limits, how, *((here / name).read_text() for name in sources)]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_scores(folder: Path, data: DataSet, scores: Scores, how: str) -> None:
+    """Into folder/scores.json, with the key of what was scored."""
+    text = json.dumps({"key": scores_key(data, how), "scores": {name: asdict(s) for name, s in scores.items()}})
+    (folder / "scores.tmp").write_text(text)
+    (folder / "scores.tmp").replace(folder / "scores.json")
+
+
+def stored_scores(folder: Path, data: DataSet, how: str) -> Scores | None:
+    """What save_scores wrote, if it was for the same rows and code."""
+    path = Path(folder) / "scores.json"
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    if stored["key"] != scores_key(data, how):
+        return None
+    return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
+
+
+def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role: str, device: str = "cpu",
+              model: GPT | None = None) -> Scores:
+    """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours.
+
+    model: the same, where it is in memory already.
+    """
+    if Path(path).is_file():
+        return read_log(Path(path))
+    dtype = getattr(torch, config["dtype"])
+    how = as_read(dtype, tokenizer)
+    scores = stored_scores(path, data, how)
+    if scores is None:
+        model = model or load(weights_of(path), dtype, device, config.get("template"))[0]
+        scores = evaluate(model, tokenizer, data, role)
+        if (Path(path) / "model").is_dir():
+            save_scores(Path(path), data, scores, how)
+    return scores
+
+
+def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
+    """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
+    out = {}
+    reference = scores["reference"]["forget"].truth_ratios() if "reference" in scores else []
+    null = null_distances(scores) if reference else []
+    for role, of in scores.items():
+        block = {name: s.summary(name) for name, s in of.items()}
+        whole = all(name in of for name in data.utility)  # a published log may lack sets
+        block["model_utility"] = utility_of(block, data.utility) if whole else None
+        block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
+        with contextlib.suppress(ValueError):  # no reference, no wrong answers, a NaN: then there is nothing to compare
+            quality = forget_quality(of["forget"].truth_ratios(), [] if role == "reference" else reference)
+            block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
+            if null and not role.startswith("reference"):
+                block["forget_quality_null"] = sum(d >= quality.D for d in null) / len(null)
+        out[role] = block
+    return out
+
+
+def null_distances(scores: dict[str, Scores]) -> list[float]:
+    """D of every pair of retain-only models: what forget quality sees where nothing was ever known."""
+    ratios = [of["forget"].truth_ratios() for role, of in scores.items() if role.startswith("reference")]
+    return [forget_quality(a, b).D for a, b in combinations(ratios, 2)]
+
+
+def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[str, Scores], target: GPT,
+                rows: int = 100) -> Callable[[dict, LanguageModel], None]:
+    """--score-every-epoch: writes a line of path.jsonl, on at most `rows` rows of each set but the whole forget set."""
+    few = copy.copy(data)
+    few.scored = {name: of if name == "forget" else of[:rows] for name, of in data.scored.items()}
+    file = folder / "path.jsonl"
+    batches = forget_batches(target, tokenizer, data) if target.is_moe else []
+
+    def watch(where: dict, model: LanguageModel) -> None:
+        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = [line for line in lines if json.loads(line)["step"] < where["step"]]  # a resumed run comes by again
+        block = summarise({**scores, "unlearned": evaluate(model, tokenizer, few, f"epoch {where['epoch']}")}, few)
+        line = where | {key: block["unlearned"][key] for key in ("model_utility", "forget_quality", "forget_quality_D")}
+        for name, of in block["unlearned"].items():
+            if isinstance(of, dict):
+                line |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
+                         f"{name} loss": of["loss"]}
+        if batches and isinstance(model, GPT):
+            layers = routing_overlap(target, model, batches)
+            line["routing_overlap"] = sum(layers) / len(layers)
+        file.with_suffix(".tmp").write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+        file.with_suffix(".tmp").replace(file)
+
+    return watch

@@ -1,0 +1,167 @@
+"""Models to unlearn: a small target and its reference, trained once and kept; or a public checkpoint, fine-tuned.
+
+    folder = cached_model(args, data, tokenizer, "target")         # out/cache/..., trained now if it is not there
+    python train.py --method finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data tofu --name target
+
+The *target* saw everything; the *reference* never saw the forget set, and is what unlearning is to arrive at.
+
+Shapes: B batch   T tokens   V vocabulary   E experts
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import objectives
+from data.batches import Rows
+from data.rows import DataSet, Row
+from data.tokenizer import Tokenizer
+from errors import UserError
+from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
+from interfaces import TextCodec
+from loop import minimise
+from model import GPT, Config
+from moe import load_balancing_loss, topic_information
+from pretrained import save
+
+SMALL = [  # the small models
+    #     name                 kind                            default            what it is
+    Flag("--depth",            Number(1, 256, whole=True),     4,    None,        "layers"),
+    Flag("--width",            Number(8, 16_384, whole=True),  128,  None,        "of the residual stream; a head has "
+                                                                                  "32 of it"),
+    Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the world, "
+                                                                                  "256 elsewhere"),
+    Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer; 0: 1024 on the "
+                                                                                  "world, 4096 elsewhere"),
+    Flag("--pretrain-epochs",  NATURAL,                        0,    None,        "0: 8 for a mixture of experts, 6 "
+                                                                                  "without: enough for every wording"),
+    Flag("--pretrain-lr",      POSITIVE,                       3e-3, None,        "peak learning rate of pretraining"),
+    Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
+                                                                                  "they give forget quality's null"),
+]
+SMALL_MOE = [  # if they are mixtures of experts
+    Flag("--experts",          Number(1, 4096, whole=True),    16,   None,        "per layer"),
+    Flag("--top-k",            Number(1, 4096, whole=True),    4,    None,        "experts per token"),
+    Flag("--specialise",       WEIGHT,                         0.0,  None,        "weight of I(topic; expert): what is "
+                               "kept, beside and to be forgotten get experts of their own"),
+]
+FINETUNE = [  # --method finetune
+    #     name                 kind      small  public  what it is
+    Flag("--lr",               POSITIVE, None,  1e-5,   "peak learning rate"),
+    Flag("--epochs",           COUNT,    None,  5,      "passes over the rows"),
+]
+BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
+# What a cached model rests on beside this file; paths from the root.
+SOURCES = ("model.py", "moe.py", "loop.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
+
+
+def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
+    """The small GPT is a Llama, the small MoE an OLMoE (q/k norm over all heads, kept weights not renormalised)."""
+    heads = max(1, args.width // 32)
+    shape = dict(vocab_size=vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads, d_model=args.width,
+                 max_len=args.context)
+    try:
+        if args.arch == "gpt":
+            return Config(**shape, d_ff=3 * args.width)
+        return Config(**shape, d_ff=args.width // 2, n_expert=args.experts, top_k=args.top_k, qk_norm="full")
+    except ValueError as error:
+        raise UserError(f"--width {args.width}: {error}") from None
+
+
+def fill_in(args: argparse.Namespace, on_world: bool) -> None:
+    """What 0 stands for, where it depends on the data. Raises UserError for a vocabulary without all bytes."""
+    args.context = args.context or (64 if on_world else 256)
+    args.vocab_size = args.vocab_size or (1024 if on_world else 4096)
+    args.pretrain_epochs = args.pretrain_epochs or (8 if args.arch == "moe" else 6)
+    if args.vocab_size < 300:
+        raise UserError(f"--vocab-size {args.vocab_size} is below 300: 256 bytes and the special tokens come first")
+
+
+def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: str, epochs: int, lr: float,
+          weight_decay: float, resume: bool, topics: list[int] | None = None, balance: float = BALANCE) -> dict:
+    """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.minimise's report.
+
+    topics: of which set each row is, for --specialise, which also rewards routers for telling the sets apart.
+    """
+    topic_of = torch.tensor(topics, device=args.device) if topics else None
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = rows.batch(step)
+        logits, trace = rows.run(model, batch)
+        loss = objectives.cross_entropy(logits, batch.labels)
+        terms = {"ce": loss, "loss": loss}
+        if model.is_moe:
+            routings = list(trace.routing.values())
+            terms["balance"] = load_balancing_loss(routings, batch.mask)
+            terms["loss"] = loss + balance * terms["balance"]
+            if topic_of is not None:  # on answers alone: the first words of a question are those of every set
+                terms["topic"] = topic_information(routings, batch.labels >= 0, topic_of[batch.index])
+                terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
+        return terms
+
+    model.checkpointing = args.checkpointing
+    model.train()
+    report = minimise(list(model.parameters()), losses, epochs * rows.per_epoch, lr, folder, what, rows.seed,
+                      weight_decay=weight_decay, save_every=args.save_every, resume=resume)
+    model.eval()
+    return report
+
+
+def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str,
+                 balance: float = BALANCE) -> Path:
+    """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
+    sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
+    rows = [row for one_set in sets for row in one_set]
+    topics = None
+    if args.arch == "moe" and args.specialise:
+        topics = [number for number, one_set in enumerate(sets) for _ in one_set]
+    seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
+    config = small_config(args, tokenizer.vocab_size)
+    key = key_of(config, args, balance, seed, rows, topics, data.texts())
+    folder = Path(args.out) / "cache" / f"{args.arch}-{Path(args.forget or args.data).resolve().stem}-{role}-{key}"
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the very same model: wait for it
+        if folder.is_dir():
+            return folder
+        partial.mkdir(exist_ok=True)
+        torch.manual_seed(seed)
+        model = GPT(config).to(args.device)
+        report = learn(args, model, Rows(rows, tokenizer, args.context, BATCH, seed, args.device), partial, role,
+                       args.pretrain_epochs, args.pretrain_lr, weight_decay=0.1, resume=True, topics=topics,
+                       balance=balance)
+        if report["diverged"]:
+            raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
+        save(model, tokenizer, partial / "model")
+        partial.rename(folder)
+    return folder
+
+
+def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, rows: list[Row],
+           topics: list[int] | None, texts: Iterable[str]) -> str:
+    """Changes with whatever makes a small model: its shape, its rows, how it learns, and the code that does it."""
+    taught = []
+    for row in rows:
+        taught.append([row[key] for key in ("question", "answer", "text") if key in row])
+    here = Path(__file__).parent
+    code = [(here / name).read_text() for name in (Path(__file__).name, *SOURCES)]
+    how = [args.pretrain_epochs, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), BATCH]
+    # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
+    made_of = [vars(config), how, seed, taught, topics, sorted(texts), code]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: DataSet, folder: Path) -> dict:
+    """--method finetune: the target or, where args.keeps_only, the reference; returns loop.minimise's report."""
+    rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
+    return learn(args, model, Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device), folder,
+                 "finetune", args.epochs, args.lr, args.weight_decay, args.resume)
