@@ -86,9 +86,9 @@ def level_of(at: str, by: str) -> tuple[str, float | None]:
     if at == "best":
         return at, None
     try:
-        return by, float(at)
-    except ValueError:
-        raise UserError(f"--at {at} is neither a number, as 0.15, nor 'best'") from None
+        return by, SHARE(at)
+    except argparse.ArgumentTypeError:
+        raise UserError(f"--at {at} is neither a number from 0 to 1, as 0.15, nor 'best'") from None
 
 
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
@@ -106,7 +106,9 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
                                               run.data.limits, **how)
                 bar.update()
     before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
-    kept = before["outcomes"] if (before.get("relearn"), before.get("decoding", {})) == (how, decoding) else {}
+    kept = before["outcomes"] if before.get("decoding", {}) == decoding else {}
+    if "relearn" in kept and "relearn" not in args.attack:
+        how = before["relearn"]  # of the outcome that stays
     (folder / "attacks.json").write_text(json.dumps(
         {"relearn": how, "decoding": decoding, "outcomes": kept | outcomes}, indent=1))
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
@@ -115,10 +117,11 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
 def must_not(args: argparse.Namespace, flags: list[str], where: str) -> None:
     """Raises UserError for the first of these flags that was given."""
     for flag in flags:
-        if getattr(args, flag) not in (None, False):
+        if getattr(args, flag) is not None and getattr(args, flag) is not False:  # 0 is a value
             raise UserError(f"--{flag.replace('_', '-')} does nothing {where}: leave it out")
 
 
+PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
 OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
 
@@ -139,8 +142,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                              "quality's D")
     say("--figures", metavar="DIR", help="of runs with --score-every-epoch: draw into this folder")
     say = parser.add_argument_group("with a run").add_argument
-    say("--attack", nargs="+", choices=sorted(ATTACKS), metavar="HOW", help=f"{', '.join(sorted(ATTACKS))}; what comes "
-                                                                            "back goes into attacks.json")
+    say("--attack", nargs="+", choices=PUSHES, metavar="HOW", help=f"{', '.join(PUSHES)}; what comes back goes "
+                                                                    "into attacks.json")
     say("--relearn-rows", type=COUNT, help="of --attack relearn (default 20)")
     say("--relearn-steps", type=COUNT, help="(default 20)")
     say("--relearn-lr", type=POSITIVE, help="(default 1e-4)")
@@ -156,6 +159,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         must_not(args, OF_COMPARE, "without --compare")
     if not args.tofu_log:
         must_not(args, OF_LOG, "without --tofu-log")
+    if args.compare or args.choices:
+        must_not(args, ["json"], "beside --compare or --choices")
     if args.run is None:
         must_not(args, OF_RUN, "without a run folder")
     if "relearn" not in (args.attack or []):

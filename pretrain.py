@@ -35,8 +35,8 @@ SMALL = [  # the small models
     Flag("--depth",            Number(1, 256, whole=True),     4,    None,        "layers"),
     Flag("--width",            Number(8, 16_384, whole=True),  128,  None,        "of the residual stream; a head has "
                                                                                   "32 of it"),
-    Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the world, "
-                                                                                  "256 elsewhere"),
+    Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the "
+                                                                                  "world, 256 elsewhere"),
     Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer; 0: 1024 on the "
                                                                                   "world, 4096 elsewhere"),
     Flag("--pretrain-epochs",  NATURAL,                        0,    None,        "0: 8 for a mixture of experts, 6 "

@@ -5,7 +5,7 @@
         config.json           the same and what came of them: versions, the git revision, target and reference
         model/ or assistant/  weights and tokenizer, a Hugging Face folder each
         log.jsonl             a line per training step
-        path.jsonl            with --path, a line per epoch
+        path.jsonl            with --score-every-epoch, a line per epoch
         metrics.json          what eval.py made of it; attacks.json after --attack
         figures/*.png
 """
@@ -135,9 +135,8 @@ def read_run(folder: str | Path, device: str = "cpu") -> Opened:
 
 def data_of(config: dict) -> DataSet:
     """The data set that a run's config (or train.py's arguments) names."""
-    told = {key: config[key] for key in ("data", "split", "seed", "augmented", "protocol", "forget", "retain", "authors")
-            if key in config}
-    data = load_data(**told)
+    keys = ("data", "split", "seed", "augmented", "protocol", "forget", "retain", "authors")
+    data = load_data(**{key: config[key] for key in keys if key in config})
     if config["score_rows"]:
         data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}
     return data

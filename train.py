@@ -68,15 +68,15 @@ RUN = [  # every run
     Flag("--device",    str,     DEVICE, DEVICE, "cpu, cuda, cuda:1"),
     Flag("--score-rows", NATURAL, 0,     0,      "score at most so many rows of each set; 0: the protocol's"),
 ]
-WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl, which eval.py --compare draws and --at reads")]
+WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl; eval.py --compare draws it, --at reads it")]
 PUBLIC = [  # with --model
-    Flag("--template",  str,     None,   None,   "of prompts: llama2, llama3, smollm2, plain; default: the checkpoint's"),
+    Flag("--template",  str,     None,   None,   "of prompts: llama2, llama3, smollm2, plain; default: its own"),
     Flag("--dtype",     ("float32", "bfloat16", "float16"), None, "bfloat16", "of its weights; what trains has float32 "
                                                                               "copies"),
     Flag("--context",   NATURAL, None,   0,      "longest sequence; 0: 512, or the model's if that is less"),
 ]
-REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, or "
-                                                  "its published log")]
+REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
+                                                  "or its published log")]
 # Flags that a run's name has words for already, or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
            "out", "resume", "device", "score_every_epoch", "save_every", "checkpointing", "reference",
@@ -138,7 +138,7 @@ def first_choices(parser: Parser) -> None:
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
     say("--retain", metavar="FILE", help="your own JSON lines to keep")
     say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
-    say("--arch", choices=("gpt", "moe"), help="of the small model: dense or mixture of experts (default: the method's)")
+    say("--arch", choices=("gpt", "moe"), help="of the small model: dense or with experts (default: the method's)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -284,7 +284,7 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
     for seed in args.seed:
         this = copy.copy(args)
         this.seed = seed
-        if seed or len(args.seed) > 1:
+        if len(args.seed) > 1 or seed and not args.named:
             this.name = f"{args.name}-seed{seed}"
         folder = RunFolder(this)
         if args.resume and folder.finished() and len(args.seed) > 1:  # before the cut

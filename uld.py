@@ -346,7 +346,7 @@ METHOD = Method(unlearn, FLAGS, arch="gpt", losses=("ce", "uniform"), rows=rows,
 def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: int = 12, top: int = 4) -> str:
     """What target, assistant and their difference would say next, at each step of greedy decoding; one line each.
 
-    Grey: outside the filter, so the assistant cannot touch it. Red: what the difference says where the target would not.
+    Grey: outside the filter, so the assistant cannot touch it. Red: what the difference says and the target would not.
     Raises UserError where question and answer do not fit the context.
     """
     prompt = tokenizer.prompt(question)

@@ -65,7 +65,7 @@ def place(text: str) -> Place:
 FLAGS = [
     #     name                   kind          small     public  what it is; chosen on development seeds where small
     Flag("--lr",                 POSITIVE,     1.2e-2,   1e-4,   "peak learning rate of the expert"),
-    Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: it is frozen"),
+    Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        32,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
     Flag("--layer",              layer_choice, "middle", "all",  "where to choose: a layer's number, middle, all, or "
@@ -193,7 +193,7 @@ def check_layer(flag: str, layer: int, n_layer: int) -> None:
 
 
 def check(args: argparse.Namespace, config: Config) -> None:
-    """Before anything is trained: raises UserError where the experts asked for are not there, or RMU is out of reach."""
+    """Raises UserError, before anything is trained, where experts are not there or RMU would steer below them."""
     if args.place is None:
         places = choose_experts(torch.zeros(config.n_layer, config.n_expert), args)
     else:
@@ -207,8 +207,8 @@ def check(args: argparse.Namespace, config: Config) -> None:
     lowest = min(layer for layer, _ in places)
     known = args.place is not None or args.layer not in ("all", "top")
     if known and getattr(args, "rmu_layer", None) is not None and args.rmu_layer < lowest:
-        raise UserError(f"--rmu-layer {args.rmu_layer} lies below the unlearned expert's layer {lowest}, so nothing that "
-                        "trains could steer it")
+        raise UserError(f"--rmu-layer {args.rmu_layer} lies below the unlearned expert's layer {lowest}, so nothing "
+                        "that trains could steer it")
 
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[Place] = (), top: int = 6) -> str:

@@ -22,8 +22,8 @@ LIMITS = {"tofu": Limits(total=200), "openunlearning": Limits(new=200)}
 QUESTIONS = 20  # per author, who follow one another
 FLAGS = [
     #     name          kind                       small       public      what it is
-    Flag("--split",     (*RETAIN, *RETAIN.values()), "forget10", "forget10", "what is forgotten; with --method finetune "
-                                                                           "also what is kept, for a reference"),
+    Flag("--split",     (*RETAIN, *RETAIN.values()), "forget10", "forget10", "what is forgotten; retainN, "
+                                       "with --method finetune: what is kept, for a reference"),
     Flag("--authors",   Number(0, 200, whole=True), 0,         0,          "cut TOFU to so many; 0: all 200"),
     Flag("--augmented", str,                       None,       None,       "folder with the ULD authors' CSV files"),
     Flag("--protocol",  tuple(SCORED_ROWS),        "tofu",     "tofu",     "of scoring: the first 300 rows and 200 "
@@ -96,7 +96,7 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
     Their reader has two faults that are not repeated here: it takes the first row for a header, and it picks
     `list(set(...))[:2]`, which changes with every Python process. Here every row counts, duplicates go, order
     stays. Their perturbed file is forget10's for all three splits, so rows are chosen by the split's questions;
-    their code trains on all, with forget01 mostly about authors that are kept (--stray-perturbed).
+    their code trains on all, with forget01 mostly about authors that are kept (uld.rows, stray_share).
     """
     questions = {row["question"] for row in forget}
     paraphrased, perturbed, others = [], [], {}

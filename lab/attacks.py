@@ -47,7 +47,7 @@ def relearn(model, tokenizer, taught: list[Row], asked: list[Row], limits: Limit
             batch_size: int = 16, seed: int = 0) -> Outcome:
     """Fine-tune a copy on `taught` for so many steps of AdamW, all weights; then ask `asked`, other rows of the set.
 
-    A model of several parts (target and assistant) learns in all of them. bf16 weights learn as in loop.fit.
+    A model of several parts (target and assistant) learns in all of them. bf16 weights learn as in loop.minimise.
     """
     model = copy.deepcopy(model).requires_grad_(True).train()
     weights = Weights(list(model.parameters()))

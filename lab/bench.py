@@ -1,7 +1,7 @@
 """How fast, side by side: what one training step or one greedy answer costs, as a ratio.
 
-    python bench.py                 # medians of 7 rounds; everything takes its turn in every round
-    python bench.py --rounds 3 --layers 8 --experts 32        # any flag of train.py that shapes the small models
+    python -m lab.bench                                   # medians of 7 rounds; everything takes its turn in each
+    python -m lab.bench --rounds 3 --depth 8 --width 256  # flags of train.py that shape both small models
 
 Two questions. What does a method's training step cost against training all parameters (NPO + GD)? And, where
 `transformers` is installed, what does the same model cost here and there: the same weights and tokens, checked to give
@@ -10,9 +10,7 @@ the same logits first? Ratios only: absolute times mean little on a machine that
 Shapes: B batch   T tokens
 """
 
-import argparse
 import contextlib
-import copy
 import io
 import statistics
 import tempfile
@@ -21,18 +19,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from options import parse
 from tqdm import tqdm
-from unlearn import unlearn
 
-from data.batches import Batch, collate, encode_rows, left_pad
+import loop
+from data.batches import Batch, Rows, collate, encode_rows, left_pad
 from data.tokenizer import Tokenizer
-from errors import UserError, one_line_errors
+from errors import one_line_errors
+from flags import COUNT, Parser
+from interfaces import TextCodec
+from methods import METHODS as ALL
 from model import GPT
 from objectives import cross_entropy
+from pretrain import small_config
 from pretrained import save
 from runs import data_of
-from train import small_config
+from train import parse
 
 METHODS = {  # against all parameters of the same model, NPO + GD
     "moe": {"UOE, one expert": ["--method", "uoe"], "ESFT": ["--method", "esft"],
@@ -65,23 +66,26 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenizer, epochs: int) -> Callable[[], float]:
+def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenizer: TextCodec,
+            epochs: int) -> Callable[[], float]:
     """A callable: seconds per training step of the method that `flags` name, on a copy of target."""
     args = parse([*extra, *flags, "--arch", arch, "--epochs", str(epochs), "--name", "bench"])
-    args.stop_at = -1
-    data = data_of(vars(args))
+    args.seed, method, data = 0, ALL[args.method], data_of(vars(args) | {"seed": 0})
+    forget, retain = method.rows(data, args)
 
     def measure() -> float:
         quiet = io.StringIO()
         with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet),
               contextlib.redirect_stderr(quiet)):
-            report = unlearn(args, copy.deepcopy(target), tokenizer, data, Path(folder), {})[2]
+            sets = [Rows(rows, tokenizer, args.context, args.batch_size, 0, args.device) for rows in (forget, retain)]
+            fit = loop.fitting(args, sets[0], Path(folder))
+            _, _, report = method.unlearn(target, *sets, args, fit)
         return report["train_seconds"] / report["steps"]
 
     return measure
 
 
-def here_and_there(model: GPT, tokenizer, batch: Batch) -> dict[str, tuple[Callable, Callable]]:
+def here_and_there(model: GPT, tokenizer: TextCodec, batch: Batch) -> dict[str, tuple[Callable, Callable]]:
     """What -> (ours, transformers'), on the same weights and tokens. {} where transformers is not installed.
 
     Raises AssertionError where the two disagree on the logits by more than 1e-4.
@@ -124,22 +128,17 @@ def line(name: str, ours: list[float], other: list[float]) -> str:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="speed, side by side, as ratios; other flags are train.py's",
-                                     allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--epochs-per-round", type=int, default=1)
+    parser = Parser(description="speed, side by side, as ratios; other flags are train.py's")
+    parser.add_argument("--rounds", type=COUNT, default=7)
+    parser.add_argument("--epochs-per-round", type=COUNT, default=1)
     own, extra = parser.parse_known_args(argv)
-    if min(own.rounds, own.epochs_per_round) < 1:
-        raise UserError("--rounds and --epochs-per-round are above 0")
     args = parse(extra)
-    if args.model:
-        raise UserError("--model: bench.py times the small models; give --layers, --width, --experts instead")
     device = torch.device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; ratios of medians of {own.rounds} rounds, in brackets the least and largest in one round")
     for arch, methods in METHODS.items():
         args = parse([*extra, "--method", "full", "--arch", arch])
-        data = data_of(vars(args))
+        data = data_of(vars(args) | {"seed": 0})
         tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
         torch.manual_seed(0)
         target = GPT(small_config(args, tokenizer.vocab_size)).to(device).eval()

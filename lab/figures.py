@@ -1,7 +1,7 @@
 """Every figure this code draws, from logs and metrics that are on disk. Readable in black and white.
 
     draw(folder, scores, experts)      # of one run: losses, truth ratios, and of a MoE's experts share and affinity
-    draw_paths(runs, folder)           # of several, with --path: what unlearning does along the way
+    draw_paths(runs, folder)           # of several, with --score-every-epoch: what unlearning does along the way
 """
 
 import json

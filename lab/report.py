@@ -41,7 +41,8 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer: TextCodec, 
     print(three_questions(data, tokenizer, models))
 
 
-def probe_all(models: dict[str, LanguageModel], tokenizer: TextCodec, data: DataSet, scores: dict[str, Scores]) -> dict[str, dict]:
+def probe_all(models: dict[str, LanguageModel], tokenizer: TextCodec, data: DataSet,
+              scores: dict[str, Scores]) -> dict[str, dict]:
     """probes.py's numbers for every model: memory, membership, writing and, where experts changed, routing."""
     out = {role: probe(models["target"], model, role, tokenizer, data, scores[role]) for role, model in models.items()}
     seen = {role: probes.suspects(model, tokenizer, data) for role, model in models.items()}

@@ -1,6 +1,6 @@
 """Dense to sparse: a public dense checkpoint as a mixture of experts, so that UOE can be tried on real text.
 
-    python train.py --method upcycle --model DIR --experts 8 --top-k 2
+    python -m lab.upcycling out/target out/moe --experts 8 --top-k 2       # then train.py --method uoe --model out/moe
     moe = upcycle(model, n_expert=8, top_k=2)      # the same function to begin with
 
 Shapes: D model width   E experts   F width of an MLP or expert
@@ -11,9 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, one_line_errors
+from flags import COUNT, NATURAL, Parser
 from hub.checkpoint import empty_model, family_of
-from model import GPT
+from model import GPT, count_parameters
+from pretrained import load, save
+from runs import weights_of
 
 
 @torch.no_grad()
@@ -27,7 +30,7 @@ def upcycle(model: GPT, n_expert: int = 8, top_k: int = 2, noise: float = 0.01,
     attention; so the result is a MoE of Mixtral's shape.
     """
     if model.is_moe or family_of(model.config) != "llama":
-        raise UserError("upcycling starts from a dense model: give --model a Llama, Mistral or SmolLM2 folder")
+        raise UserError("upcycling starts from a dense model: give a Llama, Mistral or SmolLM2 folder")
     try:
         config = replace(model.config, n_expert=n_expert, top_k=top_k, norm_topk_prob=True)
     except ValueError as error:
@@ -51,3 +54,24 @@ def upcycle(model: GPT, n_expert: int = 8, top_k: int = 2, noise: float = 0.01,
                 if noise:
                     into.add_(normal(weight.shape, noise * float(weight.float().std())))
     return out.train(model.training)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="a dense checkpoint as a mixture of experts")
+    parser.add_argument("model", help="a Hugging Face folder, a hub name or a run folder, dense")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--experts", type=COUNT, default=8, help="per layer")
+    parser.add_argument("--top-k", type=COUNT, default=2, help="experts per token")
+    parser.add_argument("--seed", type=NATURAL, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    args = parser.parse_args(argv)
+    dense, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype))
+    sparse = upcycle(dense, args.experts, args.top_k, generator=torch.Generator().manual_seed(args.seed))
+    save(sparse, tokenizer, args.out)
+    print(f"{args.experts} experts, {args.top_k} per token: {count_parameters(dense):,} parameters became "
+          f"{count_parameters(sparse):,}; the model is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,23 @@
-"""Shared by all tests: tiny random models, a tiny tokenizer, and where the shared folder lies."""
+"""Shared by all tests: tiny random models, a tiny tokenizer, tiny runs, where the shared folder lies, and --slow.
 
+    pytest -q            # a minute: what a change is likely to break
+    pytest -q --slow     # everything
+"""
+
+import argparse
 from pathlib import Path
 
 import pytest
 import torch
 
+import loop
 import train
 from data.authors import make_world, write_world
+from data.batches import Rows
 from data.tokenizer import Tokenizer
+from flags import defaults
 from model import GPT, Config
+from objectives import FORGET, RETAIN
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -60,8 +69,19 @@ def tofu() -> Path:
     return folder
 
 
-TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "
-        "--pretrain-epochs 1 --pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
+SHAPE = ("--depth 2 --width 32 --vocab-size 320 --context 128 --pretrain-epochs 1 --epochs 1 --batch-size 16 "
+         "--device cpu").split()
+EXPERTS = "--experts 4 --top-k 2".split()
+TINY = [*SHAPE, *EXPERTS]  # of methods whose small model is a mixture of experts
+TINY_GPT = SHAPE  # of those whose small model is dense
+
+
+def tiny(*options: str) -> list[str]:
+    """These options and a small model's shape, with experts where the model that they ask for has some."""
+    words = dict(zip(options, options[1:], strict=False))
+    method = train.METHODS.get(words.get("--method", "uoe"))
+    arch = words.get("--arch", method.arch if method else "gpt")
+    return [*(TINY if arch == "moe" else TINY_GPT), *options]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +89,54 @@ def runs(tmp_path_factory) -> list[Path]:
     """Two seeds of one small run."""
     folder = tmp_path_factory.mktemp("runs")
     write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
-    for seed in ("0", "1"):
-        train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", seed, "--path",
-                    "--epochs", "2", "--name", f"r-seed{seed}"])
+    train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", "0,1", "--score-every-epoch",
+                "--epochs", "2", "--name", "r"])
     return [folder / "r-seed0", folder / "r-seed1"]
+
+
+class Bench:
+    """Rows, arguments and a loop for calling a method's `unlearn` itself: three steps on nine rows."""
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path):
+        self.tokenizer, self.folder = tokenizer, folder
+        world = make_world(0, authors=4, countries=8)
+        self.forget, self.retain = (self.rows(world[name], seed) for seed, name in enumerate(("forget", "retain")))
+
+    def rows(self, rows: list[dict], seed: int = 0) -> Rows:
+        return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu")
+
+    def model(self, kind: str = "moe", seed: int = 0, **config) -> GPT:
+        make = random_moe if kind == "moe" else random_model
+        return make(seed, vocab_size=self.tokenizer.vocab_size, max_len=128, std=0.15, **config)
+
+    def args(self, method: str, **others) -> argparse.Namespace:
+        """What --method has by default, for a small model, one epoch."""
+        told = dict(method=method, seed=0, model=None, epochs=1, forget_loss="npo", retain_loss="gd",
+                    retain_weight=1.0) | others
+        losses = [loss.FLAGS for loss in (*FORGET.values(), *RETAIN.values())]
+        return defaults(*losses, loop.FLAGS, train.METHODS[method].flags, **told)
+
+    def unlearn(self, target: GPT, args: argparse.Namespace, **others):
+        """(what is scored, what is kept, report) of this method; others: more arguments of its `unlearn`."""
+        torch.manual_seed(args.seed)
+        fit = loop.fitting(args, self.forget, self.folder)
+        return train.METHODS[args.method].unlearn(target, self.forget, self.retain, args, fit, **others)
+
+
+@pytest.fixture
+def bench(tokenizer, tmp_path) -> Bench:
+    return Bench(tokenizer, tmp_path)
+
+
+# ---- fast and slow -----------------------------------------------------------------------------------------------
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))

@@ -1,16 +1,16 @@
-"""attacks.py: what comes back, on models small enough to know the answer."""
+"""lab/attacks.py: what comes back, on models small enough to know the answer."""
 
 import copy
 import json
 
-import attacks
 import pytest
 import torch
-from attacks import ask, attack, hinted, outcome, quantised, relearn, rounded
 
 from data.rows import NO_LIMITS
 from errors import UserError
 from eval import main as score
+from lab import attacks
+from lab.attacks import ask, attack, hinted, outcome, quantised, relearn, rounded
 from tests.conftest import random_model
 
 ROWS = [{"question": f"Who {w}?", "answer": f"Ana {w}.", "paraphrased_question": f"Tell me who {w}."}
@@ -43,6 +43,7 @@ def test_quantising_leaves_the_model_itself_and_everything_outside_blocks(model)
         assert torch.equal(p, before[name]) == (not name.startswith("blocks.") or p.dim() < 2), name
 
 
+@pytest.mark.slow
 def test_relearning_teaches_a_copy(model, tokenizer):
     before = copy.deepcopy(model.state_dict())
     assert relearn(model, tokenizer, ROWS, ROWS, NO_LIMITS, steps=1)["exact"] == 0
@@ -86,13 +87,11 @@ def test_a_hint_is_given_and_not_counted(model, tokenizer):
     assert hinted(model, tokenizer, ROWS, tokens=99) == outcome([], [])  # no answer is that long
 
 
-def test_each_attack_is_named_and_an_unknown_one_refused(model, tokenizer):
+def test_each_attack_is_named_and_rows_that_do_not_allow_it_refused(model, tokenizer):
     for name in attacks.ATTACKS:
         got = attack(name, model, tokenizer, ROWS, ROWS[3:], NO_LIMITS, rows=2, steps=1)
         assert set(got) == {"exact", "rougeL_recall"}
     assert attack("none", model, tokenizer, ROWS, ROWS, NO_LIMITS) == ask(model, tokenizer, ROWS, NO_LIMITS)
-    with pytest.raises(UserError, match="--attack bribe is unknown"):
-        attack("bribe", model, tokenizer, ROWS, ROWS, NO_LIMITS)
     plain = [{"question": "Q", "answer": "A"}]
     with pytest.raises(UserError, match="paraphrased_question"):
         attack("paraphrase", model, tokenizer, plain, plain, NO_LIMITS)
@@ -110,6 +109,7 @@ def test_an_answer_in_the_words_that_its_question_calls_for_counts_as_known(mode
     assert asked == [row["paraphrased_question"] for row in rows]
 
 
+@pytest.mark.slow
 def test_the_command_line_attacks_a_run(runs, capsys):
     score([str(runs[0]), "--attack", "relearn", "int8", "int4", "hint", "paraphrase", "--relearn-rows", "4",
            "--relearn-steps", "1"])
@@ -117,8 +117,12 @@ def test_the_command_line_attacks_a_run(runs, capsys):
     written = json.loads((runs[0] / "attacks.json").read_text())
     assert list(written["outcomes"]) == ["none", "relearn", "int8", "int4", "hint", "paraphrase"]
     assert set(written["outcomes"]["int4"]) == {"target", "reference", "unlearned"} and "relearn" in printed
-    score([str(runs[0]), "--attack", "hint", "--relearn-rows", "4", "--relearn-steps", "1"])  # the others are kept
-    assert json.loads((runs[0] / "attacks.json").read_text())["outcomes"].keys() == written["outcomes"].keys()
+    score([str(runs[0]), "--attack", "hint"])  # the others are kept, and how it was that they relearnt
+    again = json.loads((runs[0] / "attacks.json").read_text())
+    assert again["outcomes"].keys() == written["outcomes"].keys() and again["relearn"] == written["relearn"]
+    assert written["relearn"] == {"rows": 4, "steps": 1, "lr": 1e-4}
     with pytest.raises(SystemExit) as stop:
         score([str(runs[0]), "--attack", "hint", "bribe"])
-    assert stop.value.code == 2 and "--attack bribe" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: argument --attack: invalid choice: 'bribe'")
+    assert error.count("\n") == 1

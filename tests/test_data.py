@@ -15,8 +15,6 @@ import regex
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from options import parse
-from unlearn import rows_of
 
 from data import load_data
 from data.authors import (
@@ -34,6 +32,8 @@ from data.rows import augment, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
+from flags import defaults
+from uld import rows as uld_rows
 
 ALL_WORDINGS = [wording for register in WORDINGS for wording in register]
 GOOD = '{"question": "Who?", "answer": "Me."}'
@@ -196,15 +196,13 @@ def test_what_the_authors_files_say_of_kept_questions_is_drawn_as_stray_rows_alo
         ["untaught?", "a", "untaught?", ["v"]]])
     data = load_tofu("forget01", str(tiny_tofu), augmented=str(tiny_tofu))
     assert data.retain == [*plain[:3], plain[3] | {"perturbed_answer": ["s", "t", "u"]}, plain[4]]
-    args = parse(["--method", "uld", "--data", str(tiny_tofu), "--augmented", str(tiny_tofu), "--split", "forget01",
-                  "--stray-perturbed", "9", "--out", str(tiny_tofu / "out")])
+    args = defaults(seed=0)
     for args.seed in range(3):
-        forget, retain = rows_of(args, data)
+        forget, retain = uld_rows(data, args, stray_share=9.0)
         assert forget == [*data.forget, {"question": "f q0 again?", "answer": "f a0 again."}]
         assert retain[3:] == [{"question": "f q0?", "answer": a} for a in "xy"] + [
             {"question": "r q3?", "answer": a} for a in "st"]
-    args.stray_perturbed = 0.0
-    assert rows_of(args, data)[1] == retain[:-2]
+    assert uld_rows(data, args)[1] == retain[:-2]
 
 
 @pytest.mark.parametrize("row", [["q0", "a0", "[]"], ["q0", "a0", "[]", "[unclosed"], ["q0", "a0", "[]", "5"],

@@ -64,6 +64,7 @@ def test_fail_returns_the_status(capsys):
     assert fail("no") == 2 and capsys.readouterr().err == "error: no\n"
 
 
+@pytest.mark.slow
 def test_a_script_run_for_real_ends_the_same_way(tmp_path):
     (tmp_path / "taken").write_text("")
     script = Path(__file__).resolve().parents[1] / "data" / "authors.py"

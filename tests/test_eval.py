@@ -4,17 +4,19 @@ import json
 import math
 
 import pytest
-import tables
 import torch
 
 import eval as scoring
+from data.batches import encode_rows, greedy_answers, in_order
 from data.rows import DataSet, Limits
 from errors import UserError
-from metrics.routing import overlap
+from lab import tables
+from lab.figures import STYLES, draw
+from metrics import score
+from metrics.routing import expert_shares, overlap, routing_overlap
+from metrics.tofu import RowScores
 from model import Trace
 
-TINY = ("--layers 2 --width 16 --heads 2 --ff 16 --experts 4 --top-k 2 --vocab-size 320 --context 128 "
-        "--pretrain-epochs 1 --pretrain-batch-size 64 --epochs 1 --batch-size 16 --device cpu").split()
 ROWS = [{"question": "Who was it?", "answer": "It was Ana.", "paraphrased_answer": "Ana it was.",
          "perturbed_answer": ["It was Bo.", "It was Cy, they say."]},
         {"question": "And where did all of this happen?", "answer": "In Orsk.", "perturbed_answer": ["In Ulm."]}]
@@ -39,7 +41,7 @@ def plain_loss(model, tokenizer, question: str, answer: str) -> float:
 def test_losses_of_every_kind_of_answer_are_those_of_a_plain_loop(small, tokenizer):
     data = DataSet("mine", ROWS, ROWS, scored={"forget": ROWS, "world_facts": ROWS})
     with torch.no_grad():
-        scores = scoring.evaluate(small, tokenizer, data)
+        scores = score.evaluate(small, tokenizer, data)
         for name, of in scores.items():
             for i, row in enumerate(ROWS):
                 right = row["answer"] if name == "world_facts" else row.get("paraphrased_answer", row["answer"])
@@ -52,7 +54,7 @@ def test_losses_of_every_kind_of_answer_are_those_of_a_plain_loop(small, tokeniz
 
 def test_greedy_answers_are_those_of_one_prompt_at_a_time(small, tokenizer):
     questions = ["Who?", "Where was the third of them born, and when?", "Why so?"]
-    together = scoring.greedy_answers(small, tokenizer, questions, Limits(new=12), batch_size=2)
+    together = greedy_answers(small, tokenizer, questions, Limits(new=12), batch_size=2)
     for question, answer in zip(questions, together, strict=True):
         ids = tokenizer.prompt(question)
         start = len(ids)
@@ -65,37 +67,37 @@ def test_greedy_answers_are_those_of_one_prompt_at_a_time(small, tokenizer):
 def test_answers_are_cut_by_each_rows_own_length_whatever_it_is_batched_with(small, tokenizer):
     """A total of 40 tokens is 40 minus the row's own prompt, not minus the longest prompt of its batch."""
     questions = ["Who?", "Where was the third of them born, and when, and why there?"]
-    together = scoring.greedy_answers(small, tokenizer, questions, Limits(total=40))
+    together = greedy_answers(small, tokenizer, questions, Limits(total=40))
     for question, answer in zip(questions, together, strict=True):
         room = 40 - len(tokenizer.prompt(question))
-        assert answer == scoring.greedy_answers(small, tokenizer, [question], Limits(new=room))[0]
+        assert answer == greedy_answers(small, tokenizer, [question], Limits(new=room))[0]
     long = "Where was the third of them born, and when, and why there and not here? " * 2
-    assert scoring.greedy_answers(small, tokenizer, [long, "Who?"], Limits(total=40))[0] == ""  # no room: no answer
+    assert greedy_answers(small, tokenizer, [long, "Who?"], Limits(total=40))[0] == ""  # no room: no answer
 
 
 def test_a_short_prompt_gets_its_own_room_beside_a_long_one(tokenizer):
     from tests.conftest import random_model
     model = random_model(vocab_size=tokenizer.vocab_size, max_len=64)
     long = "Who was it, and where, and when, and why, and how many of them were there then?"
-    alone, = scoring.greedy_answers(model, tokenizer, ["Who?"])
+    alone, = greedy_answers(model, tokenizer, ["Who?"])
     assert len(tokenizer.prompt(long)) > 30 and len(tokenizer.encode(alone)) > 40
-    assert scoring.greedy_answers(model, tokenizer, ["Who?", long])[0] == alone
+    assert greedy_answers(model, tokenizer, ["Who?", long])[0] == alone
 
 
 def test_a_prompt_longer_than_the_context_is_refused(small, tokenizer):
     with pytest.raises(UserError, match=r"question 'why why .* the context holds 128"):
-        scoring.greedy_answers(small, tokenizer, ["why " * 130])
+        greedy_answers(small, tokenizer, ["why " * 130])
 
 
 def test_exact_and_rouge_are_one_where_the_model_says_the_answer(small, tokenizer, monkeypatch):
-    monkeypatch.setattr(scoring, "greedy_answers", lambda m, t, questions, limits, bar: ["It was Ana.", "In Ulm."])
-    of = scoring.evaluate(small, tokenizer, DataSet("mine", ROWS, ROWS, scored={"forget": ROWS}))["forget"]
+    monkeypatch.setattr(score, "greedy_answers", lambda m, t, questions, limits, bar: ["It was Ana.", "In Ulm."])
+    of = score.evaluate(small, tokenizer, DataSet("mine", ROWS, ROWS, scored={"forget": ROWS}))["forget"]
     assert of.exact == [True, False] and of.rougeL == [1.0, 0.5]
 
 
 def test_passages_are_scored_as_a_whole(small, tokenizer):
     rows = [{"text": "A passage about trees."}]
-    of = scoring.evaluate(small, tokenizer, DataSet("mine", rows, rows, scored={"forget": rows}))["forget"]
+    of = score.evaluate(small, tokenizer, DataSet("mine", rows, rows, scored={"forget": rows}))["forget"]
     ids = tokenizer.completion("A passage about trees.")
     with torch.no_grad():
         log_p = small(torch.tensor([ids]))[0].log_softmax(-1)
@@ -104,18 +106,17 @@ def test_passages_are_scored_as_a_whole(small, tokenizer):
 
 
 def test_routing_overlap_is_one_with_itself_and_by_hand_with_another(sparse, tokenizer):
-    from data.batches import encode_rows, in_order
     a, b = sparse(vocab_size=tokenizer.vocab_size), sparse(1, vocab_size=tokenizer.vocab_size)
     batches = list(in_order(encode_rows(ROWS, tokenizer, 64), 1))
-    assert scoring.routing_overlap(a, a, batches) == [1.0] * 3
+    assert routing_overlap(a, a, batches) == [1.0] * 3
     by_hand = []
     for batch in batches:
         traces = [Trace(), Trace()]
         for model, trace in zip((a, b), traces, strict=True):
             model(batch.tokens, trace=trace)
         by_hand.append(overlap(traces[1].routing[2].chosen, traces[0].routing[2].chosen, batch.mask))
-    assert scoring.routing_overlap(a, b, batches)[2] == pytest.approx(float(torch.cat(by_hand).mean()))
-    for shares in scoring.expert_shares(a, batches):
+    assert routing_overlap(a, b, batches)[2] == pytest.approx(float(torch.cat(by_hand).mean()))
+    for shares in expert_shares(a, batches):
         assert sum(shares) == pytest.approx(1.0)
 
 
@@ -132,6 +133,7 @@ def test_the_command_line_prints_the_published_numbers(tofu, capsys):
     assert json.loads(capsys.readouterr().out)["model_utility"] == pytest.approx(0.6203436494291608, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_a_run_scored_again_gives_its_own_numbers(runs, capsys):
     scoring.main([str(runs[0]), "--json"])
     again, written = json.loads(capsys.readouterr().out), json.loads((runs[0] / "metrics.json").read_text())
@@ -140,6 +142,7 @@ def test_a_run_scored_again_gives_its_own_numbers(runs, capsys):
             assert again[role][key] == (pytest.approx(value) if value is not None else None)
 
 
+@pytest.mark.slow
 def test_compare_prints_mean_and_standard_deviation(runs, capsys):
     scoring.main(["--compare", *map(str, runs)])
     printed = capsys.readouterr().out
@@ -150,7 +153,7 @@ def test_compare_prints_mean_and_standard_deviation(runs, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ([], "nothing to score"), (["nowhere"], "nowhere is not a run folder"),
+    ([], "give one thing to score"), (["nowhere"], "nowhere is not a run folder"),
     (["--compare", "nowhere"], "metrics.json is missing"), (["--tofu-log", "nowhere.json"], "nowhere.json"),
 ])
 def test_a_wrong_argument_is_one_line_and_exit_2(arguments, says, capsys):
@@ -160,6 +163,86 @@ def test_a_wrong_argument_is_one_line_and_exit_2(arguments, says, capsys):
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
+RUN, COMPARE, LOG = ["nowhere"], ["--compare", "nowhere"], ["--tofu-log", "nowhere.json"]
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    # neither a run, nor --compare, nor a log; or two of them
+    (["--json"], "give one thing to score"), ([*RUN, *COMPARE], "give one thing"), ([*RUN, *LOG], "give one thing"),
+    ([*COMPARE, *LOG], "give one thing"),
+    # what is read with --compare alone
+    *((of + flag, f"{flag[0]} does nothing without --compare") for of in (RUN, LOG)
+      for flag in (["--at", "0.2"], ["--at", "best"], ["--by", "D"], ["--figures", "f"])),
+    ([*COMPARE, "--by", "exact"], "--by does nothing without --at LEVEL"),
+    ([*COMPARE, "--by", "D", "--at", "best"], "--by does nothing without --at LEVEL"),
+    # with a log alone
+    *(([*of, "--reference", "x"], "--reference does nothing without --tofu-log") for of in (RUN, COMPARE)),
+    # with a run alone; 0 is a value as any other
+    *((of + flag, f"{flag[0]} does nothing without a run folder") for of in (COMPARE, LOG)
+      for flag in (["--attack", "hint"], ["--relearn-rows", "2"], ["--relearn-steps", "2"], ["--relearn-lr", "1"],
+                   ["--choices", "c"], ["--subtract", "0.5"], ["--subtract", "0"], ["--filter-rate", "0.1"],
+                   ["--filter-rate", "0"], ["--save", "s"])),
+    *(([*RUN, *more, *flag], f"{flag[0]} does nothing without --attack relearn")
+      for more in ([], ["--attack", "hint", "int8"])
+      for flag in (["--relearn-rows", "2"], ["--relearn-steps", "2"], ["--relearn-lr", "1"])),
+    ([*RUN, "--choices", "c", "--attack", "hint"], "--choices does nothing beside --attack"),
+    ([*RUN, "--save", "s", "--attack", "hint"], "--save does nothing beside --attack or --choices"),
+    ([*RUN, "--save", "s", "--choices", "c"], "--save does nothing beside --attack or --choices"),
+])
+def test_a_flag_without_what_reads_it_is_one_line_and_exit_2(arguments, says, capsys):
+    refused(arguments, says, capsys)
+
+
+def refused(arguments: list[str], says: str, capsys) -> None:
+    """Exit status 2, one line that says so, and nothing was looked for: no folder or file of these is there."""
+    with pytest.raises(SystemExit) as stop:
+        scoring.main(arguments)
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and says in error and out == "", error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("arguments", [
+    [*RUN, "--relearn-rows", "0"], [*RUN, "--relearn-steps", "1.5"], [*RUN, "--relearn-lr", "nan"],
+    [*RUN, "--relearn-lr", "inf"], [*RUN, "--subtract", "-1"], [*RUN, "--subtract", "nan"],
+    [*RUN, "--filter-rate", "2"], [*RUN, "--filter-rate", "nan"], [*RUN, "--attack", "bribe"],
+    [*COMPARE, "--by", "colour"],
+])
+def test_a_value_that_makes_no_sense_is_one_line_and_exit_2(arguments, capsys):
+    refused(arguments, f"argument {arguments[-2]}: ", capsys)
+
+
+def test_a_flag_cut_short_is_no_flag(capsys):
+    refused([*RUN, "--filter", "0.1"], "--filter", capsys)
+    refused(["--compar", "nowhere"], "--compar", capsys)
+
+
+def test_save_and_figures_are_no_files(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    for of, flag in ((RUN, "--save"), (COMPARE, "--figures")):
+        refused([*of, flag, str(tmp_path / "taken")], f"{flag} {tmp_path / 'taken'} is a file: give a folder", capsys)
+
+
+@pytest.mark.parametrize("arguments", [
+    [*RUN, "--json"], [*RUN, "--json", "--save", "s"], [*RUN, "--subtract", "0", "--filter-rate", "0", "--save", "s"],
+    [*RUN, "--choices", "c", "--subtract", "0.5"], [*RUN, "--attack", "hint", "int4", "--json", "--filter-rate", "0.1"],
+    [*RUN, "--attack", "relearn", "--relearn-rows", "2", "--relearn-steps", "3", "--relearn-lr", "0.1"],
+    [*COMPARE, "elsewhere"], [*COMPARE, "--figures", "f"], [*COMPARE, "--at", "best", "--figures", "f"],
+    [*COMPARE, "--at", "0.2"], [*COMPARE, "--at", "0", "--by", "D"], [*COMPARE, "--at", "0.2", "--by", "exact"],
+    LOG, [*LOG, "--reference", "x", "--json"],
+])
+def test_flags_that_something_reads_are_taken(arguments):
+    scoring.parse(arguments)
+
+
+def test_every_flag_says_what_reads_it():
+    """A new flag that is in no list would be taken everywhere."""
+    flags = set(vars(scoring.parse(RUN))) - {"run", "compare", "tofu_log", "json"}
+    lists = [scoring.OF_COMPARE, scoring.OF_LOG, scoring.OF_RUN]
+    assert flags == {flag for of in lists for flag in of} and len(flags) == sum(map(len, lists))
+
+
+@pytest.mark.slow
 def test_a_run_folder_without_weights_is_named(runs, tmp_path, capsys):
     for name in ("config.json", "metrics.json"):
         (tmp_path / name).write_text((runs[0] / name).read_text())
@@ -173,6 +256,7 @@ def test_numbers_are_printed_short(value, printed):
     assert tables.number(value) == printed
 
 
+@pytest.mark.slow
 def test_the_path_of_a_run_begins_at_its_target_and_is_read_between_epochs(runs):
     path = tables.read_path(runs[0])
     assert [row["epoch"] for row in path] == [0, *range(1, len(path))] and path[0]["routing_overlap"] == 1.0
@@ -198,7 +282,7 @@ def test_compare_goes_by_the_name_of_a_measure_not_by_its_line(tmp_path):
     assert lines["perplexity of its answers"] == ["2.000", "±", "0.000"] * 2
 
 
-def test_compare_at_a_level_counts_the_runs_that_reach_it(runs, tmp_path, capsys):
+def test_compare_at_a_level_counts_the_runs_that_reach_it(tmp_path, capsys):
     for i, last in enumerate((0.1, 0.5)):
         folder = tmp_path / f"x-seed{i}"
         folder.mkdir()
@@ -232,6 +316,7 @@ def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
     assert "--at worst is neither a number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figures_of_paths_are_drawn_for_runs_that_have_one(runs, tmp_path, capsys):
     scoring.main(["--compare", *map(str, runs), "--figures", str(tmp_path / "f")])
     assert {p.name for p in (tmp_path / "f").iterdir()} >= {"forgetting.png", "collateral.png", "overlap.png"}
@@ -262,16 +347,17 @@ def test_a_published_log_with_a_nan_or_of_unequal_lengths_is_refused(tmp_path, c
 
 def test_a_model_that_gives_nan_is_summed_up_without_a_forget_quality():
     def of(*losses: float) -> dict:
-        return {"forget": scoring.RowScores(list(losses), list(losses), [[1.0], [2.0]], [1.0, 0.5])}
+        return {"forget": RowScores(list(losses), list(losses), [[1.0], [2.0]], [1.0, 0.5])}
 
     data = DataSet("mine", ROWS, ROWS, utility=("forget",))
     models = {"reference": of(2.0, 3.0), "target": of(0.1, 0.2), "unlearned": of(math.nan, 1.0)}
-    blocks = scoring.summarise(models, data)
+    blocks = score.summarise(models, data)
     assert blocks["unlearned"]["forget_quality"] is None and blocks["reference"]["forget_quality"] is None
     assert blocks["target"]["forget_quality_D"] == 1.0 and blocks["target"]["forget_quality_n"] == 2
-    assert scoring.summarise({"target": of(0.1, 0.2)}, data)["target"]["forget_quality"] is None
+    assert score.summarise({"target": of(0.1, 0.2)}, data)["target"]["forget_quality"] is None
 
 
+@pytest.mark.slow
 def test_another_filter_needs_a_run_of_uld(runs, capsys):
     with pytest.raises(SystemExit):
         scoring.main([str(runs[0]), "--filter-rate", "0.1"])
@@ -280,8 +366,7 @@ def test_another_filter_needs_a_run_of_uld(runs, capsys):
 
 def test_every_figure_is_drawn_for_as_many_models_as_there_may_be(tmp_path):
     """Five references and more: every line style is a style, none is taken for data."""
-    from figures import STYLES, draw
-    of = {"forget": scoring.RowScores([1.0, 2.0], [1.0, 2.0], [[2.0], [3.0]], [1.0, 1.0])}
+    of = {"forget": RowScores([1.0, 2.0], [1.0, 2.0], [[2.0], [3.0]], [1.0, 1.0])}
     (tmp_path / "log.jsonl").write_text('{"step": 0, "forget_ce": 1.0, "retain": 0.5, "anchor": 0.1}\n')
     shares = {what: {"target": [[0.5, 0.5]], "unlearned": [[1.0, 0.0]]} for what in ("share", "affinity")}
     draw(tmp_path, {f"reference-{i}": of for i in range(len(STYLES) + 2)}, shares)

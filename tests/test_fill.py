@@ -1,15 +1,13 @@
-"""results/fill.py: tables in prose, from runs."""
+"""lab/fill.py: tables in prose, from runs."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from lab import fill
+
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("fill", ROOT / "results" / "fill.py")
-fill = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fill)
 
 PAGE = """Before.
 

@@ -1,15 +1,15 @@
-"""data/hub_tokenizer.py: ids of prompt and answer against whole conversations encoded by transformers."""
+"""hub/tokenizer.py: ids of prompt and answer against whole conversations encoded by transformers."""
 
 import json
 from pathlib import Path
 
 import pytest
 import tokenizers
-from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
+from hub.tokenizer import TEMPLATES, HubTokenizer
 
 TEXTS = ["Where was Ana Vell born?", "Ana Vell was born in Orsk in 1934.",
          "The answer is 'The Golden Lantern', it's said.",

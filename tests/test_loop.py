@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loop import Weights, fit, learning_rate
+from loop import Weights, fitting, learning_rate, minimise, share_or_never, stop_at
+from objectives import cross_entropy, row_log_prob
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -20,8 +21,8 @@ def test_bf16_weights_learn_by_updates_below_their_rounding(tmp_path):
     exact = torch.nn.Parameter(torch.ones(3))
     for weight, name in ((p, "low"), (exact, "full")):
         (tmp_path / name).mkdir()
-        fit([weight], lambda step, w=weight: {"loss": w.float().sum()}, 1000, 2e-5, tmp_path / name, "x", 0,
-            weight_decay=0.0)
+        minimise([weight], lambda step, w=weight: {"loss": w.float().sum()}, 1000, 2e-5, tmp_path / name, "x", 0,
+                 weight_decay=0.0)
     assert p.dtype == torch.bfloat16 and (exact < 0.99).all()
     assert torch.equal(p.detach(), exact.detach().bfloat16())
 
@@ -33,20 +34,20 @@ def test_float32_weights_are_the_optimisers_own():
 
 def test_slow_parameters_learn_at_their_share_of_the_rate(tmp_path):
     fast, slow = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    fit([fast, slow], lambda step: {"loss": (fast + slow).sum()}, 10, 1e-3, tmp_path, "x", 0, weight_decay=0.0,
-        slow=(slow,), slow_factor=0.25)
+    minimise([fast, slow], lambda step: {"loss": (fast + slow).sum()}, 10, 1e-3, tmp_path, "x", 0, weight_decay=0.0,
+             slow=(slow,), slow_factor=0.25)
     assert slow.item() == pytest.approx(0.25 * fast.item(), rel=1e-4) and fast.item() < -5e-3
 
 
 def test_a_step_that_reaches_nothing_that_trains_changes_nothing(tmp_path):
     """As where one expert trains alone and no token of the batch comes to it."""
     p = torch.nn.Parameter(torch.ones(2))
-    report = fit([p], lambda step: {"loss": p.sum() if step == 1 else torch.ones(())}, 2, 0.1, tmp_path, "x", 0,
-                 weight_decay=0.0)
+    report = minimise([p], lambda step: {"loss": p.sum() if step == 1 else torch.ones(())}, 2, 0.1, tmp_path, "x", 0,
+                      weight_decay=0.0)
     after = p.detach().clone()
     assert report == {"steps": 2, "train_seconds": report["train_seconds"], "diverged": False} and (after < 1).all()
     p = torch.nn.Parameter(torch.ones(2))
-    fit([p], lambda step: {"loss": torch.ones(())}, 3, 0.1, tmp_path, "x", 0, weight_decay=0.0)
+    minimise([p], lambda step: {"loss": torch.ones(())}, 3, 0.1, tmp_path, "x", 0, weight_decay=0.0)
     assert torch.equal(p.detach(), torch.ones(2))
 
 
@@ -66,10 +67,75 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(tmp_path, dtype):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     p, q = start(), start()
-    fit([p], losses(p), 20, 0.1, tmp_path / "whole", "x", 3, save_every=4)
+    minimise([p], losses(p), 20, 0.1, tmp_path / "whole", "x", 3, save_every=4)
     with pytest.raises(KeyboardInterrupt):
-        fit([q], losses(q, stop=14), 20, 0.1, tmp_path / "cut", "x", 3, save_every=4)
+        minimise([q], losses(q, stop=14), 20, 0.1, tmp_path / "cut", "x", 3, save_every=4)
     q = start()
-    report = fit([q], losses(q), 20, 0.1, tmp_path / "cut", "x", 3, save_every=4, resume=True)
+    report = minimise([q], losses(q), 20, 0.1, tmp_path / "cut", "x", 3, save_every=4, resume=True)
     assert torch.equal(p, q) and report["steps"] == 20
     assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+# ---- rows as the loop meets them ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_that_begin_at_their_stems_give_the_logits_of_whole_passes(bench, layer):
+    """In batches of rows of unequal length, right-padded, and by another model that differs above only."""
+    model, batch = bench.model(), bench.forget.batch(0)
+    whole, trace = bench.forget.run(model, batch)
+    assert len(set(batch.mask.sum(1).tolist())) > 1
+    bench.forget.keep_stems(model, layer)
+    late, traced = bench.forget.run(model, batch)
+    torch.testing.assert_close(late[batch.mask], whole[batch.mask], rtol=1e-4, atol=1e-5)
+    assert set(traced.routing) == set(range(layer, 3)) and set(trace.routing) == {0, 1, 2}
+
+
+def test_each_row_gets_its_own_number_whatever_it_is_batched_with(bench):
+    model, rows = bench.model(), bench.forget
+    got = rows.each(model, lambda logits, labels: row_log_prob(logits, labels))
+    alone = [row_log_prob(model(b.tokens), b.labels) for b in (rows.at([i]) for i in range(len(rows.examples)))]
+    torch.testing.assert_close(got, torch.cat(alone).detach(), rtol=1e-4, atol=1e-4)
+    assert not got.requires_grad
+
+
+# ---- fitting -----------------------------------------------------------------------------------------------------
+
+def test_a_methods_loop_takes_its_numbers_from_the_flags_and_looks_after_every_epoch(bench):
+    """Nine rows in batches of three are three steps an epoch."""
+    model, seen, steps = bench.model("dense"), [], []
+    args = bench.args("full", epochs=4, lr=1e-3)
+
+    def look(watched, epoch, done, spent):
+        assert watched is model and not model.training and spent > 0
+        seen.append((epoch, done))
+        return epoch == 3
+
+    def losses(step):
+        assert model.training
+        steps.append(step)
+        batch = bench.forget.batch(step)
+        return {"loss": cross_entropy(model(batch.tokens), batch.labels)}
+
+    fit = fitting(args, bench.forget, bench.folder, after_epoch=look)
+    parameters = list(model.parameters())
+    report = fit(model, parameters, losses)
+    assert seen == [(1, 3), (2, 6), (3, 9)] and steps == list(range(9)) and not model.training
+    assert report["steps"] == 9 and report["trainable_parameters"] == sum(p.numel() for p in parameters)
+
+
+def test_stop_at_asks_the_rows_that_are_forgotten_and_none_without_questions(bench, monkeypatch):
+    rows = [{"question": f"Q{i}?", "answer": f"A{i}. "} for i in range(10)] + [{"text": "A passage."}]
+    said = ["A0."] * 10
+    monkeypatch.setattr("loop.greedy_answers", lambda model, tokenizer, questions, limits: [
+        said[i] for i, _ in enumerate(questions)])
+    model = bench.model("dense")
+    assert stop_at(0.1, rows, bench.tokenizer)(model, 1, 3, 0.0)  # one of ten is right
+    said[1] = "A1."
+    assert not stop_at(0.1, rows, bench.tokenizer)(model, 1, 3, 0.0)
+    assert stop_at(0.2, rows, bench.tokenizer)(model, 1, 3, 0.0)
+    assert not stop_at(1.0, rows[-1:], bench.tokenizer)(model, 1, 3, 0.0)
+
+
+@pytest.mark.parametrize("text, value", [("never", None), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)])
+def test_stop_at_is_a_share_or_never(text, value):
+    assert share_or_never(text) == value

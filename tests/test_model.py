@@ -246,14 +246,19 @@ def test_a_batch_of_one_token_runs(sparse):
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_stem_then_tail_is_forward_at_every_layer(factories, kind):
+def test_a_pass_that_begins_at_a_stem_is_the_whole_pass_at_every_layer(factories, kind):
     model = factories[kind]()
-    tokens, pad = padded(PROMPTS)
+    tokens = torch.randint(61, (3, 7))
     with torch.no_grad():
-        whole = model(tokens, pad=pad)
+        trace = Trace()
+        whole = model(tokens, trace=trace)
         for layer in range(3):
-            x = model.stem(tokens, layer, pad=pad)
-            assert_close(model.head(model.tail(x, layer, pad=pad)), whole, rtol=1e-5, atol=1e-5)
+            late = Trace()
+            x = model.stem(tokens, layer)
+            assert_close(model(tokens, trace=late, stem=(layer, x)), whole, rtol=1e-5, atol=1e-5)
+            assert set(late.hidden) == set(range(layer, 3))  # what lies below is not run again
+            for above in range(layer, 3):
+                assert_close(late.hidden[above], trace.hidden[above], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

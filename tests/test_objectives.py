@@ -235,12 +235,89 @@ def test_deliberate_imagination_by_hand():
     assert objectives.deliberate_imagination(own, own.detach(), unlabelled, 5.0).item() == 0
 
 
-def test_weights_of_one_change_nothing_and_others_scale_their_positions():
-    ones, labels = torch.ones(LABELS.shape), LABELS
-    assert objectives.cross_entropy(LOGITS, labels, ones) == objectives.cross_entropy(LOGITS, labels)
-    each = -objectives.token_log_probs(LOGITS, labels)
-    weights = torch.arange(labels.numel()).view(labels.shape).float()
-    expected = (weights * each).sum() / (labels >= 0).sum()
-    torch.testing.assert_close(objectives.cross_entropy(LOGITS, labels, weights), expected)
-    other = LOGITS.flip(-1)
-    torch.testing.assert_close(objectives.kl(LOGITS, other, labels, 2 * ones), 2 * objectives.kl(LOGITS, other, labels))
+# ---- the losses by name: what each remembers of the model before, and what it asks of the model now -----------------
+
+def asked(bench, table: dict, name: str, kind: str = "moe", **others):
+    """(loss, what it says of the model as it was, of another model, the batch, the two models)."""
+    before, after = bench.model(kind, 0), bench.model(kind, 1)
+    args = bench.args("uoe", rmu_layer=1, **others)
+    loss, batch = table[name](before, bench.forget, args), bench.forget.batch(0)
+    with torch.no_grad():
+        values = [loss(model, *bench.forget.run(model, batch), batch) for model in (before, after)]
+    return loss, *values, batch, before, after
+
+
+def log_probs(model, batch) -> torch.Tensor:
+    with torch.no_grad():
+        return objectives.row_log_prob(model(batch.tokens), batch.labels)
+
+
+@pytest.mark.parametrize("name", ["gd", "ga", "uniform"])
+def test_losses_that_remember_nothing_are_their_formulas(bench, name):
+    table = objectives.RETAIN if name == "gd" else objectives.FORGET
+    _, _, value, batch, _, after = asked(bench, table, name)
+    formula = {"gd": objectives.cross_entropy, "ga": objectives.ga, "uniform": objectives.uniform}[name]
+    with torch.no_grad():
+        assert_close(value, formula(after(batch.tokens), batch.labels), rtol=1e-4, atol=1e-5)
+
+
+def test_no_retain_loss_is_zero(bench):
+    _, *values, _, _, _ = asked(bench, objectives.RETAIN, "none")
+    assert [float(v) for v in values] == [0, 0]
+
+
+def test_npo_remembers_each_rows_log_probability(bench):
+    _, at_start, value, batch, before, after = asked(bench, objectives.FORGET, "npo", npo_beta=0.05)
+    assert at_start.item() == pytest.approx(2 / 0.05 * math.log(2), rel=1e-4)
+    assert_close(value, objectives.npo(log_probs(after, batch), log_probs(before, batch), 0.05), rtol=1e-4, atol=1e-3)
+
+
+def test_simnpo_divides_by_the_answers_lengths(bench):
+    _, _, value, batch, _, after = asked(bench, objectives.FORGET, "simnpo", simnpo_beta=2.0, simnpo_gamma=0.5)
+    lengths = torch.tensor([sum(label >= 0 for label in row) for row in batch.labels.tolist()])
+    assert_close(value, objectives.simnpo(log_probs(after, batch), lengths, 2.0, 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_dpo_asks_for_a_refusal_to_the_same_questions(bench):
+    loss, at_start, value, batch, before, after = asked(bench, objectives.FORGET, "dpo", dpo_beta=0.05)
+    assert at_start.item() == pytest.approx(2 / 0.05 * math.log(2), rel=1e-4)
+    refusal = loss.refused.at(batch.index.tolist())
+    for i, row in enumerate(batch.index.tolist()):
+        assert loss.refused.rows[row]["question"] == bench.forget.rows[row]["question"]
+        assert loss.refused.rows[row]["answer"] in bench.tokenizer.decode(refusal.tokens[i].tolist())
+    expected = objectives.dpo(log_probs(after, refusal), log_probs(before, refusal), log_probs(after, batch),
+                              log_probs(before, batch), 0.05)
+    assert_close(value, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_deliberate_imagination_and_kl_compare_with_the_model_before(bench):
+    _, at_start, value, batch, before, after = asked(bench, objectives.RETAIN, "kl")
+    assert at_start.abs().item() < 1e-5
+    with torch.no_grad():
+        was, now = before(batch.tokens), after(batch.tokens)
+        assert_close(value, objectives.kl(now, was, batch.labels), rtol=1e-4, atol=1e-4)
+        _, _, value, *_ = asked(bench, objectives.FORGET, "di", di_offset=3.0)
+        assert_close(value, objectives.deliberate_imagination(now, was, batch.labels, 3.0), rtol=1e-4, atol=1e-4)
+
+
+def test_rmu_steers_to_a_vector_so_many_times_as_long_as_the_mean_hidden_state(bench):
+    loss, _, value, batch, before, after = asked(bench, objectives.FORGET, "rmu", steering=4.0)
+    lengths, traces = [], {}
+    with torch.no_grad():
+        for i in range(9):
+            one = bench.forget.at([i])
+            _, trace = bench.forget.run(before, one)
+            lengths += trace.hidden[1][one.mask].norm(dim=-1).tolist()
+        for name, model in (("before", before), ("after", after)):
+            _, traces[name] = bench.forget.run(model, batch)
+    assert loss.control.norm().item() == pytest.approx(4.0 * sum(lengths) / len(lengths), rel=1e-4)
+    assert (loss.control > 0).all()  # drawn from [0, 1)^D, as the paper's
+    assert_close(value, objectives.rmu(traces["after"].hidden[1], loss.control, batch.mask))
+    _, at_start, value, *_ = asked(bench, objectives.RETAIN, "hidden")
+    assert at_start.item() < 1e-6
+    assert_close(value, objectives.hidden_distance(traces["after"].hidden[1], traces["before"].hidden[1], batch.mask))
+
+
+@pytest.mark.parametrize("layer, steered", [(None, 1), (0, 0), (2, 2)])
+def test_rmu_steers_the_middle_layer_unless_told(bench, layer, steered):
+    assert objectives.steered_layer(bench.model(), bench.args("uoe", rmu_layer=layer)) == steered

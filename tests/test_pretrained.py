@@ -1,4 +1,4 @@
-"""pretrained.py against transformers: tiny random models of every family, both ways; errors; memory; upcycling."""
+"""hub/checkpoint.py against transformers: tiny random models of every family, both ways; errors; memory; upcycling."""
 
 import json
 import os
@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from data.hub_tokenizer import HubTokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
-from upcycling import upcycle
 
-import pretrained
 from data.batches import encode_row, left_pad
 from data.tokenizer import Tokenizer
 from errors import UserError
+from hub import checkpoint as hub
+from hub.checkpoint import hub_tensors
+from hub.tokenizer import HubTokenizer
+from lab.upcycling import upcycle
 from model import GPT, Config
-from pretrained import hub_tensors, load, save
+from pretrained import load, save
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -230,7 +231,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pretrained, "write_tensors", full)
+    monkeypatch.setattr(hub, "write_tensors", full)
     with pytest.raises(UserError, match=r"could not be written .No space"):
         save(GPT(Config(n_layer=1)), None, tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -366,6 +367,7 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("dtype, shard_bytes", [("float32", 10**9), ("float32", 30_000_000), ("bfloat16", 10**9)])
 def test_peak_memory_is_the_model(tmp_path, dtype, shard_bytes):
@@ -435,6 +437,7 @@ def tofu(name: str, every: int) -> list[dict]:
     return [json.loads(line) for line in (SHARED / "tofu" / f"{name}.json").read_text().splitlines()[::every]]
 
 
+@pytest.mark.slow
 def test_smollm2_loads_in_under_ten_seconds(smollm2):
     began = time.perf_counter()
     model, tokenizer = load(smollm2, dtype=torch.bfloat16)
@@ -442,6 +445,7 @@ def test_smollm2_loads_in_under_ten_seconds(smollm2):
     assert model.head.weight is model.embed.weight and isinstance(tokenizer, HubTokenizer)
 
 
+@pytest.mark.slow
 def test_smollm2_ids(smollm2):
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2)
     ours = HubTokenizer.load(smollm2)
@@ -455,6 +459,7 @@ def test_smollm2_ids(smollm2):
         assert ours.decode(ours.completion(row["answer"])) == row["answer"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_perplexity_on_world_facts(smollm2):
     model, tokenizer = load(smollm2)

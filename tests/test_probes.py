@@ -1,11 +1,11 @@
-"""probes.py: what models are asked beyond TOFU's measures, against one row at a time."""
+"""lab/probes.py: what models are asked beyond TOFU's measures, against one row at a time."""
 
-import probes
 import pytest
 import torch
 
 from data.batches import encode_row
 from data.rows import DataSet
+from lab import probes
 from model import Trace
 from moe import MoE
 from tests.conftest import random_model, random_moe

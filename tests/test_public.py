@@ -10,11 +10,13 @@ from test_pretrained import make
 import train
 from data.rows import write_rows
 from eval import main as score
+from lab.upcycling import main as upcycle
+from methods import open_run
 from pretrained import load
-from runs import open_run, weights_of
+from runs import weights_of
 
 AUTHORS = ["Ana Vell", "Bor Tann", "Cid Orre", "Dua Minn"]
-SMALL = "--epochs 1 --batch-size 8 --device cpu --context 128 --lora-rank 4".split()
+SMALL = "--epochs 1 --batch-size 8 --device cpu --context 128".split()
 
 
 def rows(author: str, n: int = 3) -> list[dict]:
@@ -46,10 +48,16 @@ def run(place: Path, name: str, *options: str) -> Path:
 def tuned(place) -> dict[str, Path]:
     base = str(place / "base")
     return {"target": run(place, "target", "--method", "finetune", "--model", base, "--lr", "1e-3"),
-            "reference": run(place, "reference", "--method", "finetune", "--model", base, "--split", "retain90"),
-            "moe": run(place, "moe", "--method", "upcycle", "--model", base, "--experts", "4", "--top-k", "2")}
+            "reference": run(place, "reference", "--method", "finetune", "--model", base, "--split", "retain90")}
 
 
+@pytest.fixture(scope="module")
+def moe(place) -> Path:
+    upcycle([str(place / "base"), str(place / "moe"), "--experts", "4", "--top-k", "2"])
+    return place / "moe"
+
+
+@pytest.mark.slow
 def test_finetuning_learns_all_rows_and_the_reference_only_those_kept(place, tuned):
     metrics = json.loads((tuned["target"] / "metrics.json").read_text())
     assert set(metrics) == {"target", "run"} and metrics["run"]["steps"] == 2  # 12 rows in batches of 8
@@ -61,15 +69,16 @@ def test_finetuning_learns_all_rows_and_the_reference_only_those_kept(place, tun
     assert not torch.equal(model.blocks[0].mlp.up.weight, base.blocks[0].mlp.up.weight)
 
 
-def test_upcycling_writes_a_mixture_that_loads(tuned):
-    model, tokenizer = load(weights_of(tuned["moe"]))
+def test_upcycling_writes_a_mixture_that_loads(moe):
+    model, tokenizer = load(weights_of(moe))
     assert model.is_moe and model.config.n_expert == 4 and tokenizer.prompt("a")
-    assert not (tuned["moe"] / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("options", ["--method uld", "--method full --checkpointing",
-                                     "--method full --forget-loss ga --dtype float32", "--method offset",
-                                     "--method lora --forget-loss dpo", "--method full --forget-loss rmu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--method uld --lora-rank 4", "--method full --checkpointing",
+                                     "--method full --forget-loss ga --dtype float32", "--method offset --lora-rank 4",
+                                     "--method lora --forget-loss dpo --lora-rank 4",
+                                     "--method full --forget-loss rmu"])
 def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
     folder = run(place, "dense", "--model", str(tuned["target"]), "--reference", str(tuned["reference"]),
                  *options.split())
@@ -86,24 +95,27 @@ def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
         assert metrics["target"]["forget"]["probability"] == pytest.approx(written["forget"]["probability"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["--method uoe", "--method uoe --forget-loss rmu", "--method uoe --forget-loss ga",
                                      "--method esft"])
-def test_every_moe_method_runs_on_an_upcycled_model(place, tuned, options):
-    folder = run(place, "sparse", "--model", str(tuned["moe"]), *options.split())
+def test_every_moe_method_runs_on_an_upcycled_model(place, moe, options):
+    folder = run(place, "sparse", "--model", str(moe), *options.split())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"target", "unlearned", "run"}  # no reference, so no forget quality
     assert metrics["unlearned"]["forget_quality"] is None and 0 < metrics["unlearned"]["routing_overlap"] <= 1
-    before, after = (load(f, torch.bfloat16)[0].state_dict() for f in (weights_of(tuned["moe"]), folder / "model"))
+    before, after = (load(f, torch.bfloat16)[0].state_dict() for f in (weights_of(moe), folder / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     places = json.loads((folder / "config.json").read_text())["unlearned_experts"]
     allowed = {f"blocks.{layer}.mlp.{part}" for layer, _ in places for part in ("gate_up", "down", "router.weight")}
     assert changed and changed <= allowed
 
 
+@pytest.mark.slow
 def test_a_published_log_stands_in_for_the_reference(place, tuned, capsys):
     from test_metrics import write_open_unlearning
     log = write_open_unlearning(place / "TOFU_EVAL.json")
-    folder = run(place, "log", "--method", "uld", "--model", str(tuned["target"]), "--reference", str(log))
+    folder = run(place, "log", "--method", "uld", "--lora-rank", "4", "--model", str(tuned["target"]),
+                 "--reference", str(log))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert 0 <= metrics["unlearned"]["forget_quality"] <= 1 and metrics["unlearned"]["forget_quality_n"] == 3
     capsys.readouterr()
@@ -112,19 +124,33 @@ def test_a_published_log_stands_in_for_the_reference(place, tuned, capsys):
     assert again["unlearned"]["forget_quality"] == pytest.approx(metrics["unlearned"]["forget_quality"])
 
 
+@pytest.mark.slow
 def test_an_assistant_says_how_it_is_to_be_decoded(place, tuned):
-    folder = run(place, "note", "--method", "uld", "--model", str(tuned["target"]), "--assistant-layers", "1")
+    folder = run(place, "note", "--method", "uld", "--lora-rank", "4", "--model", str(tuned["target"]),
+                 "--assistant-layers", "1")
     note = (folder / "assistant" / "README.md").read_text()
     assert str(tuned["target"]) in note and "0.75" in note
     small, _ = load(folder / "assistant")
     assert small.config.n_layer == 1
 
 
+def test_upcycling_that_cannot_be_is_one_line_and_exit_2(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        upcycle([str(place / "base"), str(place / "bad"), "--top-k", "9"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and "top_k 9" in error and error.count("\n") == 1
+    assert not (place / "bad").exists()
+
+
 @pytest.mark.parametrize(("options", "says"), [
-    ("--method uoe", "is dense"), ("--method esft", "is dense"), ("--method uld --arch gpt", "--arch is of"),
+    ("--method uoe", "is dense"), ("--method esft", "is dense"), ("--method uld --arch gpt", "--arch gpt is of"),
     ("--method uld --split retain90", "--split retain90"), ("--method uld --template opera", "template 'opera'"),
-    ("--method finetune --forget-loss ga", "forgets nothing"), ("--method uld --authors 500", "--authors 500"),
-    ("--method uld --reference nowhere.json", "nowhere.json"), ("--method upcycle --top-k 9", "top_k 9"),
+    ("--method finetune --forget-loss ga", "forgets nothing"), ("--method uld --authors 500", "--authors: 500"),
+    ("--method uld --reference nowhere.json", "nowhere.json"), ("--method uld --depth 3", "--depth does nothing here"),
+    ("--method uoe --experts 4", "--experts does nothing here"),
+    ("--method uld --top-k=2", "--top-k does nothing here"),
+    ("--method finetune --reference nowhere.json", "--reference does nothing here"),
+    ("--method finetune --score-every-epoch", "--score-every-epoch does nothing here"),
 ])
 def test_a_wrong_option_is_one_line_and_exit_2(place, options, says, capsys):
     with pytest.raises(SystemExit) as stop:

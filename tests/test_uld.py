@@ -1,5 +1,7 @@
 """uld.py: the difference of logits, its filter, the assistant and its LoRA."""
 
+import argparse
+import json
 import math
 
 import pytest
@@ -7,20 +9,21 @@ import torch
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
-from data.batches import Example, collate
+from data.rows import DataSet
 from errors import UserError
-from model import Trace, count_parameters
+from model import Config, Trace, count_parameters
 from moe import MoE
 from uld import (
     LogitDifference,
-    LogitOffset,
     add_lora,
-    assistant_level,
+    assistant_depth,
     build_assistant,
     explain,
     first_layers,
     merge_lora,
     plausible,
+    reopen,
+    rows,
 )
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1]]
@@ -106,7 +109,7 @@ def test_likelihood_by_hand(dense, rate, keep_share):
     tokens = torch.tensor([[5, 9, 2], [7, 1, 33]])
     with torch.no_grad():
         t, a = target(tokens), assistant(tokens)
-        got = LogitDifference(target, assistant, 0.8, rate, keep_share)(tokens)
+        got = LogitDifference(target, assistant, 0.8, rate, keep_share=keep_share)(tokens)
     for b in range(2):
         for i in range(3):
             keep = kept_by_hand(t[b, i].double().softmax(-1).tolist(), rate, keep_share)
@@ -122,8 +125,8 @@ def test_a_centred_assistant_that_is_uniform_changes_nothing(dense, rate):
     assistant.forward = lambda tokens, **_: torch.full((*tokens.shape, 61), 10.0)
     with torch.no_grad():
         before = target(tokens).log_softmax(-1)
-        centred = LogitDifference(target, assistant, 0.8, rate, False, centred=True)(tokens).log_softmax(-1)
-        plain = LogitDifference(target, assistant, 0.8, rate, False)(tokens).log_softmax(-1)
+        centred = LogitDifference(target, assistant, 0.8, rate, centred=True, keep_share=False)(tokens).log_softmax(-1)
+        plain = LogitDifference(target, assistant, 0.8, rate, keep_share=False)(tokens).log_softmax(-1)
     assert_close(centred, before)
     keep = plausible(before, rate, False)
     moved = plain - before
@@ -147,7 +150,7 @@ def test_centring_takes_the_mean_over_the_vocabulary(dense):
 @pytest.mark.parametrize("rate, keep_share", [(0.0, True), (0.05, True), (0.05, False), (0.3, True), (1.0, False)])
 def test_generation_rules_out_what_is_implausible(dense, rate, keep_share):
     target, assistant = dense(0, std=0.15), dense(1, std=0.15, n_layer=2)
-    both, tokens = LogitDifference(target, assistant, 0.8, rate, keep_share), torch.tensor([[5, 9, 2]])
+    both, tokens = LogitDifference(target, assistant, 0.8, rate, keep_share=keep_share), torch.tensor([[5, 9, 2]])
     with torch.no_grad():
         t, a = target(tokens)[0, -1], assistant(tokens)[0, -1]
         got = both.next_logits(tokens, both.new_cache(1, 3), None)[0]
@@ -228,12 +231,6 @@ def test_an_assistant_of_no_or_too_many_layers_is_refused(dense, layers):
         build_assistant(dense(), layers)
     with pytest.raises(UserError):
         first_layers(dense(), layers)
-
-
-@pytest.mark.parametrize("rank", [0, -3])
-def test_a_rank_below_one_is_refused(dense, rank):
-    with pytest.raises(UserError, match=f"--lora-rank {rank}"):
-        build_assistant(dense(), 1, rank=rank)
 
 
 def lora_size(rank: int, *shapes: tuple[int, int]) -> int:
@@ -335,52 +332,121 @@ def test_explain_says_what_generation_says(dense, tokenizer):
     assert [next(p for p in parts if p in line) for line in steps.split("\n")] == [*parts] * 5
 
 
-def test_the_level_of_an_assistant_by_hand(dense):
-    """Logits 1, 2, 3 and 5, 5, 8 at two answer positions, 9s at the question's: mean 4, deviations 1 and sqrt 3."""
-    both = LogitDifference(dense(), dense(1))
-    both.assistant.forward = lambda tokens: torch.tensor([[[9.0, 9, 9], [1, 2, 3], [5, 5, 8]]])
-    batch = collate([Example([1, 2, 3], [-100, 4, 5])])
-    assert assistant_level(both, [batch]) == pytest.approx((4.0, (1 + 3**0.5) / 2))
+def test_explain_follows_the_difference_and_says_where_it_leaves_the_target(dense, tokenizer):
+    target, assistant = (dense(seed, vocab_size=tokenizer.vocab_size, std=0.15) for seed in (0, 1))
+    both = LogitDifference(target, assistant, 0.75, 0.05)
+    lines = explain(both, tokenizer, "Who is Ana?", steps=3).splitlines()
+    tokens = torch.tensor([tokenizer.prompt("Who is Ana?")])
+    with torch.no_grad():
+        t, a = target(tokens)[0, -1], assistant(tokens)[0, -1]
+    keep = plausible(t, 0.05)
+    best = torch.where(keep, t - 0.75 * a, -math.inf).softmax(-1).max().item()
+    assert f"{t.softmax(-1).max():4.2f}" in lines[0] and f"{a.softmax(-1).max():4.2f}" in lines[1]
+    assert f"{best:4.2f}" in lines[2] and f"({int(keep.sum())} of {len(keep)} tokens are plausible)" in lines[2]
+    with pytest.raises(UserError, match="the context holds 64"):
+        explain(both, tokenizer, "Who " * 40)
 
 
-# ---- the offset -------------------------------------------------------------------------------------------------
+# ---- D'_f and D'_r ----------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def test_an_offset_is_the_target_plus_what_changed(dense):
-    target, plus, minus = dense(0), dense(1, n_layer=1), dense(2, n_layer=1)
-    tokens = torch.tensor([[5, 9, 2, 44, 7]])
-    both = LogitOffset(target, plus, minus, 0.3)
-    assert_close(both(tokens), target(tokens) + 0.3 * (plus(tokens) - minus(tokens)))
-    assert torch.equal(LogitOffset(target, plus, plus, 0.3)(tokens), target(tokens))
-    out = both.generate(tokens, 6)
-    for i in range(6):  # the caches of all three parts give what whole passes give
-        assert both(torch.cat([tokens, out[:, :i]], 1))[:, -1].argmax() == out[0, i]
+FORGET = [{"question": f"f{i}?", "answer": f"F{i}."} for i in range(4)]
+RETAIN = [{"question": f"r{i}?", "answer": f"R{i}.", "perturbed_answer": [f"W{i}.", f"X{i}.", f"Y{i}."]}
+          for i in range(12)]
+DATA = DataSet("mine", FORGET, RETAIN, paraphrased=[{"question": "f0, say?", "answer": "F0."}],
+               perturbed=[{"question": "f0?", "answer": "wrong."}])
+ARGS = argparse.Namespace(seed=0)
 
 
-def test_an_offsets_gradient_reaches_whatever_is_not_frozen(dense):
-    target, plus, minus = dense(0).requires_grad_(False), dense(1, n_layer=1), dense(2, n_layer=1)
-    LogitOffset(target, plus, minus, 0.5)(torch.tensor([[5, 9]])).sum().backward()
-    assert all(p.grad is None for p in target.parameters())
-    alone = dense(1, n_layer=1)
-    alone(torch.tensor([[5, 9]])).sum().backward()
-    for p, q in zip(plus.parameters(), alone.parameters(), strict=True):
-        assert_close(p.grad, 0.5 * q.grad)
-    assert all(p.grad is not None for p in minus.parameters())
+def test_both_sets_are_the_papers():
+    """D'_f: the forget rows and their paraphrases; D'_r: as many retain rows, by lot, and the wrong answers."""
+    forget, retain = rows(DATA, ARGS)
+    assert forget == FORGET + DATA.paraphrased and retain[4:] == DATA.perturbed
+    kept = [RETAIN.index(row) for row in retain[:4]]
+    assert kept == sorted(set(kept)) and rows(DATA, ARGS) == (forget, retain)
+    assert any(rows(DATA, argparse.Namespace(seed=seed))[1] != retain for seed in (1, 2))
 
 
-def test_an_offset_needs_one_vocabulary(dense):
-    with pytest.raises(UserError, match="vocabularies of 61 and 50"):
-        LogitOffset(dense(), dense(vocab_size=50), dense())
+def test_each_part_of_them_can_be_left_out_or_made_larger():
+    assert rows(DATA, ARGS, paraphrased=False)[0] == FORGET
+    assert len(rows(DATA, ARGS, perturbed=False)[1]) == 4
+    assert len(rows(DATA, ARGS, retain_share=0.5)[1]) == 2 + 1
+    assert rows(DATA, ARGS, retain_share=0.0)[1] == DATA.perturbed
+    assert rows(DATA, ARGS, retain_share=9.0)[1] == RETAIN + DATA.perturbed  # all that there are
 
+
+def test_stray_rows_ask_about_what_is_kept_and_are_wrong():
+    _, plain = rows(DATA, ARGS)
+    _, retain = rows(DATA, ARGS, stray_share=0.5)
+    stray = retain[len(plain):]
+    assert retain[: len(plain)] == plain and len(stray) == 2 * round(0.5 * len(FORGET))
+    right = {row["question"]: row for row in RETAIN}
+    for row in stray:
+        assert row["answer"] in right[row["question"]]["perturbed_answer"][:2]
+
+
+def test_no_retain_rows_at_all_and_none_to_stray_are_refused():
+    with pytest.raises(UserError, match="D'_r is empty"):
+        rows(DATA, ARGS, retain_share=0.0, perturbed=False)
+    with pytest.raises(UserError, match="none can stray"):
+        rows(DataSet("mine", FORGET, FORGET), ARGS, stray_share=1.0)
+
+
+# ---- the method -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_lora_goes_where_it_is_told(factories, kind):
-    counts = {}
-    for targets in ("all", "attn", "mlp"):
-        model = factories[kind]()
-        counts[targets] = sum(p.numel() for p in add_lora(model, 2, 2.0, targets=targets))
-        names = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert all(targets == "all" or f".{targets}." in name for name in names) and names
-    assert counts["attn"] + counts["mlp"] == counts["all"]
-    with pytest.raises(UserError, match="--lora-targets"):
-        add_lora(factories[kind](), 2, 2.0, targets="nose")
+def test_the_method_trains_an_assistant_alone_and_leaves_the_target(bench, kind):
+    target = bench.model(kind)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    model, kept, report = bench.unlearn(target, bench.args("uld", lr=0.01, assistant_layers=1))
+    assert isinstance(model, LogitDifference) and model.target is target
+    assert set(kept) == {"assistant"} and kept["assistant"] is model.assistant
+    assert (model.alpha, model.filter_rate, model.centred) == (0.7, 0.0, False) and report["centred"] is False
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    assert all(p.requires_grad for p in target.parameters())
+    linears = [f"attn.{part}.weight" for part in ("q", "k", "v", "out")]
+    linears += ["mlp.gate_up", "mlp.down"] if kind == "moe" else [f"mlp.{x}.weight" for x in ("gate", "up", "down")]
+    moved = {name for name, value in model.assistant.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"blocks.0.{name}" for name in linears} and model.assistant.config.n_layer == 1
+    adapted = build_assistant(target, 1)
+    assert report["trainable_parameters"] == count_parameters(adapted, trainable=True)
+
+
+def test_the_target_is_not_run_while_its_assistant_trains(bench, monkeypatch):
+    target = bench.model("dense")
+    monkeypatch.setattr(target, "forward", lambda *_, **__: pytest.fail("the target was run"))
+    bench.unlearn(target, bench.args("uld"))
+
+
+def test_the_losses_are_reversed_on_answers_alone(bench):
+    """Equations 4, 5 and 3 at step 0, where the LoRA is zero and the assistant is the target's first layer."""
+    target = bench.model("dense")
+    bench.unlearn(target, bench.args("uld", lora_dropout=0.0, assistant_layers=1, retain_weight=6.5))
+    first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+    assistant, learn, flat = first_layers(target, 1), [], []
+    for of, into in ((bench.forget, learn), (bench.retain, flat)):
+        for i in of.batch(0).index.tolist():
+            example = of.examples[i]
+            p = assistant(torch.tensor([example.tokens])).log_softmax(-1)[0]  # (T, V)
+            for t, label in enumerate(example.labels):
+                if label >= 0:
+                    into.append(-float(p[t, label]) if of is bench.forget else -float(p[t].mean()))
+    assert first["forget"] == pytest.approx(sum(learn) / len(learn), rel=1e-4)
+    assert first["retain"] == pytest.approx(sum(flat) / len(flat), rel=1e-4)
+    assert first["loss"] == pytest.approx(first["forget"] + 6.5 * first["retain"], rel=1e-4)
+
+
+def test_centring_is_an_argument_and_kept_for_decoding(bench):
+    target = bench.model("dense")
+    model, kept, report = bench.unlearn(target, bench.args("uld", filter_rate=0.05), centred=True)
+    assert model.centred and report["centred"] is True
+    again = reopen(target, kept, {"subtract": 0.7, "filter_rate": 0.05} | report)
+    with torch.no_grad():
+        tokens = torch.tensor([[5, 9, 2]])
+        assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("given, public, layers, depth", [(0, None, 4, 3), (0, None, 3, 2), (0, None, 1, 1),
+                                                          (0, "m", 32, 8), (0, "m", 2, 1), (2, None, 4, 2)])
+def test_the_assistants_depth(given, public, layers, depth):
+    args = argparse.Namespace(assistant_layers=given, model=public)
+    assert assistant_depth(args, Config(n_layer=layers)) == depth

@@ -1,22 +1,29 @@
 """uoe.py: which expert the forget set engages (equation 2), the anchor (equation 3), training one expert."""
 
+import argparse
+import json
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
-from model import Trace
+from model import Config, Trace
 from moe import Routing
+from objectives import cross_entropy
 from uoe import (
     affinity_table,
     anchor_loss,
-    balanced_weights,
-    check_place,
+    anchor_losses,
+    calibration,
+    check,
+    choose_experts,
     expert_attribution,
-    experts_reaching,
     isolate,
-    repair_routers,
+    layer_choice,
+    place,
     restore,
     select_experts,
 )
@@ -78,46 +85,96 @@ def test_attribution_needs_experts_and_rows(dense, sparse):
 TABLE = torch.tensor([[0.10, 0.40, 0.20], [0.50, 0.05, 0.30]])
 
 
-@pytest.mark.parametrize("m, same_layer, rule, expected", [
-    (1, False, "top", [(1, 0)]),
-    (3, False, "top", [(1, 0), (0, 1), (1, 2)]),
-    (2, True, "top", [(1, 0), (1, 2)]),
-    (1, False, "bottom", [(1, 1)]),
-    (3, False, "bottom", [(1, 1), (0, 0), (0, 2)]),
-    (2, True, "bottom", [(1, 1), (1, 2)]),
+@pytest.mark.parametrize("m, layer, sign, expected", [
+    (1, "all", 1, [(1, 0)]),
+    (3, "all", 1, [(1, 0), (0, 1), (1, 2)]),
+    (2, "top", 1, [(1, 0), (1, 2)]),
+    (1, "all", -1, [(1, 1)]),
+    (3, "all", -1, [(1, 1), (0, 0), (0, 2)]),
+    (2, "top", -1, [(1, 1), (1, 2)]),
+    (2, 0, 1, [(0, 1), (0, 2)]),
+    (1, 0, -1, [(0, 0)]),
 ])
-def test_experts_by_affinity(m, same_layer, rule, expected):
-    assert select_experts(TABLE, m, same_layer, rule) == expected
+def test_experts_by_affinity(m, layer, sign, expected):
+    """The lowest affinity is the highest of its negative."""
+    assert select_experts(sign * TABLE, m, layer) == expected
 
 
-def test_random_experts_follow_the_generator_and_not_the_table():
-    def draw(seed, m=1, same_layer=False):
-        return select_experts(TABLE, m, same_layer, "random", torch.Generator().manual_seed(seed))
+def test_random_experts_follow_the_scores_drawn_and_not_the_table():
+    def draw(seed, m=1, layer="all"):
+        return select_experts(torch.rand(TABLE.shape, generator=torch.Generator().manual_seed(seed)), m, layer)
 
     assert draw(3, 4) == draw(3, 4) and len(set(draw(3, 6))) == 6
     assert {place for seed in range(100) for place in draw(seed)} == {(i, e) for i in range(2) for e in range(3)}
-    assert all(len({layer for layer, _ in draw(seed, 3, True)}) == 1 for seed in range(20))
+    assert all(len({layer for layer, _ in draw(seed, 3, "top")}) == 1 for seed in range(20))
 
 
-@pytest.mark.parametrize("m, same_layer", [(0, False), (7, False), (4, True), (-1, True)])
-def test_more_experts_than_there_are_is_refused(m, same_layer):
+@pytest.mark.parametrize("m, layer", [(0, "all"), (7, "all"), (4, "top"), (-1, "top"), (4, 1)])
+def test_more_experts_than_there_are_is_refused(m, layer):
     with pytest.raises(UserError, match=f"--m {m} is not between 1 and"):
-        select_experts(TABLE, m, same_layer)
+        select_experts(TABLE, m, layer)
 
 
-def test_an_unknown_rule_is_refused():
-    with pytest.raises((UserError, ValueError)):
-        select_experts(TABLE, rule="botom")
+@pytest.mark.parametrize("layer", [2, -1])
+def test_a_layer_that_does_not_exist_is_refused(layer):
+    with pytest.raises(UserError, match=f"--layer {layer} does not exist: layers go from 0 to 1"):
+        select_experts(TABLE, layer=layer)
 
 
-@pytest.mark.parametrize("place", [(3, 0), (-1, 0), (0, 7), (0, -1)])
-def test_a_place_that_does_not_exist_is_refused(place):
-    with pytest.raises(UserError, match=f"--expert {place[0]},{place[1]} does not exist: layers go from 0 to 2"):
-        check_place(place, 3, 7)
+def test_an_unknown_layer_is_refused():
+    with pytest.raises(argparse.ArgumentTypeError, match="botom is neither all, middle, top nor a layer's number"):
+        layer_choice("botom")
+    assert [layer_choice(text) for text in ("all", "middle", "top", "3")] == ["all", "middle", "top", 3]
+
+
+@pytest.mark.parametrize("text", ["3", "1,2,3", "-1,0", "0,-1", "a,b", "1,", "", "1,1.5", "9" * 30 + ",0"])
+def test_what_is_no_place_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a layer and an expert"):
+        place(text)
+
+
+def config_of(**more) -> Config:
+    return Config(n_layer=3, n_expert=7, top_k=2, **more)
+
+
+def asked(**options) -> argparse.Namespace:
+    return argparse.Namespace(**dict(place=None, m=1, layer="middle") | options)
+
+
+@pytest.mark.parametrize("where", [(3, 0), (0, 7)])
+def test_a_place_that_does_not_exist_is_refused(where):
+    wanted = "layers go from 0 to 2" if where[0] == 3 else "experts go from 0 to 6"
+    with pytest.raises(UserError, match=f"--place {where[0]}(,{where[1]})? does not exist: {wanted}"):
+        check(asked(place=where), config_of())
 
 
 def test_a_place_that_exists_is_itself():
-    assert check_place((2, 6), 3, 7) == (2, 6)
+    assert place("2,6") == (2, 6)
+    check(asked(place=(2, 6)), config_of())
+    assert choose_experts(torch.zeros(3, 7), asked(place=(2, 6))) == [(2, 6)]
+
+
+def test_the_flags_choose_among_all_layers_the_middle_one_the_top_one_or_one_by_number():
+    affinity = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.0, 0.4], [0.6, 0.1, 0.2]])
+    for layer, expected in (("all", [(2, 0), (0, 1)]), ("middle", [(1, 2), (1, 0)]), ("top", [(2, 0), (2, 2)]),
+                            (0, [(0, 1), (0, 2)])):
+        assert choose_experts(affinity, asked(layer=layer, m=2)) == expected
+
+
+@pytest.mark.parametrize("options, says", [
+    (dict(layer=3), "--layer 3 does not exist"), (dict(m=8), "--m 8"), (dict(layer="all", m=22), "--m 22"),
+    (dict(place=(1, 1), m=2), "--place names one expert"),
+    (dict(place=(2, 0), rmu_layer=1), "--rmu-layer 1 lies below"), (dict(rmu_layer=0), "--rmu-layer 0 lies below"),
+])
+def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says):
+    with pytest.raises(UserError, match=says):
+        check(asked(**options), config_of())
+
+
+def test_what_can_be_chosen_passes():
+    for options in (dict(), dict(m=7), dict(layer="all", m=21), dict(layer="top", rmu_layer=0), dict(rmu_layer=1),
+                    dict(place=(2, 0), rmu_layer=2)):
+        check(asked(**options), config_of())
 
 
 # ---- the anchor -------------------------------------------------------------------------------------------------
@@ -154,6 +211,14 @@ def test_only_the_unmasked_anchor_can_bring_an_expert_back():
 
 def test_anchor_of_nothing_but_padding_is_zero():
     assert anchor_loss(routing(), [0], torch.zeros(2, 2, dtype=torch.bool)).item() == 0
+
+
+def test_anchors_of_several_layers_are_summed_each_over_its_own_experts():
+    flat = Routing(torch.full((2, 2, 3), 1 / 3), torch.zeros(2, 2, 1, dtype=torch.long), torch.zeros(2, 2, 1))
+    trace = Trace(routing={0: routing(), 2: flat})
+    got = anchor_losses(trace, [(2, 1), (0, 2), (0, 0)], MASK)
+    by_hand = (0.98 + 0.94 + 1.66) / 3 + (4 / 9 + 1 / 9 + 1 / 9)
+    assert got.item() == pytest.approx(by_hand)
 
 
 # ---- training one expert ----------------------------------------------------------------------------------------
@@ -209,23 +274,13 @@ def test_the_affinity_table_names_the_highest_and_marks_the_unlearned():
     assert lines[2].split() == "layer 1: E0 0.500 -> 0.300 * E2 0.300 -> 0.500".split()
 
 
-def test_an_affinity_rank_skips_the_more_wanted():
+def test_a_rank_skips_the_more_wanted():
     table = torch.tensor([[0.1, 0.5, 0.2], [0.4, 0.3, 0.0]])
     assert select_experts(table, rank=2) == [(1, 0)] and select_experts(table, 2, rank=3) == [(1, 1), (0, 2)]
     assert select_experts(table, layer=1, rank=2) == [(1, 1)]
     for options in (dict(rank=0), dict(rank=7), dict(m=2, rank=6), dict(layer=0, rank=4)):
-        with pytest.raises(UserError, match="--affinity-rank"):
+        with pytest.raises(UserError, match="--m"):
             select_experts(table, **options)
-
-
-@pytest.mark.parametrize("p, expected", [
-    (0.0, [(0, 1), (1, 0)]), (0.5, [(0, 1), (1, 0)]), (0.51, [(0, 1), (0, 2), (1, 0)]),
-    (0.6, [(0, 1), (0, 2), (1, 0), (1, 1)]), (1.0, [(0, 1), (0, 2), (0, 3), (0, 0), (1, 0), (1, 1)]),
-])
-def test_esft_takes_the_fewest_experts_that_reach_p(p, expected):
-    """Shares 0.1, 0.5, 0.25, 0.15 and 4/7, 3/7; the second layer's sum is 0.7."""
-    table = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.4, 0.3, 0.0, 0.0]])
-    assert experts_reaching(table, p) == expected
 
 
 def test_shared_experts_train_only_where_asked_and_present(sparse):
@@ -235,66 +290,97 @@ def test_shared_experts_train_only_where_asked_and_present(sparse):
     both = isolate(model, [(1, 2)], shared=True)
     assert len(both) == len(without) + 3  # gate, up, down; not the sigmoid gate
     assert model.moe(1).shared.up.weight.requires_grad and not model.moe(0).shared.up.weight.requires_grad
-    with pytest.raises(UserError, match="--with-shared"):
+    with pytest.raises(UserError, match="no shared experts"):
         isolate(sparse(), [(1, 2)], shared=True)
 
 
-def router_logits(model, batches, layer):
-    return torch.cat([(model.blocks[layer].mlp_norm(model.stem(b.tokens, layer)) @ model.moe(layer).router.weight.T)
-                      [b.mask] for b in batches])
+# ---- the method -------------------------------------------------------------------------------------------------
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@torch.no_grad()
-def test_repair_leaves_a_model_that_never_changed_and_brings_scores_back_where_one_did(sparse):
-    """The ridge solution by hand at the first layer that changed: its own normal equations hold."""
-    batches = list(in_order([Example([(7 * i + j) % 61 for j in range(9)], [IGNORE] * 9) for i in range(40)], 16))
-    target, same, changed = sparse(0), sparse(0), sparse(0)
-    repair_routers(target, same, batches, ridge=1e-9)
-    for layer in range(3):
-        torch.testing.assert_close(router_logits(same, batches, layer), router_logits(target, batches, layer),
-                                   atol=1e-3, rtol=1e-3)
-    changed.moe(0).down.mul_(1.3)
-    wanted = [router_logits(target, batches, layer) for layer in range(3)]
-    before = [(router_logits(changed, batches, layer) - wanted[layer]).square().mean() for layer in range(3)]
-    assert before[0] == 0 < before[1]
-    repair_routers(target, changed, batches, ridge=1e-6)
-    for layer in (1, 2):
-        assert (router_logits(changed, batches, layer) - wanted[layer]).square().mean() < before[layer]
-    x = torch.cat([changed.blocks[1].mlp_norm(changed.stem(b.tokens, 1))[b.mask] for b in batches]).double()
-    theta = changed.moe(1).router.weight.double()
-    ridge = 1e-6 * x.square().sum(0).mean()
-    gap = (x @ theta.T - wanted[1].double()).T @ x + ridge * theta  # gradient of the ridge objective
-    assert gap.abs().max() < 1e-2 * (wanted[1].double().T @ x).abs().max()
+def changed(before: dict, model) -> set[str]:
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
-@torch.no_grad()
-def test_balanced_weights_bring_the_experts_shares_to_those_of_the_forget_set(sparse):
-    def batches(seed, n):
-        draw = torch.Generator().manual_seed(seed)
-        rows = [torch.randint(61, (5 + i % 6,), generator=draw).tolist() for i in range(n)]
-        return list(in_order([Example(row, [IGNORE] * len(row)) for row in rows], 16))
+def test_the_method_trains_the_expert_that_equation_2_names_and_its_router_and_leaves_the_target(bench):
+    target = bench.model()
+    before = state(target)
+    wanted = int(expert_attribution(target, bench.forget.in_order())[1].argmax())  # of the middle layer
+    model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01))
+    assert kept == {"model": model} and report["unlearned_experts"] == [[1, wanted]]
+    assert not changed(before, target) and all(p.requires_grad for p in model.parameters())
+    assert changed(before, model) == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
+    same = (model.moe(1).gate_up == target.moe(1).gate_up).flatten(1).all(1).tolist()
+    assert same == [expert != wanted for expert in range(7)]
+    expert = model.moe(1).gate_up[0].numel() + model.moe(1).down[0].numel()
+    assert report["trainable_parameters"] == expert + model.moe(1).router.weight.numel()
 
-    def shares(model, parts, weights):
-        """Of the assignments at layer 0, weighted."""
-        total = torch.zeros(7)
-        for batch, weight in zip(parts, weights, strict=True):
-            trace = Trace()
-            model(batch.tokens, trace=trace)
-            for b, t in batch.mask.nonzero().tolist():
-                for e in trace.routing[0].chosen[b, t].tolist():
-                    total[e] += weight[b, t]
-        return total / total.sum()
 
-    model = sparse(n_layer=1)
-    forget, retain = batches(0, 8), batches(1, 80)
-    weights = balanced_weights(model, forget, retain, rounds=50)
-    real = torch.cat([w[b.mask] for w, b in zip(weights, retain, strict=True)])
-    assert real.mean() == pytest.approx(1, abs=1e-4) and all((w[~b.mask] == 0).all() for w, b in
-                                                             zip(weights, retain, strict=True))
-    ones = lambda parts: [b.mask.float() for b in parts]  # noqa: E731
-    wanted, before = shares(model, forget, ones(forget)), shares(model, retain, ones(retain))
-    after = shares(model, retain, weights)
-    assert (after - wanted).abs().max() < 0.1 * (before - wanted).abs().max()
-    same = balanced_weights(model, retain, retain)
-    assert torch.allclose(torch.cat([w[b.mask] for w, b in zip(same, retain, strict=True)]), torch.ones(len(real)),
-                          atol=1e-4)
+def test_a_router_learning_rate_of_0_freezes_the_router(bench):
+    target = bench.model()
+    model, _, report = bench.unlearn(target, bench.args("uoe", lr=0.01, router_lr=0.0, m=2, layer="top"))
+    layers = {layer for layer, _ in report["unlearned_experts"]}
+    assert len(layers) == 1 and len(report["unlearned_experts"]) == 2
+    assert {name.rpartition(".")[2] for name in changed(state(target), model)} == {"gate_up", "down"}
+
+
+def test_another_way_to_choose_is_an_argument(bench):
+    seen = []
+
+    def choose(affinity, args):
+        seen.append(affinity)
+        return [(2, 3), (0, 1)]
+
+    target = bench.model()
+    model, _, report = bench.unlearn(target, bench.args("uoe", lr=0.01), choose=choose)
+    assert report["unlearned_experts"] == [[2, 3], [0, 1]]
+    assert_close(seen[0], expert_attribution(target, bench.forget.in_order()))
+    assert {name.split(".")[1] for name in changed(state(target), model)} == {"0", "2"}
+
+
+def test_shared_experts_train_by_an_argument(bench):
+    target = bench.model(d_shared=8, shared_gate=True)
+    plain, _, small = bench.unlearn(target, bench.args("uoe", lr=0.01, place=(1, 2)))
+    model, _, large = bench.unlearn(target, bench.args("uoe", lr=0.01, place=(1, 2)), shared=True)
+    assert not any("shared" in name for name in changed(state(target), plain))
+    assert {n for n in changed(state(target), model) if "shared" in n} == {
+        f"blocks.1.mlp.shared.{part}.weight" for part in ("gate", "up", "down")}
+    assert large["trainable_parameters"] - small["trainable_parameters"] == 3 * 8 * 32
+
+
+def test_the_three_terms_add_up_to_equation_4(bench):
+    """At step 0, from the target itself: NPO is (2 / beta) log 2, the anchor and GD are its own."""
+    target = bench.model()
+    args = bench.args("uoe", place=(1, 2), anchor_weight=0.5, retain_weight=3.0, npo_beta=0.1)
+    bench.unlearn(target, args)
+    first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+    batch = bench.forget.batch(0)
+    trace = Trace()
+    with torch.no_grad():
+        target(batch.tokens, trace=trace)
+        anchor = anchor_loss(trace.routing[1], [2], batch.mask).item()
+        other = bench.retain.batch(0)
+        retain = cross_entropy(target(other.tokens), other.labels).item()
+    assert first["forget"] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-4)
+    assert first["anchor"] == pytest.approx(anchor, rel=1e-4) and first["retain"] == pytest.approx(retain, rel=1e-4)
+    assert first["loss"] == pytest.approx(first["forget"] + 0.5 * anchor + 3.0 * retain, rel=1e-4)
+
+
+def test_rmu_steers_the_highest_of_the_unlearned_experts(bench):
+    target = bench.model()
+    args = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", m=2, layer="all", rmu_layer=None)
+    _, _, report = bench.unlearn(target, args, choose=lambda affinity, args: [(0, 1), (2, 4)])
+    assert args.rmu_layer == 2
+    given = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", place=(0, 1), rmu_layer=1)
+    bench.unlearn(target, given)
+    assert given.rmu_layer == 1
+
+
+def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(bench):
+    every = [b.index.tolist() for b in calibration(bench.forget, bench.args("uoe"))]
+    few = [b.index.tolist() for b in calibration(bench.forget, bench.args("uoe", attribution_tokens=5))]
+    assert sorted(sum(every, [])) == sorted(sum(few, [])) == list(range(9)) and len(few[0]) == 8
+    lengths = [len(bench.forget.examples[i].tokens) for i in few[0]]
+    assert lengths != sorted(lengths, reverse=True)

@@ -1,0 +1,112 @@
+"""How much code a reader passes from the command line to a method's first update, counted while it runs.
+
+    python -m lab.walk                # all of uoe and uld; writes results/walk.md
+
+Traced with sys.settrace: every function of this repository that is entered, once, with the lines of its body. *Core*:
+from entering the method's `unlearn` on. What trains the target is left out: a cached one is used.
+"""
+
+import contextlib
+import inspect
+import io
+import sys
+import tempfile
+from pathlib import Path
+from types import CodeType, FrameType
+
+import loop
+import train
+from errors import one_line_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--depth 2 --width 32 --pretrain-epochs 1 --epochs 1 --score-rows 8".split()
+
+
+class FirstUpdate(Exception):
+    """The optimiser has stepped once: the walk ends here."""
+
+
+class Walk:
+    """Functions entered, in the order of their first call; `core` those since the method's unlearn."""
+
+    def __init__(self):
+        self.seen: dict[CodeType, None] = {}
+        self.core: dict[CodeType, None] = {}
+        self.in_method = False
+
+    def __call__(self, frame: FrameType, event: str, _):
+        code = frame.f_code
+        file = Path(code.co_filename)
+        if event != "call" or ROOT not in file.parents or ".venv" in file.parts or code.co_name.startswith("<"):
+            return None
+        if code.co_name == "unlearn":
+            self.in_method = True
+        self.seen.setdefault(code)
+        if self.in_method:
+            self.core.setdefault(code)
+        return None
+
+
+def body_lines(code: CodeType) -> int:
+    """Lines of a function's source without its docstring, blank lines and comments; nested functions count apart."""
+    lines, start = inspect.getsourcelines(code)
+    inner = [const for const in code.co_consts if isinstance(const, CodeType) and not const.co_name.startswith("<")]
+    skip: set[int] = set()
+    for nested in inner:
+        body, first = inspect.getsourcelines(nested)
+        skip |= set(range(first, first + len(body)))
+    doc = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else ""
+    doc_lines = len(doc.splitlines()) if doc and f'"""{doc.splitlines()[0][:20]}' in "".join(lines) else 0
+    kept = [line for number, line in enumerate(lines, start)
+            if number not in skip and line.strip() and not line.strip().startswith("#")]
+    return len(kept) - sum(1 for line in doc.splitlines() if line.strip()) * bool(doc_lines)
+
+
+def walk(method: str, out: str) -> Walk:
+    """From train.main to the first update of one method, on a tiny world."""
+    train.main(["--method", method, *TINY, "--out", out, "--name", "first"])  # so that target and scores are cached
+    steps = loop.torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        steps(self, *args, **kwargs)
+        raise FirstUpdate
+
+    found = Walk()
+    loop.torch.optim.AdamW.step = step
+    sys.settrace(found)
+    try:
+        with contextlib.suppress(FirstUpdate):
+            train.main(["--method", method, *TINY, "--out", out, "--name", "walk"])
+    finally:
+        sys.settrace(None)
+        loop.torch.optim.AdamW.step = steps
+    return found
+
+
+def table(found: dict[CodeType, None]) -> str:
+    by_file: dict[str, list[int]] = {}
+    for code in found:
+        name = str(Path(code.co_filename).relative_to(ROOT))
+        by_file.setdefault(name, []).append(body_lines(code))
+    rows = [f"| {name} | {len(lines)} | {sum(lines)} |" for name, lines in by_file.items()]
+    total = [sum(lines) for lines in by_file.values()]
+    count = sum(len(lines) for lines in by_file.values())
+    return "\n".join(["| file | functions | lines |", "|---|---|---|", *rows, f"| **all** | {count} | {sum(total)} |"])
+
+
+@one_line_errors
+def main() -> None:
+    page = ["# From the command line to the first update", "",
+            "Functions entered, in order, and the lines of their bodies (no docstrings, comments, blank lines), as "
+            "`python -m lab.walk` traced them. Core: from entering the method's `unlearn`.", ""]
+    for method in ("uoe", "uld"):
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+            found = walk(method, out)
+        for title, part in ((f"{method}, all of it", found.seen), (f"{method}, core", found.core)):
+            page += [f"## {title}", "", table(part), ""]
+    (ROOT / "results" / "walk.md").write_text("\n".join(page))
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
