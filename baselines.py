@@ -100,7 +100,7 @@ def experts_reaching(affinity: Tensor, p: float) -> list[uoe.Place]:
     places = []
     for layer, row in enumerate(affinity):
         share, order = (row / row.sum().clamp_min(1e-12)).sort(descending=True)
-        enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1
+        enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1  # ESFT 3.3
         places += [(layer, int(expert)) for expert in order[:enough]]
     return places
 

@@ -59,7 +59,7 @@ class MoE(nn.Module):
 
         forced (B, T, K): these experts instead, weighted by what the router thinks of them.
         """
-        probs = self.router(x).float().softmax(-1)
+        probs = self.router(x).float().softmax(-1)  # UOE 3
         weights, chosen = (probs.gather(-1, forced), forced) if forced is not None else probs.topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -133,7 +133,7 @@ def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:
         probs, chosen = probs[mask], chosen[mask]  # (N', E), (N', K)
         n_expert = probs.shape[-1]
         share = torch.bincount(chosen.reshape(-1), minlength=n_expert) / max(chosen.numel(), 1)
-        losses.append(n_expert * (share * probs.sum(0) / max(len(probs), 1)).sum())
+        losses.append(n_expert * (share * probs.sum(0) / max(len(probs), 1)).sum())  # Switch (4)
     return torch.stack(losses).mean()
 
 

@@ -77,7 +77,7 @@ class GD(Loss):
 def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
     """KL(reference || model) per answer token, over the whole vocabulary (TOFU, arXiv 2401.06121, section 4.2)."""
     log_p, log_q = reference_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels)
+    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels)  # TOFU 4.2, KL
 
 
 class KL(Loss):
@@ -111,7 +111,7 @@ class Uniform(Loss):
 
 def ga(logits: Tensor, labels: Tensor) -> Tensor:
     """Gradient ascent: minus the cross entropy. Not bounded below (TOFU, section 4.2). GA + GD is GDIFF."""
-    return -cross_entropy(logits, labels)
+    return -cross_entropy(logits, labels)  # TOFU 4.2, GA
 
 
 class GA(Loss):
@@ -129,7 +129,8 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     log_prob, reference_log_prob: (B,) sums over answer tokens. At the reference: (2/beta) log 2. As beta -> 0 the
     gradient becomes that of GA on summed log-probabilities; a large beta stops pushing once p < p_ref.
     """
-    return -(2 / beta) * F.logsigmoid(-beta * (log_prob - reference_log_prob)).sum() / max(len(log_prob), 1)
+    ratio = log_prob - reference_log_prob
+    return -(2 / beta) * F.logsigmoid(-beta * ratio).sum() / max(len(ratio), 1)  # NPO (3)
 
 
 class NPO(Loss):
@@ -154,7 +155,7 @@ def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tens
     NPO without a reference: log-probability per token takes its place. log_prob (B,) sums; lengths (B,) tokens.
     """
     margin = -beta * log_prob / lengths.clamp_min(1) - gamma
-    return -(2 / beta) * F.logsigmoid(margin).sum() / max(len(log_prob), 1)
+    return -(2 / beta) * F.logsigmoid(margin).sum() / max(len(log_prob), 1)  # SimNPO
 
 
 class SimNPO(Loss):
@@ -178,7 +179,7 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
     wanted half it is NPO. All (B,): sums of log-probabilities over answer tokens.
     """
     ratio = (wanted - wanted_reference) - (unwanted - unwanted_reference)
-    return -(2 / beta) * F.logsigmoid(beta * ratio).sum() / max(len(ratio), 1)
+    return -(2 / beta) * F.logsigmoid(beta * ratio).sum() / max(len(ratio), 1)  # DPO (7)
 
 
 class DPO(Loss):
@@ -204,7 +205,7 @@ def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Ten
     """
     right = F.one_hot(labels.clamp_min(0), logits.shape[-1])
     imagined = (reference_logits.float() + offset * (1 - right)).softmax(-1)
-    return answer_mean(-(imagined * logits.float().log_softmax(-1)).sum(-1), labels)
+    return answer_mean(-(imagined * logits.float().log_softmax(-1)).sum(-1), labels)  # DI
 
 
 class DI(Loss):
@@ -224,7 +225,7 @@ class DI(Loss):
 def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over real tokens of the mean squared distance (arXiv 2403.03218, eq. 3); both (B, T, D)."""
     squared = (hidden.float() - reference_hidden.float()).square().mean(-1)  # (B, T)
-    return squared[mask].sum() / mask.sum().clamp_min(1)
+    return squared[mask].sum() / mask.sum().clamp_min(1)  # RMU (3)
 
 
 def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
 
     hidden (B, T, D) after one block; control (D,) = steering coefficient times a random unit vector.
     """
-    return hidden_distance(hidden, control.expand_as(hidden), mask)
+    return hidden_distance(hidden, control.expand_as(hidden), mask)  # RMU (2)
 
 
 STEERED = Flag("--rmu-layer", NATURAL, None, None, "whose output is steered (default: the highest unlearned expert's, "

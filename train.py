@@ -284,7 +284,7 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
     for seed in args.seed:
         this = copy.copy(args)
         this.seed = seed
-        if len(args.seed) > 1 or seed and not args.named:
+        if len(args.seed) > 1 or (seed and not args.named):
             this.name = f"{args.name}-seed{seed}"
         folder = RunFolder(this)
         if args.resume and folder.finished() and len(args.seed) > 1:  # before the cut

@@ -75,7 +75,7 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
     """
     drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
     kept = sorted(drawn[: round(retain_share * len(data.forget))])
-    forget = data.forget + (data.paraphrased if paraphrased else [])
+    forget = data.forget + (data.paraphrased if paraphrased else [])  # ULD 3.3
     retain = [data.retain[i] for i in kept] + (data.perturbed if perturbed else [])
     if stray_share:
         asked = [data.retain[i] for i in drawn if data.retain[i].get("perturbed_answer")]
@@ -96,7 +96,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     """
     # 1. A small assistant: the target's first K layers, frozen, with low-rank changes that train (section 3.2).
     layers = assistant_depth(args, target.config)
-    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)  # ULD 3.2
     parameters = [p for p in assistant.parameters() if p.requires_grad]
 
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
@@ -133,7 +133,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x.float(), self.dropout, self.training), self.a)
-        return self.base(x) + (self.scale * F.linear(low, self.b)).to(x.dtype)
+        return self.base(x) + (self.scale * F.linear(low, self.b)).to(x.dtype)  # LoRA (3)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -253,7 +253,7 @@ def plausible(logits: Tensor, rate: float, keep_share: bool = True) -> Tensor:
     if keep_share:
         count = max(1, int(rate * logits.shape[-1]))
         floor = torch.minimum(floor, logits.topk(count, dim=-1).values[..., -1:])
-    return logits >= floor
+    return logits >= floor  # ULD 3.4
 
 
 class SeveralModels(nn.Module):

@@ -8,6 +8,7 @@ out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path wher
 `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
 ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs is
 named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
+`<!-- equations -->` and `<!-- book -->` are README's tables of statements and of files, made from the code.
 """
 
 import json
@@ -130,6 +131,70 @@ def markdown(heads: list[str], lines: list[Line], old: str) -> str:
     return "".join("| " + " | ".join(row[i] for i in keep) + " |\n" for row in rows)
 
 
+EQUATIONS = {  # marker at the end of a statement -> what it says
+    "ULD (2)": "logits = target - α · assistant",
+    "ULD (3)": "minimise forget + β · retain, both reversed",
+    "ULD (4)": "the assistant learns the forget set",
+    "ULD (5)": "and is uniform on everything else",
+    "ULD 3.2": "assistant = first K layers, frozen, with LoRA",
+    "ULD 3.3": "D′_f and D′_r: paraphrased and perturbed rows",
+    "ULD 3.4": "the filter: only plausible tokens are touched",
+    "LoRA (3)": "W x + (α / r) B A x",
+    "UOE 3": "router: softmax over all experts, then top k",
+    "UOE (2)": "affinity score of every expert",
+    "UOE (3)": "anchor loss ‖g - a‖²",
+    "UOE (4)": "forget + λ · retain + α · anchor",
+    "UOE Fig. 3": "overlap of selected experts with the original model",
+    "NPO (3)": "-(2/β) log σ(-β log p/p_ref)",
+    "SimNPO": "NPO without a reference, per token",
+    "DPO (7)": "a refusal is preferred to the answer",
+    "DI": "the earlier distribution, the right token pushed down",
+    "RMU (2)": "hidden states towards one random direction",
+    "RMU (3)": "hidden states of retain rows stay",
+    "ESFT 3.3": "experts that carry a share p of the affinity",
+    "Offset (2)": "logits = target + α (assistant - assistant before)",
+    "TOFU 4.2, GA": "gradient ascent",
+    "TOFU 4.2, KL": "stay near the original model on retain rows",
+    "TOFU (1)": "truth ratio, wrong over right",
+    "TOFU 2.2.1": "model utility: harmonic mean",
+    "TOFU 2.2.2": "forget quality: KS test against the reference",
+    "Switch (4)": "load balancing of experts in pretraining",
+}
+
+
+def equation_table() -> list[str]:
+    """A row per marker, with the file and line of the one statement that carries it.
+
+    Raises UserError where a marker stands nowhere or twice.
+    """
+    root = HERE.parent
+    where: dict[str, list[str]] = {name: [] for name in EQUATIONS}
+    for path in sorted([*root.glob("*.py"), *root.glob("metrics/*.py")]):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            marker = line.rpartition("  # ")[2]
+            if marker in where:
+                where[marker].append(f"{path.relative_to(root)}#L{number}")
+    rows = ["| equation | what it says | where |", "|---|---|---|"]
+    for name, places in where.items():
+        if len(places) != 1:
+            raise UserError(f"the marker '# {name}' stands at {len(places)} statements: {', '.join(places)}")
+        rows.append(f"| {name} | {EQUATIONS[name]} | [`{places[0].replace('#L', ':')}`]({places[0]}) |")
+    return rows
+
+
+BOOK = ("uoe.py", "uld.py", "objectives.py", "moe.py", "model.py", "loop.py", "train.py", "eval.py")
+
+
+def book_table() -> list[str]:
+    """The eight files a student reads, in order: the first sentence of each, and how long it is."""
+    rows = ["| file | what it is | lines |", "|---|---|---|"]
+    for name in BOOK:
+        text = (HERE.parent / name).read_text(encoding="utf-8")
+        said = text.removeprefix('"""').partition("\n")[0].rstrip(".")
+        rows.append(f"| [`{name}`]({name}) | {said} | {len(text.splitlines())} |")
+    return rows
+
+
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
         what, argument, spec = match["what"], match["argument"], match["spec"]
@@ -140,6 +205,10 @@ def fill(text: str, kinds: dict[str, list[Path]]) -> str:
                             level_table(argument, match["level"], spec, kinds))
         return f"{match['open']}\n{markdown(heads, lines, match['old'])}<!-- end -->"
 
+    for name, table in (("equations", equation_table), ("book", book_table)):
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                      lambda match, table=table: match[1] + "".join(row + "\n" for row in table()) + match[2], text,
+                      flags=re.DOTALL)
     return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>[\w-]+))?(?: (?P<level>[\d.]+))?: "
                   r"(?P<spec>[^>]*?) -->)\n(?P<old>.*?)<!-- end -->", one, text, flags=re.DOTALL)
 

@@ -16,7 +16,7 @@ def overlap(chosen: Tensor, before: Tensor, mask: Tensor) -> Tensor:
     chosen, before: (B, T, K) long, of one layer.  mask: (B, T) bool.
     """
     same = chosen[mask][:, :, None] == before[mask][:, None, :]  # (N, K, K): experts of a token are distinct
-    return same.any(-1).float().mean(-1)
+    return same.any(-1).float().mean(-1)  # UOE Fig. 3
 
 
 def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:

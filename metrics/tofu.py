@@ -87,7 +87,7 @@ def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses"
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r} is not one of {', '.join(DEFINITIONS)}")
     if definition == "losses":
-        return exp(right - sum(wrong) / len(wrong))
+        return exp(right - sum(wrong) / len(wrong))  # TOFU (1)
     return sum(exp(right - w) for w in wrong) / len(wrong)
 
 
@@ -108,7 +108,7 @@ def forget_quality(unlearned: Sequence[float], reference: Sequence[float]) -> Fo
     for values in (unlearned, reference):
         if not len(values) or np.isnan(values).any():
             raise ValueError("forget quality needs truth ratios of both models, none of them NaN")
-    test = ks_2samp(unlearned, reference)
+    test = ks_2samp(unlearned, reference)  # TOFU 2.2.2
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(unlearned))
 
 
@@ -116,7 +116,7 @@ def model_utility(numbers: Sequence[float]) -> float:
     """Harmonic mean (section 2.2.1); 0 as soon as one is. TOFU: 3 measures x retain, real authors, world facts."""
     if not len(numbers) or min(numbers) < 0:
         raise ValueError("model utility needs numbers of at least 0")
-    return 0.0 if min(numbers) == 0 else len(numbers) / sum(1 / x for x in numbers)
+    return 0.0 if min(numbers) == 0 else len(numbers) / sum(1 / x for x in numbers)  # TOFU 2.2.1
 
 
 def utility_of(summaries: dict[str, dict], sets: Sequence[str]) -> float:

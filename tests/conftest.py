@@ -5,6 +5,7 @@
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ TINY_GPT = SHAPE  # of those whose small model is dense
 
 def tiny(*options: str) -> list[str]:
     """These options and a small model's shape, with experts where the model that they ask for has some."""
-    words = dict(zip(options, options[1:], strict=False))
+    words = dict(pairwise(options))
     method = train.METHODS.get(words.get("--method", "uoe"))
     arch = words.get("--arch", method.arch if method else "gpt")
     return [*(TINY if arch == "moe" else TINY_GPT), *options]

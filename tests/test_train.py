@@ -179,8 +179,8 @@ def test_every_expert_that_rmu_is_to_train_is_trained(world, out):
 
 @pytest.mark.slow
 def test_diverging_before_the_first_epoch_is_over_leaves_the_target(world, out):
-    folder = run(world, out, *"--method full --forget-loss ga --retain-loss none --lr 1e9 --score-every-epoch --stop-at never".split(),
-                 "--batch-size", "2")
+    options = "--method full --forget-loss ga --retain-loss none --lr 1e9 --score-every-epoch --stop-at never"
+    folder = run(world, out, *options.split(), "--batch-size", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["run"]["diverged"] and metrics["run"]["steps"] == 0
     assert metrics["unlearned"]["forget"] == metrics["target"]["forget"]
@@ -203,6 +203,21 @@ def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded
     assert json.loads(attacks.read_text())["decoding"] == {"alpha": 1.0, "filter_rate": 0.01, "centred": False}
 
 
+def check_settings(printed: str, folder: Path) -> None:
+    """The one line of settings is what config.json says, and leaves out no setting that is on."""
+    line, = re.findall(r"^settings: (.*)$", printed, re.M)
+    told = dict(part.split(" ", 1) for part in re.split(r", (?=[a-z][a-z-]* )", line))
+    config, asked = (json.loads((folder / name).read_text()) for name in ("config.json", "asked.json"))
+
+    def as_told(value) -> str:
+        return str(tuple(value) if isinstance(value, list) else value)
+
+    assert {key: as_told(config[key.replace("-", "_")]) for key in told} == told
+    off = {key for key, value in asked.items() if value in (None, False)} | {"name", "out"}
+    assert {key.replace("-", "_") for key in told} == set(asked) - off
+    assert {key: config[key] for key in asked} == asked
+
+
 @pytest.mark.parametrize("options", METHODS)
 def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options, capsys):
     folder = run(world, out, *options.split())
@@ -210,6 +225,7 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     for word in ("target", "reference", "unlearned", "exact answers", "model utility", "forget quality", "[forget]",
                  "[retain]", "[untouched]"):
         assert word in printed
+    check_settings(printed, folder)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"target", "reference", "unlearned", "run"}
     assert metrics["reference"]["forget_quality"] is None and 0 <= metrics["unlearned"]["forget_quality"] <= 1
@@ -249,7 +265,7 @@ def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
 
 @pytest.mark.parametrize(("options", "name"), [
     ("", "uoe"), ("--score-every-epoch --device cpu --more-references 1", "uoe"),
-    ("--m 3 --layer top", "uoe-m3-layertop"), ("--place 2,5", "uoe-place2,5"), ("--seed 3 --name mine", "mine-seed3"),
+    ("--m 3 --layer top", "uoe-m3-layertop"), ("--place 2,5", "uoe-place2,5"), ("--seed 3 --name mine", "mine"),
     ("--method full --forget-loss ga --retain-loss none --lr 5e-5", "full-ga-none-lr5e-05"),
     ("--method lora --arch gpt --lora-rank 4 --seed 2", "lora-gpt-lora-rank4-seed2"),
     ("--data topic --specialise 1", "uoe-topic-specialise1"), ("--stop-at never", "uoe-stop-atnever"),
@@ -338,8 +354,7 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, 
     first = weights(run(world, out, "--method", "uoe") / "model")
     again = weights(run(world, out, "--method", "uoe", name="again") / "model")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    run(world, out, "--method", "uoe", "--seed", "1", name="other")
-    other = weights(out / "other-seed1" / "model")
+    other = weights(run(world, out, "--method", "uoe", "--seed", "1", name="other") / "model")
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -456,7 +471,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--stop-at -1", r"--stop-at: -1 "),
     ("--forget-loss rmu --rmu-layer 9", r"--rmu-layer 9"),
     ("--forget-loss rmu --place 1,0 --rmu-layer 0", r"--rmu-layer 0 lies below"),
-    ("--width 33", r"d_head 33"), ("--top-k 9", r"top_k 9"), ("--vocab-size 100", r"--vocab-size 100"),
+    ("--width 33", r"d_head 33"), ("--top-k 9", r"--top-k 9"), ("--vocab-size 100", r"--vocab-size 100"),
     ("--device quantum", r"--device quantum"), ("--name a/b", r"--name a/b"), ("--resume", r"--resume"),
     ("--forget x.jsonl", r"--forget and --retain go together"), ("--context 8", r"context holds 8"),
     ("--forget x.jsonl --retain y.jsonl --data world", r"--data world does nothing beside"),
