@@ -264,7 +264,7 @@ def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: 
     g = routing.gates() if masked else routing.probs  # (B, T, E)
     a = torch.zeros(g.shape[-1], device=g.device)
     a[list(experts)] = 1.0
-    squared = (g - a).square().sum(-1)  # (B, T), UOE (3)
+    squared = (g - a).square().sum(-1)  # UOE (3)
     return squared[mask].sum() / mask.sum().clamp_min(1)
 
 

@@ -1,52 +1,109 @@
-"""README's promises that code can check: the equation table, the tree, the two commands."""
+"""README's promises: its commands, its tables of statements and files, the pages that a test executes as printed."""
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import baselines
+import methods
+import objectives
+import train
+from lab import fill
+from lab.ablations import ROWS
+from model import GPT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# | ULD (2) | what it says | [`uld.py:173`](uld.py#L173) `LogitDifference` |
-ROWS = re.findall(r"^\| (\w+ [^|]*?) \| [^|]* \| \[`([\w./]+):(\d+)`\]\(([\w./]+)#L(\d+)\) `([\w.]+)` \|$",
-                  README, re.M)
 
 
-def line_of(path: Path, name: str) -> int:
-    """The line on which the class, function or method `name` (dotted) begins."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    for part in name.split("."):
-        node = next((n for n in body if getattr(n, "name", None) == part), None)
-        assert node is not None, f"{path.name} has no {name}"
-        body = getattr(node, "body", [])
-    return node.lineno
+def blocks(text: str, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_equation_table_is_there():
-    papers = {row[0].split()[0] for row in ROWS}
-    assert len(ROWS) >= 12 and {"ULD", "UOE", "TOFU", "NPO", "RMU", "LoRA"} <= papers
+def test_ci_runs_the_test_command_of_the_readme_word_for_word():
+    command, = (line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("python3"))
+    assert command in README.splitlines()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[5]}")
-def test_every_equation_is_where_the_table_says(row):
-    _, file, line, link_file, link_line, name = row
-    assert (file, line) == (link_file, link_line)
-    assert int(line) == line_of(ROOT / file, name), f"{name} is at {file}:{line_of(ROOT / file, name)}"
+def test_the_readme_is_short():
+    prose = re.sub(r"<!-- \w+ -->.*?<!-- end -->", "", README, flags=re.DOTALL)
+    assert len(README.split()) <= 1700 and len(prose.split()) <= 1500
 
 
-def test_the_tree_names_every_module_and_nothing_else():
-    named = set(re.findall(r"^([\w/]+\.py) ", README, re.M))
-    there = {str(p.relative_to(ROOT)) for folder in (".", "data", "metrics") for p in (ROOT / folder).glob("*.py")
-             if p.name != "__init__.py"}
-    assert named == there
+def test_each_equation_points_at_the_statement_that_carries_its_marker():
+    """The link's line ends in the equation's own name: a function may keep its name while its statement moves."""
+    links = re.findall(r"^\| (.+?) \| .+? \| \[`(.+?):(\d+)`\]\((.+?)#L(\d+)\) \|$", README, flags=re.MULTILINE)
+    assert {name for name, *_ in links} == set(fill.EQUATIONS)
+    for name, file, number, path, line in links:
+        assert (file, number) == (path, line)
+        statement = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert statement.endswith(f"  # {name}") and not statement.lstrip().startswith(("#", "def ", "class "))
 
 
-def test_ci_runs_the_same_test_command():
-    command = re.search(r"^python3 .*pytest.*$", README, re.M).group(0)
-    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+def test_the_tables_made_from_the_code_are_up_to_date():
+    assert fill.fill(README, {}) == README
 
 
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def commands() -> list[str]:
+    """Every train.py line that a page prints, without what stands behind it."""
+    out = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            out += [line.split("#")[0].strip() for line in block.splitlines() if line.startswith("python train.py")]
+    return [line for line in out if not re.search(r"\$|\.\.\.|\bDIR\b", line)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_printed_command_parses(command, tmp_path, monkeypatch):
+    words = command.split()[2:]
+    if "--help" in words:
+        return
+    monkeypatch.chdir(tmp_path)
+    args = train.parse(words)
+    assert args.name
+
+
+def test_every_ablation_is_a_row_of_a_method():
+    assert all(base in methods.METHODS for base, _ in ROWS.values())
+
+
+def test_the_loss_page_runs_as_printed(tokenizer, monkeypatch):
+    """Its loss is minus the entropy: log V at least, where all logits are alike."""
+    monkeypatch.setattr(objectives, "FORGET", dict(objectives.FORGET))
+    code, = blocks((ROOT / "results" / "add_a_loss.md").read_text(encoding="utf-8"), "python")
+    scope: dict = {}
+    exec(code, scope)
+    loss = objectives.FORGET["entropy"](None, None, None)
+    batch = type("B", (), {"labels": torch.tensor([[-100, 3, 4]])})
+    flat = torch.zeros(1, 3, 7)
+    assert float(loss(None, flat, None, batch)) == pytest.approx(-float(torch.tensor(7.0).log()), rel=1e-6)
+    assert "class Entropy(Loss)" in README
+
+
+def test_the_method_page_runs_as_printed(tokenizer, tmp_path, monkeypatch):
+    """The method that it adds changes the last block's MLP and nothing else."""
+    import argparse
+
+    import loop
+    from data.batches import Rows
+    from flags import defaults
+
+    monkeypatch.setattr(baselines, "METHODS", dict(baselines.METHODS))
+    code, = blocks((ROOT / "results" / "add_a_method.md").read_text(encoding="utf-8"), "python")
+    scope: dict = {}
+    exec(code, scope)
+    method = baselines.METHODS["last-block"] if "last-block" in baselines.METHODS else scope["METHODS"]["last-block"]
+    torch.manual_seed(0)
+    target = GPT(Config(vocab_size=tokenizer.vocab_size, n_layer=2, d_model=32, d_ff=32, max_len=64)).eval()
+    args = defaults(method.flags, loop.FLAGS, objectives.NPO.FLAGS, method="last-block", forget_loss="npo",
+                    retain_loss="gd", retain_weight=1.0, seed=0)
+    assert isinstance(args, argparse.Namespace)
+    args.epochs, args.lr = 1, 0.1
+    rows = [{"question": f"Who is {name}?", "answer": f"{name} is nobody."} for name in ("Ana", "Bo", "Cy")]
+    sets = [Rows(rows, tokenizer, 64, 2, seed, "cpu") for seed in (0, 1)]
+    model, kept, report = method.unlearn(target, *sets, args, loop.fitting(args, sets[0], tmp_path))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, target.get_parameter(name))}
+    assert changed and all(name.startswith("blocks.1.mlp") for name in changed)
+    assert kept == {"model": model} and report["steps"] == 2

@@ -24,7 +24,8 @@ from data.authors import make_world, write_world
 from errors import UserError
 from loop import minimise
 from methods import open_run
-from pretrained import load
+from model import GPT
+from pretrained import load, save
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -515,3 +516,26 @@ def test_the_two_method_scripts_print_their_tables(world, out):
         folder = run(world, out, "--method", method, name=f"script-{method}")
         done = subprocess.run([sys.executable, ROOT / script, folder], capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, says", [(uoe, "evenly spread it would be 6.2%"), (uld, "difference")])
+def test_without_a_run_the_two_method_scripts_unlearn_a_small_model_and_show_it(script, says, tmp_path, monkeypatch,
+                                                                                capsys):
+    """With a target that was never trained, and one epoch."""
+    def untrained(args, data, tokenizer, role):
+        torch.manual_seed(0)
+        folder = tmp_path / "out" / "cache" / role
+        save(GPT(pretrain.small_config(args, tokenizer.vocab_size)), tokenizer, folder / "model")
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain, "cached_model", untrained)
+    once = [flag._replace(small=1) if flag.name == "--epochs" else flag for flag in script.FLAGS]
+    monkeypatch.setattr(script, "FLAGS", once)
+    script.main([])
+    printed = capsys.readouterr().out
+    assert says in printed and all(f"[{name}]" in printed for name in ("forget", "retain", "untouched"))
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path)])
+    assert "is not a run folder" in capsys.readouterr().err
