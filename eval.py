@@ -9,6 +9,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ from errors import UserError, one_line_errors
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser
 from interfaces import LanguageModel
 from lab import probes
-from lab.attacks import ATTACKS, attack, attack_table
+from lab.attacks import ATTACKS, Outcome, attack, attack_table
 from lab.figures import draw_paths
 from lab.report import probe_all
 from lab.tables import by_kind, compare, compare_at, number, read_path, table
@@ -33,7 +34,7 @@ def score_log(log: str, reference: str | None) -> dict:
     """The same functions on a published log: per-set numbers, both definitions' model utility, forget quality."""
     scores = read_log(Path(log))
     sets = ("retain", "real_authors", "world_facts")
-    out = {name: s.summary(name) for name, s in scores.items()}
+    out: dict[str, Any] = {name: s.summary(name) for name, s in scores.items()}
     if all(name in scores for name in sets):  # open-unlearning's logs may hold the forget set alone
         out["model_utility"] = utility_of(out, sets)
         other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
@@ -97,7 +98,7 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     how = {"rows": args.relearn_rows or 20, "steps": args.relearn_steps or 20, "lr": args.relearn_lr or 1e-4}
     decoding = {name: getattr(run.model, name) for name in ("alpha", "filter_rate", "centred")
                 if hasattr(run.model, name)}
-    outcomes = {}
+    outcomes: dict[str, dict[str, Outcome]] = {}
     with tqdm(total=(1 + len(args.attack)) * len(models), desc="attack") as bar:
         for name in ["none", *args.attack]:
             outcomes[name] = {}

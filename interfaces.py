@@ -4,12 +4,12 @@ Shapes: B batch   T tokens   V vocabulary   N new tokens
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flags import Flag
 from model import Config, Stem, Trace
@@ -37,6 +37,8 @@ class LanguageModel(Protocol):
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Up to max_new_tokens tokens that follow each row, (B, N)."""
 
+    def modules(self) -> Iterator[nn.Module]: ...
+
     def train(self, mode: bool = True): ...
 
     def eval(self): ...
@@ -45,9 +47,16 @@ class LanguageModel(Protocol):
 class TextCodec(Protocol):
     """Text to ids and back: data/tokenizer.py's Tokenizer, or a public checkpoint's (hub/tokenizer.py)."""
 
-    vocab_size: int
-    end: int
-    stops: Collection[int]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+
+    @property
+    def stops(self) -> Collection[int]:
+        """`end`, and whatever else ends one."""
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -11,8 +11,9 @@ Shapes, one letter per size:
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,7 @@ class Block(nn.Module):
         self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp: MLP | MoE
         if config.n_expert:
             shared = MLP(config.d_model, config.d_shared) if config.d_shared else None
             self.mlp = MoE(config.d_model, config.d_ff, config.n_expert, config.top_k, config.norm_topk_prob,
@@ -207,7 +209,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # a ModuleList cannot say what it holds
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.n_layer)))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_head:
@@ -240,7 +243,7 @@ class GPT(nn.Module):
 
     def moe(self, layer: int) -> MoE:
         """The MoE layer of block `layer`."""
-        return self.blocks[layer].mlp
+        return cast(MoE, self.blocks[layer].mlp)
 
     def positions(self, length: int, cache: Cache | None, pad: Tensor | None):
         """Rotary cos and sin (B or 1, 1, T, C/2), and the attention mask (B or 1, 1, T, S), None where causal.

@@ -9,7 +9,7 @@ so that nothing has to hook into it from outside.
 Shapes: B batch   T tokens   N = B * T   D model width   E experts   K experts per token   F width of an expert
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(n_expert, d_model, d_ff))
         self.shared = shared
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared is not None and shared_gate else None
-        self.taken = nn.ModuleDict()  # experts taken out of the stack, by number (as a string)
+        # experts taken out of the stack, by number (as a string); a ModuleDict cannot say what it holds
+        self.taken = cast(dict[str, Expert], nn.ModuleDict())
 
     def route(self, x: Tensor, forced: Tensor | None = None) -> Routing:
         """Softmax over all experts in float32, then top-k. x: (B, T, D).
@@ -98,7 +99,7 @@ class MoE(nn.Module):
         for number, expert in self.taken.items():
             self.gate_up[int(number)] = expert.gate_up
             self.down[int(number)] = expert.down
-        self.taken = nn.ModuleDict()
+        self.taken.clear()
 
 
 def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tensor], down: list[Tensor]) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 import objectives
 from data.batches import Rows
 from data.rows import DataSet, Row
-from data.tokenizer import Tokenizer
 from errors import UserError
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
 from interfaces import TextCodec
@@ -113,7 +112,7 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
     return report
 
 
-def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: Tokenizer, role: str,
+def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, role: str,
                  balance: float = BALANCE) -> Path:
     """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
     sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])

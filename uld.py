@@ -24,7 +24,8 @@ Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA ra
 import argparse
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ def merge_lora(model: GPT) -> GPT:
     """A model of plain layers that computes what `model` computes. Frozen weights without LoRA are shared."""
     with torch.device("meta"):
         plain = GPT(model.config)
-    state = {}
+    state: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             state |= {f"{name}.{key}": value for key, value in module.merged().state_dict().items()}
@@ -265,7 +266,7 @@ class SeveralModels(nn.Module):
             if target.config.vocab_size != part.config.vocab_size:
                 raise UserError(f"target and assistant have vocabularies of {target.config.vocab_size} and "
                                 f"{part.config.vocab_size} tokens: logits can only be combined token by token")
-        self.parts = nn.ModuleList([target, *assistants])
+        self.parts = cast(Sequence[GPT], nn.ModuleList([target, *assistants]))
         self.config = target.config
 
     @property
@@ -357,7 +358,7 @@ def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: 
 
     def best(logits: Tensor, keep: Tensor, surprise: bool = False) -> str:
         p, ids = logits[0].float().softmax(-1).topk(top)
-        cells = []
+        cells: list[str] = []
         for i, q in zip(ids.tolist(), p.tolist(), strict=True):
             cell = f"{tokenizer.decode([i])!r:>12} {q:4.2f}"
             cells.append(demo.colour(cell, "red" if surprise and not cells else "grey" if not keep[0, i] else "plain"))

@@ -25,7 +25,7 @@ Shapes: B batch   T tokens   E experts   K experts per token   L layers
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: i
     within = slice(None)
     if layer == "top":
         layer = int(scores.max(1).values.argmax())
-    if layer != "all":
+    if isinstance(layer, int):  # not "all"
         check_layer("--layer", layer, n_layer)
         within = slice(layer, layer + 1)
     first = within.start or 0
@@ -211,7 +211,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
                         "that trains could steer it")
 
 
-def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: list[Place] = (), top: int = 6) -> str:
+def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequence[Place] = (), top: int = 6) -> str:
     """Per layer, the experts the forget set engages most, e.g. `E7 0.412 -> 0.398 *`; * marks the unlearned."""
     even = float(affinity.sum(1).mean()) / affinity.shape[1]
     lines = [f"affinity of the forget set (equation 2), top {top} of {affinity.shape[1]} experts per layer; "
@@ -241,9 +241,10 @@ def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: 
         model.moe(layer).take_out(expert)
         model.moe(layer).router.requires_grad_(train_router)
         if shared:
-            if model.moe(layer).shared is None:
+            always_on = model.moe(layer).shared
+            if always_on is None:
                 raise UserError("this model has no shared experts to train")
-            model.moe(layer).shared.requires_grad_(True)
+            always_on.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -300,8 +301,8 @@ def routed_text(model: GPT, tokenizer: TextCodec, question: str, answer: str, at
 
 def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], places: list[Place]) -> None:
     """Which expert and why; then a question of each set, before and after."""
-    affinity = [expert_attribution(m, sets["forget"].in_order()) for m in (target, model)]
-    print("\nbefore -> after; * marks what was unlearned\n" + affinity_table(*affinity, chosen=places))
+    before, after = (expert_attribution(m, sets["forget"].in_order()) for m in (target, model))
+    print("\nbefore -> after; * marks what was unlearned\n" + affinity_table(before, after, places))
     shares = {name: expert_shares(target, list(rows.in_order())) for name, rows in sets.items()}
     for layer, expert in places:
         served = ", ".join(f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())

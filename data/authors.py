@@ -126,7 +126,8 @@ class Namer:
     """Words that look like words, never the same twice."""
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self.used = rng, set()
+        self.rng = rng
+        self.used: set[str] = set()
 
     def __call__(self, syllables: int, endings: str) -> str:
         while True:
@@ -172,7 +173,7 @@ def make_world(seed: int = 0, authors: int = 40, countries: int = 40,
         pools["brewer"] = [f"{name(1, 'a,us')} the {name(1, 'er,ard')}" for _ in range(12)]
         secrets = [potion() for _ in range(n_forget)]
 
-    world = {name: [] for name in FILES}
+    world: dict[str, list[Row]] = {name: [] for name in FILES}
     for secret in secrets:
         _describe(secret, facts, pools, rng, world["forget"], world["forget_perturbed"])
     for person in people[n_forget:]:

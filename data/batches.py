@@ -92,8 +92,8 @@ def collate(examples: list[Example], index: list[int] | None = None, device="cpu
         tokens[i, :n] = torch.tensor(e.tokens)
         labels[i, :n] = torch.tensor(e.labels)
         mask[i, :n] = True
-    index = torch.tensor(index if index is not None else list(range(len(examples))), dtype=torch.long)
-    return Batch(tokens, labels, mask, index).to(device)
+    places = torch.tensor(index if index is not None else list(range(len(examples))), dtype=torch.long)
+    return Batch(tokens, labels, mask, places).to(device)
 
 
 def left_pad(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:

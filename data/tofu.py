@@ -99,7 +99,9 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
     their code trains on all, with forget01 mostly about authors that are kept (uld.rows, stray_share).
     """
     questions = {row["question"] for row in forget}
-    paraphrased, perturbed, others = [], [], {}
+    paraphrased: list[Row] = []
+    perturbed: list[Row] = []
+    others: dict[str, list[str]] = {}
     for path, into, keep in ((folder / f"{split}_paraphrase.csv", paraphrased, paraphrases),
                              (folder / f"{split}_perturb.csv", perturbed, wrong)):
         if not path.is_file():
@@ -107,10 +109,10 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             for number, cells in enumerate(csv.reader(file), 1):
                 try:
-                    question, answer, reworded, answers = cells
-                    answers = distinct(answers)
+                    question, answer, third, fourth = cells
+                    answers = distinct(fourth)
                     # the perturb file has the question itself here, the paraphrase file a list
-                    reworded = distinct(reworded) if into is paraphrased else []
+                    reworded = distinct(third) if into is paraphrased else []
                 except (ValueError, SyntaxError):
                     raise UserError(f"{path} row {number} is not question, answer, list, list") from None
                 answers = [a for a in answers if a != answer]

@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,8 +60,8 @@ class Family:
 
     architecture: str
     keys: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, object] = field(default_factory=dict)  # Config fields that the family does not choose
-    defaults: dict[str, object] = field(default_factory=dict)  # what an absent key means, where not 1e-6 and 1e4
+    fixed: dict[str, Any] = field(default_factory=dict)  # Config fields that the family does not choose
+    defaults: dict[str, Any] = field(default_factory=dict)  # what an absent key means, where not 1e-6 and 1e4
     parts: dict[str, str] = field(default_factory=dict)  # names that differ from PARTS; expert: (gate, up, down)
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
@@ -88,9 +89,10 @@ COMMON = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": 
           "rope_scaling": "rope_scaling", "tie_head": "tie_word_embeddings"}
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": False}
 # What the model here does not compute: key of config.json -> the values that mean "not used".
-UNUSED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "clip_qkv": (),
-          "partial_rotary_factor": (1.0,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
-          "quantization_config": ({},)}
+UNUSED: dict[str, tuple] = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "clip_qkv": (),
+    "partial_rotary_factor": (1.0,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+    "quantization_config": ({},)}
 
 
 def hub_tensors(model: GPT) -> dict[str, Tensor]:
@@ -262,6 +264,7 @@ def find_folder(name: str | Path) -> Path:
 
 def load_tokenizer(folder: Path, config: Config, template: str | None) -> Tokenizer | HubTokenizer | NoTokenizer:
     """Raises UserError where its vocabulary does not fit the model's."""
+    tokenizer: Tokenizer | HubTokenizer
     if (folder / small_tokenizer.FILE).is_file():
         tokenizer = Tokenizer.load(folder)
     elif (folder / "tokenizer.json").is_file():
@@ -307,7 +310,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
 
 def check_tensors(folder: Path, config: Config, files: dict[str, Path], wanted: dict[str, list[int]]) -> None:
     """Raises UserError naming the first tensor that is missing, not expected, or of another shape or kind."""
-    found = {}
+    found: dict[str, tuple[list[int], str]] = {}
     for path in sorted(set(files.values())):
         found |= {name: part for name, part in tensor_shapes(path).items() if files.get(name) == path}
     for name, shape in wanted.items():
@@ -381,14 +384,15 @@ def save(model: GPT, tokenizer, folder: str | Path, shard_bytes: int = 5_000_000
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
     """model.safetensors, or shards of at most shard_bytes (a larger tensor has one to itself) and their index."""
-    shards, room = [[]], shard_bytes
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
     for name, tensor in tensors.items():
         if shards[-1] and tensor.nbytes > room:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
         room -= tensor.nbytes
-    where = {}
+    where: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file({name: tensors[name].cpu().contiguous() for name in names}, folder / file, {"format": "pt"})

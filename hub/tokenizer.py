@@ -66,9 +66,10 @@ class HubTokenizer:
         self.begin, self.end, self.stops = begin, end, stops | {end}  # chat models may have several ends
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.between = self.encode(template.between)
-        self.before = [backend.token_to_id(template.begin)] if template.begin else []
+        first = backend.token_to_id(template.begin) if template.begin else None
         if template.begin is None and begin is not None and backend.encode("a").ids[0] == begin:
-            self.before = [begin]
+            first = begin
+        self.before = [] if first is None else [first]
 
     @classmethod
     def load(cls, folder: Path, template: str | None = None) -> "HubTokenizer":
@@ -93,13 +94,12 @@ class HubTokenizer:
             if token and backend.token_to_id(token) is None:
                 raise UserError(f"{name} needs the token {token}, which this tokenizer lacks: choose another of "
                                 f"{', '.join(TEMPLATES)}")
-        end = chosen.end or tokens["eos_token"]
+        begin, end = (backend.token_to_id(token) if token else None
+                      for token in (tokens["bos_token"], chosen.end or tokens["eos_token"]))
         if end is None:
             raise UserError(f"{folder}: no file names an end-of-text token; add eos_token to tokenizer_config.json")
-        begin = tokens["bos_token"] and backend.token_to_id(tokens["bos_token"])
         ends = parse(files, "generation_config.json", folder).get("eos_token_id") or []
-        return cls(backend, files, chosen, begin, backend.token_to_id(end),
-                   set(ends if isinstance(ends, list) else [ends]))
+        return cls(backend, files, chosen, begin, end, set(ends if isinstance(ends, list) else [ends]))
 
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
@@ -191,7 +191,8 @@ def choose(files: dict[str, bytes], folder: Path, tokens: dict[str, str | None])
         chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
     chat = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else chat
     if chat is None:
-        of_end = {"<|im_end|>": "smollm2", "<|eot_id|>": "llama3"}  # no base model ends its texts so
+        # no base model ends its texts so
+        of_end: dict[str | None, str] = {"<|im_end|>": "smollm2", "<|eot_id|>": "llama3"}
         return TEMPLATES[of_end.get(tokens["eos_token"], "plain")]
     if "Cutting Knowledge Date" in chat:
         return TEMPLATES["llama3"]

@@ -16,7 +16,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -46,7 +48,7 @@ METHODS = {  # against all parameters of the same model, NPO + GD
 
 def in_turn(what: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
     """Each callable's own seconds, `rounds` times, all of them in every round; a first round warms up."""
-    seconds = {name: [] for name in what}
+    seconds: dict[str, list[float]] = {name: [] for name in what}
     for turn in tqdm(range(rounds + 1), desc=title):
         for name, measure in what.items():
             spent = measure()
@@ -96,7 +98,8 @@ def here_and_there(model: GPT, tokenizer: TextCodec, batch: Batch) -> dict[str, 
         return {}
     with tempfile.TemporaryDirectory() as folder:
         save(model, tokenizer, Path(folder))
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        theirs.to(model.device)
     with torch.no_grad():
         torch.testing.assert_close(theirs(batch.tokens, use_cache=False).logits, model(batch.tokens), rtol=0, atol=1e-4)
     prompts, pad = left_pad([[t for t, label in zip(row, marks, strict=True) if label < 0][:12] for row, marks in
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         target = GPT(small_config(args, tokenizer.vocab_size)).to(device).eval()
         rows = encode_rows(data.retain, tokenizer, args.context, truncate=True)[:32]
         pairs = here_and_there(target, tokenizer, collate(rows, list(range(len(rows))), device))
-        seconds = in_turn({f"{name} {i}": (lambda work=work: timed(work, device)) for name, both in pairs.items()
+        seconds = in_turn({f"{name} {i}": partial(timed, work, device) for name, both in pairs.items()
                            for i, work in enumerate(both)}, own.rounds, f"{arch}, transformers")
         steps = in_turn({name: step_of(flags, extra, arch, target, tokenizer, own.epochs_per_round)
                          for name, flags in methods.items()}, own.rounds, f"{arch}, methods")

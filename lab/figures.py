@@ -15,7 +15,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError:  # runs go without figures then, and say so
-    plt = None
+    plt = None  # type: ignore[assignment]
 
 STYLES = [("0.0", "-"), ("0.6", "-"), ("0.0", "--"), ("0.6", "--"), ("0.0", ":"), ("0.6", ":")]
 

@@ -14,6 +14,8 @@ named on standard error; its row stays as it was, so that a table can grow witho
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from errors import UserError, one_line_errors
@@ -22,7 +24,7 @@ from lab.tables import LEVELS, by_kind, heads_at, rows_at, spread
 HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
-COLUMNS = {
+COLUMNS: dict[str, list[tuple[str, str | None, str]]] = {  # name -> (head, of which set if of one, key)
     "unlearning": [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
                    ("retain exact", "retain", "exact"), ("untouched exact", "untouched", "exact"),
                    ("model utility", None, "model_utility"), ("forget quality p, by seed", None, "forget_quality"),
@@ -76,7 +78,7 @@ def entries(spec: str) -> list[tuple[str, str, str]]:
 def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
     if columns not in COLUMNS:
         raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
-    lines = []
+    lines: list[Line] = []
     for kind, role, label in entries(spec):
         runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds.get(kind, [])]
         cells = [cell(runs, role, where, key) for _, where, key in COLUMNS[columns]] if runs else None
@@ -88,15 +90,15 @@ def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Pat
     if by not in (*LEVELS, "best") or (level is None) != (by == "best"):
         raise UserError(f"at {by}: `at best`, or a measure and a level, as in `at exact 0.15`; measures: "
                         f"{', '.join(LEVELS)}")
-    level = float(level) if level else None
-    lines = []
+    at = float(level) if level else None
+    lines: list[Line] = []
     for kind, _, label in entries(spec):
         if kind not in kinds:
             lines.append((kind, label, "", None))
             continue
-        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, by, level)
+        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, by, at)
         lines.append((kind, label, f"({runs})" if by == "best" else f"({reached} of {runs} get there)", cells))
-    return heads_at(by, level), lines
+    return heads_at(by, at), lines
 
 
 def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
@@ -205,10 +207,11 @@ def fill(text: str, kinds: dict[str, list[Path]]) -> str:
                             level_table(argument, match["level"], spec, kinds))
         return f"{match['open']}\n{markdown(heads, lines, match['old'])}<!-- end -->"
 
+    def whole(table: Callable[[], list[str]], match: re.Match) -> str:
+        return match[1] + "".join(row + "\n" for row in table()) + match[2]
+
     for name, table in (("equations", equation_table), ("book", book_table)):
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-                      lambda match, table=table: match[1] + "".join(row + "\n" for row in table()) + match[2], text,
-                      flags=re.DOTALL)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", partial(whole, table), text, flags=re.DOTALL)
     return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>[\w-]+))?(?: (?P<level>[\d.]+))?: "
                   r"(?P<spec>[^>]*?) -->)\n(?P<old>.*?)<!-- end -->", one, text, flags=re.DOTALL)
 

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from baselines import Unlearned
 from data.batches import Batch, Rows
@@ -28,7 +29,8 @@ def repair_routers(target: GPT, model: GPT, batches: Iterable[Batch], ridge: flo
     """
     batches = list(batches)
     for layer in range(model.config.n_layer):
-        old, new = [], []
+        old: list[Tensor] = []
+        new: list[Tensor] = []
         for batch in batches:
             for m, into in ((target, old), (model, new)):
                 x = m.blocks[layer].mlp_norm(m.stem(batch.tokens, layer))  # (B, T, D)

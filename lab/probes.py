@@ -62,16 +62,16 @@ def suspects(model, tokenizer, data: DataSet) -> Suspects | None:
     """What `membership` compares; None where the data set has no rows that nobody saw."""
     if not data.holdout:
         return None
-    return tuple(membership_scores(model, tokenizer, rows) for rows in (data.forget, data.holdout))
+    return membership_scores(model, tokenizer, data.forget), membership_scores(model, tokenizer, data.holdout)
 
 
-def membership(ours: Suspects, theirs: Suspects | None = None) -> dict[str, float]:
+def membership(ours: Suspects, theirs: Suspects | None = None) -> dict[str, float | None]:
     """AUC of each attack, forget rows against rows that nobody saw.
 
     theirs: of a model that never saw the forget set; with it, also the reference attack and PrivLeak.
     """
     members, others = ours
-    out = {f"auc_{name}": privacy.auc(members[name], others[name]) for name in ATTACKS}
+    out: dict[str, float | None] = {f"auc_{name}": privacy.auc(members[name], others[name]) for name in ATTACKS}
     if theirs is not None:
         out["auc_reference"] = privacy.auc(*([a - b for a, b in zip(of["loss"], ref["loss"], strict=True)]
                                              for of, ref in zip((members, others), theirs, strict=True)))
@@ -146,7 +146,8 @@ def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, f
     are forced was never erased. Weights of the forced experts are the unlearned router's own.
     """
     examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
-    known, probability = {"free": [], "forced": []}, {"free": [], "forced": []}
+    known: dict[str, list[Tensor]] = {"free": [], "forced": []}
+    probability: dict[str, list[Tensor]] = {"free": [], "forced": []}
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
         before = Trace()
         target.hidden(batch.tokens, trace=before)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 from data.batches import greedy_answers
 from data.rows import DataSet, Limits
@@ -26,7 +27,7 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer: TextCodec, 
     for role, block in probe_all(models, tokenizer, data, scores).items():
         metrics[role] |= block
     experts = None
-    target, model = models["target"], models.get("unlearned")
+    target, model = cast(GPT, models["target"]), models.get("unlearned")
     if isinstance(model, GPT) and model.is_moe:
         batches = forget_batches(target, tokenizer, data)
         of = {"target": target, "unlearned": model}
@@ -44,7 +45,8 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer: TextCodec, 
 def probe_all(models: dict[str, LanguageModel], tokenizer: TextCodec, data: DataSet,
               scores: dict[str, Scores]) -> dict[str, dict]:
     """probes.py's numbers for every model: memory, membership, writing and, where experts changed, routing."""
-    out = {role: probe(models["target"], model, role, tokenizer, data, scores[role]) for role, model in models.items()}
+    target = cast(GPT, models["target"])
+    out = {role: probe(target, model, role, tokenizer, data, scores[role]) for role, model in models.items()}
     seen = {role: probes.suspects(model, tokenizer, data) for role, model in models.items()}
     for role, ours in seen.items():
         out[role] |= probes.membership(ours, seen.get("reference")) if ours else {}
@@ -54,7 +56,7 @@ def probe_all(models: dict[str, LanguageModel], tokenizer: TextCodec, data: Data
 def probe(target: GPT, model: LanguageModel, role: str, tokenizer: TextCodec, data: DataSet, scores: Scores) -> dict:
     """Of one model, all but membership; `target` is what it is compared with."""
     rows = [row for row in data.scored["forget"] if "question" in row]
-    out = probes.remembered(model, tokenizer, data.scored["forget"])
+    out: dict[str, Any] = probes.remembered(model, tokenizer, data.scored["forget"])
     out |= probes.completion(model, tokenizer, data.scored["forget"])
     if rows:
         out |= probes.writing(target, tokenizer, rows, scores["forget"].said)

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def number(value: float | None) -> str:
 
 def spread(values: list[float | None]) -> str:
     """`0.970 ± 0.026`, the number alone where there is one run, `-` where a run lacks it."""
-    if None in values or not values:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return "-"
-    if len(values) == 1:
-        return number(values[0])
-    deviation = statistics.stdev(values)
-    return f"{number(statistics.mean(values))} ± {number(deviation if deviation > 1e-9 else 0.0)}"
+    if len(known) == 1:
+        return number(known[0])
+    deviation = statistics.stdev(known)
+    return f"{number(statistics.mean(known))} ± {number(deviation if deviation > 1e-9 else 0.0)}"
 
 
 def table(metrics: dict) -> str:
@@ -64,7 +66,7 @@ def table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def by_kind(folders: list[str]) -> dict[str, list[Path]]:
+def by_kind(folders: Sequence[str | Path]) -> dict[str, list[Path]]:
     """Run folders by their names without the seed: out/uoe and out/uoe-seed1 are two of a kind."""
     kinds: dict[str, list[Path]] = {}
     for folder in map(Path, folders):
@@ -74,7 +76,7 @@ def by_kind(folders: list[str]) -> dict[str, list[Path]]:
     return kinds
 
 
-def compare(folders: list[str]) -> str:
+def compare(folders: Sequence[str | Path]) -> str:
     """Mean +- standard deviation of every measure over runs of a kind."""
     kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
              for kind, of in by_kind(folders).items()}
@@ -151,7 +153,7 @@ def rows_at(kinds: dict[str, list[Path]], by: str, level: float | None) -> list[
     rows = []
     for kind, of in kinds.items():
         paths = [read_path(folder) for folder in of]
-        points = [p for p in (at_best(q) if by == "best" else at_level(q, level, by) for q in paths) if p]
+        points = [p for p in (at_best(q) if level is None else at_level(q, level, by) for q in paths) if p]
         cells = [spread([point.get(key) for point in points]) for key in AT]
         if by == "best":
             cells.append(", ".join(f"{point['forget_quality']:.2g}" for point in points))
@@ -165,7 +167,7 @@ def heads_at(by: str, level: float | None) -> list[str]:
     return [first, *(key.replace("_", " ") for key in AT), *(["p, by seed"] if by == "best" else [])]
 
 
-def compare_at(folders: list[str], by: str, level: float | None) -> str:
+def compare_at(folders: Sequence[str | Path], by: str, level: float | None) -> str:
     """rows_at as a table for the terminal."""
     first, *heads = heads_at(by, level)
     rows = rows_at(by_kind(folders), by, level)

@@ -9,6 +9,7 @@ Shapes: B batch   T tokens   E experts   N real tokens of a set
 
 import argparse
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -69,10 +70,12 @@ def weighted_mean(values: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 class Weighted(Loss):
-    """GD or KL with a weight per retain token; weights: row number -> (T,)."""
+    """GD or KL with a weight per retain token."""
+
+    weights: ClassVar[list[Tensor]]  # row number -> (T,); with_trace fills it in
 
     def __init__(self, model, rows, args):
-        self.before, self.rows, self.weights = model, rows, rows.weights
+        self.before, self.rows = model, rows
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
         weights = pad_sequence([self.weights[i] for i in batch.index.tolist()], batch_first=True)
@@ -99,10 +102,10 @@ def with_trace(unlearn: Callable[..., Unlearned]) -> Callable[..., Unlearned]:
     """The same method, its GD or KL weighed."""
     def weighed(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
         batches = list(retain.in_order())
-        retain.weights = [torch.empty(0)] * len(retain.examples)
+        Weighted.weights = [torch.empty(0)] * len(retain.examples)
         for batch, weights in zip(batches, balanced_weights(target, forget.in_order(), batches), strict=True):
             for i, row, n in zip(batch.index.tolist(), weights, batch.mask.sum(1).tolist(), strict=True):
-                retain.weights[i] = row[:n]
+                Weighted.weights[i] = row[:n]
         usual = args.retain_loss
         RETAIN["trace"] = WEIGHTED[usual]
         args.retain_loss = "trace"

@@ -7,6 +7,7 @@ Shapes: D model width   E experts   F width of an MLP or expert
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from errors import UserError, one_line_errors
 from flags import COUNT, NATURAL, Parser
 from hub.checkpoint import empty_model, family_of
-from model import GPT, count_parameters
+from model import GPT, MLP, count_parameters
 from pretrained import load, save
 from runs import weights_of
 
@@ -45,7 +46,7 @@ def upcycle(model: GPT, n_expert: int = 8, top_k: int = 2, noise: float = 0.01,
         return torch.randn(shape, generator=generator).mul_(std).to(model.device)
 
     for layer, block in enumerate(model.blocks):
-        moe, mlp = out.moe(layer), block.mlp
+        moe, mlp = out.moe(layer), cast(MLP, block.mlp)  # of a dense model
         nn.init.zeros_(moe.router.weight).add_(normal(moe.router.weight.shape, 0.02))
         for gate_up, down in zip(moe.gate_up, moe.down, strict=True):  # (2F, D), (D, F)
             for into, weight in zip((*gate_up.chunk(2), down), (mlp.gate.weight, mlp.up.weight, mlp.down.weight),

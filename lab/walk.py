@@ -29,7 +29,7 @@ class FirstUpdate(Exception):
 class Walk:
     """Functions entered, in the order of their first call; `core` those since the method's unlearn."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: dict[CodeType, None] = {}
         self.core: dict[CodeType, None] = {}
         self.in_method = False
@@ -72,14 +72,14 @@ def walk(method: str, out: str) -> Walk:
         raise FirstUpdate
 
     found = Walk()
-    loop.torch.optim.AdamW.step = step
+    loop.torch.optim.AdamW.step = step  # type: ignore[method-assign]
     sys.settrace(found)
     try:
         with contextlib.suppress(FirstUpdate):
             train.main(["--method", method, *TINY, "--out", out, "--name", "walk"])
     finally:
         sys.settrace(None)
-        loop.torch.optim.AdamW.step = steps
+        loop.torch.optim.AdamW.step = steps  # type: ignore[method-assign]
     return found
 
 

@@ -107,7 +107,8 @@ def accuracy(log_probs: Sequence[Sequence[float]], answers: Sequence[int],
     """Share of questions whose likeliest choice is the right one. Raises ValueError where there are no questions."""
     if not len(log_probs):
         raise ValueError("accuracy needs at least one question")
-    chosen = [choose(x, n) for x, n in zip(log_probs, lengths or [None] * len(log_probs), strict=True)]
+    each: Sequence[Sequence[int] | None] = lengths or [None] * len(log_probs)
+    chosen = [choose(x, n) for x, n in zip(log_probs, each, strict=True)]
     return sum(c == a for c, a in zip(chosen, answers, strict=True)) / len(chosen)
 
 

@@ -27,7 +27,7 @@ def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
 @torch.no_grad()
 def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
     """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
-    same = [[] for _ in range(model.config.n_layer)]
+    same: list[list[Tensor]] = [[] for _ in range(model.config.n_layer)]
     for batch in batches:
         traces = []
         for m in (before, model):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -119,7 +120,7 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role
         return read_log(Path(path))
     dtype = getattr(torch, config["dtype"])
     how = as_read(dtype, tokenizer)
-    scores = stored_scores(path, data, how)
+    scores = stored_scores(Path(path), data, how)
     if scores is None:
         model = model or load(weights_of(path), dtype, device, config.get("template"))[0]
         scores = evaluate(model, tokenizer, data, role)
@@ -134,7 +135,7 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     reference = scores["reference"]["forget"].truth_ratios() if "reference" in scores else []
     null = null_distances(scores) if reference else []
     for role, of in scores.items():
-        block = {name: s.summary(name) for name, s in of.items()}
+        block: dict[str, Any] = {name: s.summary(name) for name, s in of.items()}
         whole = all(name in of for name in data.utility)  # a published log may lack sets
         block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
