@@ -214,7 +214,7 @@ def check_settings(printed: str, folder: Path) -> None:
         return str(tuple(value) if isinstance(value, list) else value)
 
     assert {key: as_told(config[key.replace("-", "_")]) for key in told} == told
-    off = {key for key, value in asked.items() if value in (None, False)} | {"name", "out"}
+    off = {key for key, value in asked.items() if value is None or value is False} | {"name", "out"}  # 0 is a value
     assert {key.replace("-", "_") for key in told} == set(asked) - off
     assert {key: config[key] for key in asked} == asked
 
