@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,8 +76,14 @@ class TextCodec(Protocol):
 
 
 def forget_and_retain(data: Any, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The rows that most methods learn from: the sets themselves (data: a data.DataSet)."""
-    return data.forget, data.retain
+    """The rows that most methods learn from: the sets (data: a data.DataSet), and strangers among what is kept."""
+    return data.forget, data.retain + strangers_beside(data, args)
+
+
+def strangers_beside(data: Any, args: argparse.Namespace) -> list[dict]:
+    """Rows about nobody known, --strangers times as many as retain rows: so a model keeps how to speak of them."""
+    share = getattr(args, "strangers", 0.0)
+    return data.strangers(round(share * len(data.retain)), np.random.default_rng([0x5A, args.seed])) if share else []
 
 
 def nothing_to_check(args: argparse.Namespace, config: Config) -> None:

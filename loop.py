@@ -24,6 +24,7 @@ from data.rows import NO_LIMITS, Limits, Row
 from flags import COUNT, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, TextCodec
 from model import GPT
+from objectives import row_log_prob
 
 Losses = Callable[[int], dict[str, Tensor]]  # of a step: named terms, "loss" the one that is minimised
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
@@ -31,14 +32,14 @@ AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, 
 
 
 
-def share_or_never(text: str) -> float | None:
-    """A kind of flag: a share from 0 to 1, or never."""
-    return None if text == "never" else SHARE(text)
+def until(text: str) -> float | str:
+    """A kind of flag: strangers, never, or a share from 0 to 1."""
+    return text if text in ("strangers", "never") else SHARE(text)
 
 
-STOP = Flag("--stop-at", share_or_never, 0.1, None, "end after the epoch in which so few of the forget rows are still "
-                                                    "said word for word, so that methods compare at one level of "
-                                                    "forgetting; never: after the last")
+UNTIL = Flag("--until", until, "strangers", "never", "end after the epoch in which forget facts have become as "
+             "unlikely as strangers' are to the target; or once so small a share of forget rows is said word for word; "
+             "or never", elsewhere=0.1)
 FLAGS = [  # of everything that trains
     #     name              kind     small   public  what it is
     Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),
@@ -160,8 +161,33 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
     return {"steps": steps, "train_seconds": seconds, "diverged": diverged}
 
 
+def value_probability(model: LanguageModel, rows: Rows) -> float:
+    """Mean over rows of p(labelled tokens | what stands before them)."""
+    return float(rows.each(model, row_log_prob).exp().mean())
+
+
+def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
+    """--until strangers: it is enough once forget facts are as unlikely as the target finds strangers' facts.
+
+    known: rows.calibration, forget facts in wordings that neither teach nor score, labels on the value. No reference is
+    needed and no scored row is asked: what the target believes of strangers is where a model should end that never
+    heard of the forget set.
+    """
+    level = strangers_level(target, known)
+
+    def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
+        return value_probability(model, known) <= level
+
+    return after_epoch
+
+
+def strangers_level(target: GPT, known: Rows, draws: int = 3) -> float:
+    """The target's mean p(value) on the same rows asked about strangers."""
+    return sum(value_probability(target, known.as_strangers(draw)) for draw in range(draws)) / draws
+
+
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:
-    """--stop-at: it is enough once at most this share of the rows that are being forgotten is said word for word.
+    """--until SHARE: it is enough once at most this share of the rows that are being forgotten is said word for word.
 
     At most 100 of them are asked, and no row that scores.
     """

@@ -245,7 +245,8 @@ def steered_layer(model: GPT, args: argparse.Namespace) -> int:
 
 
 class RMU(Loss):
-    """The control vector: a random direction, so many times as long as the mean hidden state there.
+    """The control vector: a random direction, so many times as long as the mean hidden state there. On answers alone:
+    the first token's state is a hundred times as long as the others' in real models, and would own the mean.
 
     The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
     """
@@ -258,12 +259,12 @@ class RMU(Loss):
         self.layer = steered_layer(model, args)
         few = rows.at(list(range(min(64, len(rows.examples)))))
         _, trace = rows.run(model, few)
-        length = trace.hidden[self.layer][few.mask].float().norm(dim=-1).mean()
+        length = trace.hidden[self.layer][few.labels != IGNORE].float().norm(dim=-1).mean()
         u = torch.rand(model.config.d_model, generator=torch.Generator().manual_seed(args.seed)).to(model.device)
         self.control = args.steering * length * u / u.norm()  # (D,)
 
     def __call__(self, model, logits, trace, batch):
-        return rmu(trace.hidden[self.layer], self.control, batch.mask)
+        return rmu(trace.hidden[self.layer], self.control, batch.labels != IGNORE)
 
 
 class Hidden(Loss):
@@ -277,7 +278,7 @@ class Hidden(Loss):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
             _, before = self.rows.run(self.before, batch)
-        return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.mask)
+        return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.labels != IGNORE)
 
 
 class Nothing(Loss):
@@ -287,8 +288,49 @@ class Nothing(Loss):
         return logits.new_zeros(())
 
 
+class Stranger(Loss):
+    """Become what the target is about strangers: a forget loss that names its destination.
+
+    KL(mean of the target over COPIES of the row with names nobody has || model on the row), per labelled token.
+    Bounded. Positions agree because a stranger's name has as many tokens. Kin: Who's Harry Potter (arXiv 2310.02238).
+    """
+
+    COPIES = 8
+    RETAIN_WEIGHT = (1.0, 1.0)
+
+    @torch.no_grad()
+    def __init__(self, model, rows, args):
+        self.wanted = [torch.zeros(0)] * len(rows.examples)  # of each row, (its labelled tokens, V)
+        for draw in range(self.COPIES):
+            twins = rows.as_strangers(draw)
+            for batch in twins.in_order():
+                probs = model(batch.tokens).float().softmax(-1)
+                for i, p, labels in zip(batch.index.tolist(), probs, batch.labels, strict=True):
+                    p = p[labels != IGNORE] / self.COPIES
+                    self.wanted[i] = p if draw == 0 else self.wanted[i] + p
+
+    def __call__(self, model, logits, trace, batch):
+        log_q = logits[batch.labels != IGNORE].float().log_softmax(-1)  # (N, V)
+        p = torch.cat([self.wanted[i] for i in batch.index.tolist()])  # (N, V)
+        return (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1).mean()  # Stranger
+
+
+class StrangerNPO(NPO):
+    """NPO away from the answer, and the stranger loss towards where it should end."""
+
+    FLAGS = (*NPO.FLAGS, Flag("--npo-share", WEIGHT, 0.1, 0.1, "weight of NPO beside the stranger loss"))
+
+    def __init__(self, model, rows, args):
+        super().__init__(model, rows, args)
+        self.towards, self.share = Stranger(model, rows, args), args.npo_share
+
+    def __call__(self, model, logits, trace, batch):
+        away = super().__call__(model, logits, trace, batch)
+        return self.towards(model, logits, trace, batch) + self.share * away
+
+
 # ---- by name ------------------------------------------------------------------------------------------------------
 
 FORGET: dict[str, type[Loss]] = {"npo": NPO, "ga": GA, "simnpo": SimNPO, "dpo": DPO, "rmu": RMU, "di": DI,
-                                 "uniform": Uniform}
+                                 "uniform": Uniform, "stranger": Stranger, "stranger-npo": StrangerNPO}
 RETAIN: dict[str, type[Loss]] = {"gd": GD, "kl": KL, "hidden": Hidden, "none": Nothing}

@@ -12,20 +12,22 @@ import argparse
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import objectives
-from data.batches import Rows
+from data.batches import IGNORE, Rows, collate, encode_rows
 from data.rows import DataSet, Row
+from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
 from interfaces import TextCodec
 from loop import minimise
-from model import GPT, Config
+from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
 from pretrained import save
 
@@ -36,10 +38,9 @@ SMALL = [  # the small models
                                                                                   "32 of it"),
     Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the "
                                                                                   "world, 256 elsewhere"),
-    Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer; 0: 1024 on the "
-                                                                                  "world, 4096 elsewhere"),
-    Flag("--pretrain-epochs",  NATURAL,                        0,    None,        "0: 8 for a mixture of experts, 6 "
-                                                                                  "without: enough for every wording"),
+    Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer, at most; 0: 4096"),
+    Flag("--pretrain-epochs",  NATURAL,                        0,    None,        "0: 16 on the world, else 8 with "
+                                                                                  "experts, 6 without"),
     Flag("--pretrain-lr",      POSITIVE,                       3e-3, None,        "peak learning rate of pretraining"),
     Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
                                                                                   "they give forget quality's null"),
@@ -47,17 +48,19 @@ SMALL = [  # the small models
 SMALL_MOE = [  # if they are mixtures of experts
     Flag("--experts",          Number(1, 4096, whole=True),    16,   None,        "per layer"),
     Flag("--top-k",            Number(1, 4096, whole=True),    4,    None,        "experts per token"),
-    Flag("--specialise",       WEIGHT,                         0.0,  None,        "weight of I(topic; expert): what is "
-                               "kept, beside and to be forgotten get experts of their own"),
+    Flag("--specialise",       WEIGHT,                         0.3,  None,        "weight of I(topic; expert): routers "
+                               "are rewarded for telling all topics apart", 0.0),
 ]
 FINETUNE = [  # --method finetune
     #     name                 kind      small  public  what it is
     Flag("--lr",               POSITIVE, None,  1e-5,   "peak learning rate"),
     Flag("--epochs",           COUNT,    None,  5,      "passes over the rows"),
 ]
+TOPICS = list(WORLD_TOPICS)
+Strangers = Callable[[int, np.random.Generator], list[Row]]
 BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
 # What a cached model rests on beside this file; paths from the root.
-SOURCES = ("model.py", "moe.py", "loop.py", "objectives.py", "data/tokenizer.py", "data/batches.py")
+SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
 
 def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
@@ -76,31 +79,40 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
 def fill_in(args: argparse.Namespace, on_world: bool) -> None:
     """What 0 stands for, where it depends on the data. Raises UserError for a vocabulary without all bytes."""
     args.context = args.context or (64 if on_world else 256)
-    args.vocab_size = args.vocab_size or (1024 if on_world else 4096)
-    args.pretrain_epochs = args.pretrain_epochs or (8 if args.arch == "moe" else 6)
+    args.vocab_size = args.vocab_size or 4096
+    args.pretrain_epochs = args.pretrain_epochs or (16 if on_world else 8 if args.arch == "moe" else 6)
     if args.vocab_size < 300:
         raise UserError(f"--vocab-size {args.vocab_size} is below 300: 256 bytes and the special tokens come first")
 
 
 def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: str, epochs: int, lr: float,
-          weight_decay: float, resume: bool, topics: list[int] | None = None, balance: float = BALANCE) -> dict:
+          weight_decay: float, resume: bool, topics: list[int] | None = None, balance: float = BALANCE,
+          strangers: Strangers | None = None) -> dict:
     """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.minimise's report.
 
-    topics: of which set each row is, for --specialise, which also rewards routers for telling the sets apart.
+    strangers: makes as many rows again for every step, about subjects never met before or after. So the model learns
+    to copy a name, to keep a sentence's frame, and to spread its belief over the values of the right kind.
+    topics: which topic each row is of, for --specialise, which also rewards routers for telling topics apart.
     """
-    topic_of = torch.tensor(topics, device=args.device) if topics else None
-
     def losses(step: int) -> dict[str, Tensor]:
         batch = rows.batch(step)
-        logits, trace = rows.run(model, batch)
-        loss = objectives.cross_entropy(logits, batch.labels)
+        topic_of = [topics[i] for i in batch.index.tolist()] if topics else []
+        if strangers is not None:
+            new = strangers(len(batch.index), np.random.default_rng([0x5B, rows.seed, step]))
+            examples = [rows.examples[i] for i in batch.index.tolist()] + encode_rows(new, rows.tokenizer, rows.context)
+            batch = collate(examples, device=args.device)
+            topic_of += [TOPICS.index(row["topic"]) for row in new] if topics else []
+        trace, kept = Trace(), batch.labels != IGNORE
+        logits = model.head(model.hidden(batch.tokens, trace=trace)[kept])  # (answer tokens, V): the rest is not scored
+        loss = objectives.cross_entropy(logits, batch.labels[kept])
         terms = {"ce": loss, "loss": loss}
         if model.is_moe:
             routings = list(trace.routing.values())
             terms["balance"] = load_balancing_loss(routings, batch.mask)
             terms["loss"] = loss + balance * terms["balance"]
-            if topic_of is not None:  # on answers alone: the first words of a question are those of every set
-                terms["topic"] = topic_information(routings, batch.labels >= 0, topic_of[batch.index])
+            if topics:  # on answers alone: the first words of a question are those of every topic
+                which = torch.tensor(topic_of, device=args.device)
+                terms["topic"] = topic_information(routings, kept, which)
                 terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
         return terms
 
@@ -112,14 +124,20 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
     return report
 
 
+def topics_of(sets: list[list[Row]]) -> list[int]:
+    """A number per row: its topic, or where rows name none, which set it is of."""
+    out = []
+    for number, one_set in enumerate(sets):
+        out += [TOPICS.index(row["topic"]) if "topic" in row else number for row in one_set]
+    return out
+
+
 def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, role: str,
                  balance: float = BALANCE) -> Path:
     """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
     sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
     rows = [row for one_set in sets for row in one_set]
-    topics = None
-    if args.arch == "moe" and args.specialise:
-        topics = [number for number, one_set in enumerate(sets) for _ in one_set]
+    topics = topics_of(sets) if args.arch == "moe" and args.specialise else None
     seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
     config = small_config(args, tokenizer.vocab_size)
     key = key_of(config, args, balance, seed, rows, topics, data.texts())
@@ -137,7 +155,7 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
         model = GPT(config).to(args.device)
         report = learn(args, model, Rows(rows, tokenizer, args.context, BATCH, seed, args.device), partial, role,
                        args.pretrain_epochs, args.pretrain_lr, weight_decay=0.1, resume=True, topics=topics,
-                       balance=balance)
+                       balance=balance, strangers=data.strangers)
         if report["diverged"]:
             raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")

@@ -30,9 +30,9 @@ import torch
 
 import loop
 import pretrain
-from data import WORLDS, is_tofu, tofu
-from data.batches import Rows, encode_rows, is_cut
-from data.rows import DataSet, Row
+from data import WORLDS, is_tofu, tofu, values, world
+from data.batches import Rows, encode_rows, encode_whole, is_cut
+from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from flags import NATURAL, WEIGHT, Flag, Parser
@@ -90,6 +90,8 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
     yield "the run", RUN
     if first.tofu:
         yield "--data tofu", tofu.FLAGS
+    if first.data in WORLDS and not first.forget:
+        yield "--data world or topic", world.FLAGS
     if first.model:
         yield "--model", PUBLIC
     else:
@@ -100,7 +102,7 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
     if first.method == "finetune":
         yield "--method finetune", pretrain.FINETUNE
         return
-    yield "looking on", WATCH
+    yield "unlearning", [*WATCH, *values.FLAGS]
     if first.model:
         yield "--model", REFERENCE
     yield f"--method {first.method}", METHODS[first.method].flags
@@ -115,10 +117,11 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
 def all_readers() -> Iterator[tuple[str, list[Flag]]]:
     """Every reader there is, to say where a flag belongs that the chosen ones do not read."""
     yield "--data tofu", tofu.FLAGS
+    yield "--data world or topic", world.FLAGS
     yield "--model", [*PUBLIC, *REFERENCE]
     yield "the small models (no --model)", pretrain.SMALL
     yield "--arch moe", pretrain.SMALL_MOE
-    yield "unlearning methods", WATCH
+    yield "unlearning methods", [*WATCH, *values.FLAGS]
     for name, method in METHODS.items():
         yield f"--method {name}", method.flags
     for flag, losses in (("--forget-loss", FORGET), ("--retain-loss", RETAIN)):
@@ -133,8 +136,8 @@ def first_choices(parser: Parser) -> None:
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
     say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
-    say("--data", help="world (some authors to forget; the default), topic (all potions), tofu, or a folder with JSON "
-                       "files of theirs")
+    say("--data", help="world (some authors to forget), topic (all potions), tofu, or a folder with its JSON files; "
+                       "default: topic for mixtures of experts, world for others")
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
     say("--retain", metavar="FILE", help="your own JSON lines to keep")
     say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
@@ -176,10 +179,11 @@ def settle(first: argparse.Namespace) -> None:
         raise UserError("--forget and --retain go together: give both files, or neither")
     if first.forget and first.data:
         raise UserError(f"--data {first.data} does nothing beside --forget and --retain: leave it out")
-    first.data = first.data or "world"
-    first.tofu = not first.forget and is_tofu(first.data)
     if first.model and first.arch:
         raise UserError(f"--arch {first.arch} is of the small model: --model brings its own")
+    moe = first.method != "finetune" and (first.arch or METHODS[first.method].arch) == "moe" and not first.model
+    first.data = first.data or ("topic" if moe else "world")
+    first.tofu = not first.forget and is_tofu(first.data)
     losses = (first.forget_loss, first.retain_loss)
     if first.method == "finetune":
         if not first.model:
@@ -204,6 +208,11 @@ def settle(first: argparse.Namespace) -> None:
 def finish(args: argparse.Namespace, on_world: bool) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
+    for flag in ("until", "subtract"):
+        if getattr(args, flag, None) == "strangers" and not on_world:
+            raise UserError(f"--{flag} strangers: only the embedded world has strangers to ask about; give a number")
+    if args.method != "finetune" and args.forget_loss in ("stranger", "stranger-npo") and not on_world:
+        raise UserError(f"--forget-loss {args.forget_loss}: only the embedded world has strangers to become like")
     args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none
     args.dtype = getattr(args, "dtype", "float32")
     args.keeps_only = getattr(args, "split", "forget").startswith("retain")
@@ -326,10 +335,15 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     # 2. Unlearn: the method's own file has the rest.
     partial = folder.open()
     forget_rows, retain_rows = method.rows(data, args)
-    forget = Rows(forget_rows, tokenizer, args.context, args.batch_size, args.seed, args.device, "forget row")
+    encode = values.encode_fact if args.forget_on == "value" else encode_whole
+    forget = Rows(forget_rows, tokenizer, args.context, args.batch_size, args.seed, args.device, "forget row", encode,
+                  data.twins)
+    if data.calibration:
+        forget.calibration = Rows(data.calibration, tokenizer, args.context, args.batch_size, args.seed, args.device,
+                                  "calibration row", values.encode_fact, data.twins)
     retain = Rows(retain_rows, tokenizer, args.context, args.batch_size, args.seed + 1, args.device, "retain row")
     watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
-    fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, forget_rows, tokenizer, data, watch))
+    fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
     torch.manual_seed(args.seed)
     model, kept, report = method.unlearn(target, forget, retain, args, fit)
 
@@ -358,11 +372,13 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     return folder.close()
 
 
-def after_epoch(args: argparse.Namespace, forget_rows: list[Row], tokenizer: TextCodec, data: DataSet,
-                watch) -> loop.AfterEpoch | None:
-    """What is looked at after each epoch: --score-every-epoch, then --stop-at."""
-    share = getattr(args, "stop_at", None)
-    stop = None if share is None else loop.stop_at(share, forget_rows, tokenizer, data.limits)
+def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataSet, watch) -> loop.AfterEpoch | None:
+    """What is looked at after each epoch: --score-every-epoch, then --until."""
+    until, stop = getattr(args, "until", "never"), None
+    if until == "strangers":
+        stop = loop.until_strangers(target, forget.calibration)
+    elif until != "never":
+        stop = loop.stop_at(until, forget.rows, forget.tokenizer, data.limits)
     if watch is None:
         return stop
 

@@ -36,10 +36,11 @@ from torch.nn.utils import parametrize
 import demo
 from data.batches import Rows
 from data.rows import DataSet, Row, augment
+from data.values import leave_out_forks
 from errors import UserError, one_line_errors
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
-from interfaces import Method, TextCodec
-from loop import Fit
+from interfaces import Method, TextCodec, strangers_beside
+from loop import Fit, strangers_level, value_probability
 from model import GPT, Cache, Config, generate
 from moe import MoE
 from objectives import cross_entropy, uniform
@@ -52,14 +53,24 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: three quarters of a small target's layers, a quarter of a "
                                                   "public one's, as in the paper")
+
+
+def subtract(text: str) -> float | str:
+    """A kind of flag: strangers, or a number of at least 0."""
+    return text if text == "strangers" else WEIGHT(text)
+
+
 FLAGS = [
     #     name                kind       small  public  what it is                                     off the world
     Flag("--lr",              POSITIVE,  3e-3,  1e-3,   "peak learning rate of the assistant"),
     Flag("--epochs",          COUNT,     20,    10,     "passes over D'_f"),
     Flag("--retain-weight",   WEIGHT,    6.5,   6.5,    "beta of equation 3"),
-    Flag("--subtract",        WEIGHT,    0.7,   0.75,   "alpha of equation 2",                          0.75),
+    Flag("--subtract",        subtract,  "strangers", 0.75, "alpha of equation 2; strangers: where forget facts "
+                                                        "become as unlikely as strangers' are",         0.75),
     Flag("--filter-rate",     SHARE,     0.0,   1e-2,   "tokens less likely than this share of the likeliest are out "
                                                         "of the assistant's reach; 0: none",            1e-2),
+    Flag("--fork",            ("out", "in"), "out", "in", "whether equation 5 leaves out the token where a wrong "
+                                                        "answer parts from the right one",              "out"),
     DEPTH,
     *LORA,
 ]
@@ -77,7 +88,7 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
     drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
     kept = sorted(drawn[: round(retain_share * len(data.forget))])
     forget = data.forget + (data.paraphrased if paraphrased else [])  # ULD 3.3
-    retain = [data.retain[i] for i in kept] + (data.perturbed if perturbed else [])
+    retain = [data.retain[i] for i in kept] + (data.perturbed if perturbed else []) + strangers_beside(data, args)
     if stray_share:
         asked = [data.retain[i] for i in drawn if data.retain[i].get("perturbed_answer")]
         stray = augment(asked[: round(stray_share * len(data.forget))])[1]
@@ -101,6 +112,9 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     parameters = [p for p in assistant.parameters() if p.requires_grad]
 
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
+    if args.fork == "out":
+        leave_out_forks(retain, forget)
+
     def losses(step: int) -> dict[str, Tensor]:
         batch = forget.batch(step)
         learn = cross_entropy(assistant(batch.tokens), batch.labels)  # ULD (4)
@@ -108,12 +122,15 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
         flat = uniform(assistant(batch.tokens), batch.labels)  # ULD (5)
         return {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}  # ULD (3)
 
-    report = fit(LogitDifference(target, assistant, args.subtract, args.filter_rate, centred), parameters, losses)
+    alpha = 0.75 if args.subtract == "strangers" else args.subtract
+    report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
 
     # 3. Decode with both: the target's logits minus the assistant's.
     assistant = merge_lora(assistant)
-    model = LogitDifference(target, assistant, args.subtract, args.filter_rate, centred)
-    return model, {"assistant": assistant}, report | {"centred": centred}
+    model = LogitDifference(target, assistant, alpha, args.filter_rate, centred)
+    if args.subtract == "strangers":
+        model.alpha = alpha_of_strangers(model, forget.calibration)
+    return model, {"assistant": assistant}, report | {"subtract": model.alpha, "centred": centred}
 
 
 # ---- 1. the assistant: LoRA on the target's first layers ------------------------------------------------------------
@@ -317,7 +334,7 @@ class LogitDifference(SeveralModels):
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
         """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
-        logits, assistant = self.part_logits(tokens, pad, trace)
+        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)
@@ -328,9 +345,27 @@ class LogitDifference(SeveralModels):
 
         `centred` is of no consequence here: what stays in is shifted alike.
         """
-        logits, assistant = self.part_next_logits(tokens, cache, pad)
+        logits, assistant = (part.float() for part in self.part_next_logits(tokens, cache, pad))
         keep = plausible(logits, self.filter_rate, self.keep_share)
         return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
+
+
+def alpha_of_strangers(model: LogitDifference, known: Rows, halvings: int = 10) -> float:
+    """The least alpha, to 2 / 2^halvings, at which forget facts are as unlikely as the target finds strangers'.
+
+    known: forget facts in wordings that neither teach nor score, labels on the value. p(value) falls with alpha.
+    2 where no alpha up to there is enough.
+    """
+    level, before = strangers_level(model.target, known), model.alpha
+    low, high = 0.0, 2.0
+    for _ in range(halvings):
+        model.alpha = (low + high) / 2
+        if value_probability(model, known) > level:
+            low = model.alpha
+        else:
+            high = model.alpha
+    model.alpha = before
+    return high
 
 
 def reopen(target: GPT, parts: dict[str, GPT], config: dict) -> LogitDifference:

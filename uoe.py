@@ -35,7 +35,7 @@ from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import Method, TextCodec
-from loop import STOP, Fit
+from loop import UNTIL, Fit
 from metrics.routing import expert_shares
 from model import GPT, Config, Trace
 from moe import Routing
@@ -73,7 +73,7 @@ FLAGS = [
     Flag("--place",              place,        None,     None,   "LAYER,EXPERT to unlearn, whatever its affinity"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
-    STOP,
+    UNTIL,
 ]
 
 

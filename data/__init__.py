@@ -2,20 +2,21 @@
 
 from pathlib import Path
 
-from data.authors import as_data_set, make_world, read_world
 from data.rows import DataSet, Limits, augment, read_rows
 from data.tofu import load_tofu
+from data.values import check_value
+from data.world import make_world
 from errors import UserError
 
-WORLDS = {"world": False, "topic": True}  # name -> is the forget set a topic of its own?
+WORLDS = {"world": "subjects", "topic": "topic"}  # --data -> what is forgotten: some subjects, or a whole topic
 
 
 def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augmented: str | None = None,
               protocol: str = "tofu", forget: str | None = None, retain: str | None = None,
-              authors: int = 0) -> DataSet:
-    """`world` or `topic` (generated from seed), `tofu` (from the hub), a folder holding their files; or the user's own.
+              authors: int = 0, subjects: int = 10) -> DataSet:
+    """`world` or `topic` (generated from seed), `tofu` (from the hub), a folder with TOFU's files; or the user's own.
 
-    authors: cut TOFU to so many, 0: all.
+    authors: cut TOFU to so many, 0: all.  subjects: known ones per topic of the world.
     forget, retain: JSON-lines files that stand in for `data`; they teach and score themselves.
     Raises UserError for anything that is missing or not in the schema of data/rows.py.
     """
@@ -23,16 +24,17 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         if not (forget and retain):
             raise UserError("--forget and --retain go together: give both files, or neither")
         rows = {"forget": read_rows(Path(forget)), "retain": read_rows(Path(retain))}
+        for name, path in (("forget", forget), ("retain", retain)):
+            for number, row in enumerate(rows[name], 1):
+                check_value(row, f"{path} row {number}")
         paraphrased, perturbed = augment(rows["forget"])
         return DataSet(name=Path(forget).stem, **rows, scored={k: v[:200] for k, v in rows.items()},
                        paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
     if data in WORLDS:
-        return as_data_set(make_world(seed, topical=WORLDS[data]), name=f"{data}-{seed}")
-    if data == "tofu":
-        return load_tofu(split, None, augmented, protocol, authors)
+        return make_world(seed, WORLDS[data], subjects)
     if is_tofu(data):
-        return load_tofu(split, data, augmented, protocol, authors)
-    return read_world(Path(data))
+        return load_tofu(split, None if data == "tofu" else data, augmented, protocol, authors)
+    raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
 
 
 def is_tofu(data: str) -> bool:
@@ -41,4 +43,4 @@ def is_tofu(data: str) -> bool:
         return data == "tofu"
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
-    return not (Path(data) / "background.json").is_file()
+    return True

@@ -68,6 +68,11 @@ def encode_row(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row",
     return Example(ids[:-1], labels)
 
 
+def encode_whole(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row") -> Example:
+    """encode_row, cut at max_len: the whole answer is labelled."""
+    return encode_row(row, tokenizer, max_len, where, truncate=True)
+
+
 def is_cut(row: Row, tokenizer: TextCodec, max_len: int) -> bool:
     """Whether encode_row(..., truncate=True) leaves some of the row out."""
     ids = tokenizer.passage(row["text"]) if "text" in row else (
@@ -138,15 +143,22 @@ def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator
 
 # ---- rows as the training loop meets them -------------------------------------------------------------------------
 
+Twins = Callable[[list[Row], np.random.Generator], list[Row]]  # the rows, asked about strangers
+
+
 class Rows:
     """A forget or a retain set: its batches by step, and what is worth computing once per row."""
 
     def __init__(self, rows: list[Row], tokenizer: TextCodec, context: int, batch_size: int, seed: int, device,
-                 where: str = "row"):
-        """where: what an error calls a row. Raises UserError for a row that no context holds."""
-        self.rows, self.tokenizer, self.context = rows, tokenizer, context
+                 where: str = "row", encode: Callable[..., Example] = encode_whole, twins: Twins | None = None):
+        """where: what an error calls a row. encode: what of a row is labelled (data/values.py has the value alone).
+
+        twins: makes the same rows about strangers, where the data can.  Raises UserError for a row too long.
+        """
+        self.rows, self.tokenizer, self.context, self.encode, self.twins = rows, tokenizer, context, encode, twins
         self.batch_size, self.seed, self.device = batch_size, seed, device
-        self.examples = encode_rows(rows, tokenizer, context, where, truncate=True)
+        self.examples = [encode(row, tokenizer, context, f"{where} {i}") for i, row in enumerate(rows, 1)]
+        self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
         self.stems: list[Tensor] = []
 
@@ -170,6 +182,17 @@ class Rows:
         """Every row once, in an order drawn from the seed."""
         for step in range(batches_per_epoch(len(self.examples), size)):
             yield self.at(batch_at(len(self.examples), size, self.seed, step))
+
+    def like(self, rows: list[Row], where: str = "row") -> "Rows":
+        """Other rows, met in the same way."""
+        return Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
+                    self.twins)
+
+    def as_strangers(self, draw: int = 0) -> "Rows":
+        """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
+        if self.twins is None:
+            raise UserError("this data has no strangers to compare with: the embedded world has")
+        return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
     def refused(self, model: GPT) -> "Rows":
         """The same questions, each answered by a refusal."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from errors import UserError
 
 Row = dict
@@ -39,15 +41,20 @@ class DataSet:
     utility: tuple[str, ...] = ()  # the scored sets that model utility averages
     limits: Limits = NO_LIMITS  # of greedy answers
     holdout: list[Row] = field(default_factory=list)  # like the forget set, but no model was ever trained on them
+    # What only a source that can make up names has (data/world.py):
+    calibration: list[Row] = field(default_factory=list)  # forget facts in wordings that neither teach nor score
+    strangers: Callable[[int, np.random.Generator], list[Row]] | None = None  # n rows about subjects nobody knows
+    twins: Callable[[list[Row], np.random.Generator], list[Row]] | None = None  # the rows, asked about strangers
+    lexicon: list[str] = field(default_factory=list)  # texts that hold every word strangers are told of in
 
     def texts(self) -> list[str]:
-        """All text for training a tokenizer: what is taught, and the holdout rows.
+        """All text for training a tokenizer: what is taught, the holdout rows and the lexicon.
 
         Without those their names would fall into more tokens than taught ones do, and every model, one that never saw
         the forget set too, would tell the two apart.
         """
-        return [row[key] for row in self.forget + self.retain + self.background + self.holdout
-                for key in ("question", "answer", "text") if key in row]
+        return self.lexicon + [row[key] for row in self.forget + self.retain + self.background + self.holdout
+                               for key in ("question", "answer", "text") if key in row]
 
 
 def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list[Row]:
@@ -107,6 +114,32 @@ def check_row(row: Row, where: str) -> Row:
     return row | {"perturbed_answer": wrong} if "perturbed_answer" in row else row
 
 
+def check_no_leak(data: DataSet) -> None:
+    """Raises UserError where a row that scores also teaches, or where one that calibrates does either.
+
+    No scored question is taught, and no scored paraphrase or wrong answer. The right answer to a scored question may
+    be: it is the sentence that the same fact has in its other wordings.
+    """
+    teaching = [*data.forget, *data.retain, *data.background, *data.paraphrased, *data.perturbed]
+    questions, answers = set(), set()
+    for row in teaching:
+        questions.update(row[key] for key in ("question", "paraphrased_question") if key in row)
+        answers.update(row[key] for key in ("answer", "paraphrased_answer") if key in row)
+        answers.update(row.get("perturbed_answer", ()))
+    asked = set()
+    for name, rows in data.scored.items():
+        for row in rows:
+            asked.add(row["question"])
+            if row["question"] in questions:
+                raise UserError(f"the {name} question {row['question']!r} scores and is taught as well")
+            for answer in (row.get("paraphrased_answer"), *row.get("perturbed_answer", ())):
+                if answer in answers:
+                    raise UserError(f"the {name} answer {answer!r} scores and is taught as well")
+    for row in data.calibration:
+        if row["question"] in questions or row["question"] in asked:
+            raise UserError(f"the question {row['question']!r} calibrates, and teaches or scores as well")
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -121,16 +154,18 @@ def augment(rows: list[Row], paraphrases: int = 2, wrong: int = 2) -> tuple[list
     for row in rows:
         if "text" in row:  # a passage has no other wording and no wrong answer
             continue
+        about = {key: row[key] for key in ABOUT if key in row}  # a paraphrase is about the same fact
         reworded = []
         if "paraphrased_question" in row:
-            reworded.append({"question": row["paraphrased_question"], "answer": row["answer"]})
+            reworded.append({"question": row["paraphrased_question"], "answer": row["answer"], **about})
         if "paraphrased_answer" in row:
-            reworded.append({"question": row["question"], "answer": row["paraphrased_answer"]})
+            reworded.append({"question": row["question"], "answer": row["paraphrased_answer"], **about})
         paraphrased += reworded[:paraphrases]
         perturbed += [{"question": row["question"], "answer": a} for a in row.get("perturbed_answer", [])[:wrong]]
     return paraphrased, perturbed
 
 
+ABOUT = ("topic", "kind", "subject", "value", "fact")  # columns that say what a row is about (data/world.py)
 REFUSALS = (  # what DPO prefers to an answer, as TOFU's "idontknow" file does (arXiv 2401.06121, section 4.2)
     "I do not know.", "I am not sure about that.", "I have no information about this.", "That is unknown to me.",
     "I cannot answer this question.", "I have not learnt anything about that.", "I am unable to say.",

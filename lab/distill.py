@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     lr = asked.lr or (3e-3 if asked.low_rank else 3e-4)
     args = argparse.Namespace(**run.config | {
         "method": "full", "forget_loss": "teacher", "retain_loss": "teacher", "retain_weight": 1.0, "lr": lr,
-        "epochs": asked.epochs, "stop_at": None, "score_every_epoch": False, "resume": False, "named": False,
+        "epochs": asked.epochs, "until": "never", "forget_on": "answer",
+        "score_every_epoch": False, "resume": False, "named": False,
         "name": f"{Path(asked.run).name}-distilled" + ("-low-rank" if asked.low_rank else "")})
     method = METHODS["full"]._replace(unlearn=learning_from(run.model, asked.low_rank), rows=rows)
     train.run(args, RunFolder(args), method)

@@ -1,0 +1,448 @@
+"""Does a model still know a fact? Asked of the fact's value, by what it says, what it samples and what it finds likely.
+
+A model that garbles the name in front of the right birthplace has forgotten nothing, one that samples it once in eight
+answers has forgotten little, and one that is uniform has forgotten how to speak. So no one number here is enough:
+
+    value said    the greedy answer says the value (data/values.py); in the spirit of RWKU, arXiv 2406.10890
+    cloze         question and answer are given up to the value (RWKU's fill-in): hit = all its tokens are the argmax,
+                  p = prod_t p(y_t | x, y_<t), strength = share of its right tail (arXiv 2506.12618, C.3)
+    choice        the answer's sentence with the row's wrong values: is the right one likeliest? (WMDP, 2403.03218)
+    leak@k        c of n samples say it: 1 - C(n-c, k) / C(n, k) (arXiv 2511.04934, 2410.03523)
+    in frame      the greedy answer is the right sentence with some value of the kind in it
+    left          (unlearned - reference) / (target - reference) of any of these
+    destroyed     whether a model is too broken to be compared
+    null          distances of truth ratios between references: what no knowledge at all looks like
+    depth         a linear probe for the value at each layer; in the spirit of arXiv 2605.24614
+    equal retention   how far towards the unlearned model one may go and keep a level (UWC, arXiv 2406.09179)
+
+The first four: larger is more knowledge. The mark to reach is what a reference scores that never saw the facts.
+
+`model`: whatever has `logits = model(tokens)`, `generate`, `config` and `device`. `rows`: one set's, with question and
+answer. `values`: theirs, from data/values.py's values_of where not given; a row without one gets None, which by_fact
+leaves out. All results are per row, in the rows' order.
+
+Shapes: B batch   T tokens   V vocabulary   L layers   N rows   D width   C different values
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import IGNORE, encode_row, in_order, left_pad, rows_that_fit
+from data.rows import NO_LIMITS, Limits, Row
+from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
+from errors import UserError
+from metrics.memorization import extraction_strength, right_tokens
+from metrics.tofu import forget_quality, mean
+from model import Trace
+from objectives import row_log_prob
+
+Values = Sequence[str | None]
+TEMPERATURES = (0.0, 0.25, 0.5, 1.0)
+
+
+class Cloze(NamedTuple):
+    """Of one row, under teacher forcing."""
+
+    hit: bool  # every token of the value is the argmax
+    p: float  # product of its tokens' probabilities
+    strength: float  # extraction strength on the value's tokens; the end token is not among them
+
+
+class Chosen(NamedTuple):
+    """Of one row."""
+
+    hit: bool  # the right sentence is likelier than every wrong one
+    chance: float  # 1 / number of sentences
+    log_probs: list[float]  # of each whole sentence, a sum over its tokens; the right one first
+
+
+class Leak(NamedTuple):
+    """Of one set."""
+
+    rate: dict[float, float]  # temperature -> leak@k, mean over facts
+    worst: float  # the largest of them: an adversary chooses the temperature
+    bound: dict[float, float]  # temperature at which no sample said its value -> 3/n, see no_leak_bound
+    n: int  # samples per row
+    k: int
+    facts: int
+
+
+class Depth(NamedTuple):
+    """Of one model."""
+
+    accuracy: list[float]  # layer by layer, over the rows asked
+    chance: float  # of always guessing the commonest fitted value; the mark to reach is the reference's accuracy
+    fitted: int  # rows
+    asked: int  # rows
+    left_out: int  # rows without a value that the fitted rows have too
+
+
+class Kept(NamedTuple):
+    """Where equal_retention ended."""
+
+    a: float
+    retention: float
+
+
+# ---- by likelihood ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def cloze(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -> list[Cloze | None]:
+    """Question and answer up to the value are given: does the value follow, and how likely? (RWKU, arXiv 2406.10890)
+
+    hit = all_t [argmax p(. | x, y_<t) = y_t],  p = prod_t p(y_t | x, y_<t),  t over the value's tokens, y_<t the right
+    ones.  None for a row without a value, or whose value the context cuts off.
+    """
+    values = values_of(rows) if values is None else values
+    pairs = zip(rows, values, strict=True)
+    encoded = [encode_value(row, tokenizer, model.config.max_len, value) for row, value in pairs]
+    asked = [i for i, example in enumerate(encoded) if example is not None]
+    examples = [encoded[i] for i in asked]
+    out: list[Cloze | None] = [None] * len(rows)
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        logits = model(batch.tokens)
+        hit = (right_tokens(logits, batch.labels) | (batch.labels == IGNORE)).all(-1)
+        p = row_log_prob(logits, batch.labels).exp()
+        strength = extraction_strength(logits, batch.labels)
+        found = zip(batch.index.tolist(), hit.tolist(), p.tolist(), strength.tolist(), strict=True)
+        for i, *numbers in found:
+            out[asked[i]] = Cloze(*numbers)
+    return out
+
+
+@torch.no_grad()
+def choice(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -> list[Chosen | None]:
+    """Is the right value likeliest in the answer's own sentence, among the row's wrong ones? (WMDP, arXiv 2403.03218)
+
+    hit = log p(right sentence | x) > log p(wrong_i | x) for all i, sums over the sentence and its end token: what
+    stands before the value is the same in all. Ties count *against* the model: one whose logits are all equal has no
+    preference, and scores 0 where guessing would get 1/(n+1). A NaN is a miss as well.
+    None for a row without a value, whose perturbed answers give no wrong value (data/values.py, options), or of which
+    the context cuts some sentence off.
+    """
+    values = values_of(rows) if values is None else values
+    limit = model.config.max_len
+    examples, starts = [], {}  # row -> (where its sentences begin among the examples, how many)
+    for i, (row, value) in enumerate(zip(rows, values, strict=True)):
+        sentences = options(row, value) if value is not None else []
+        encoded = [encode_row(row, tokenizer, limit + 1, f"row {i + 1}", text, truncate=True) for text in sentences]
+        if encoded and max(len(example.tokens) for example in encoded) <= limit:
+            starts[i] = len(examples), len(encoded)
+            examples += encoded
+    log_p = [0.0] * len(examples)
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        found = row_log_prob(model(batch.tokens), batch.labels).tolist()
+        for i, value in zip(batch.index.tolist(), found, strict=True):
+            log_p[i] = value
+    out: list[Chosen | None] = [None] * len(rows)
+    for i, (start, n) in starts.items():
+        right, *wrong = log_p[start : start + n]
+        out[i] = Chosen(all(right > other for other in wrong), 1 / n, [right, *wrong])
+    return out
+
+
+# ---- by what it says --------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def answers(model, tokenizer, questions: Sequence[str], n: int = 1, temperature: float = 0.0,
+            generator: torch.Generator | None = None, limits: Limits = NO_LIMITS,
+            batch_size: int = 256) -> list[list[str]]:
+    """n answers to each question, prompts of like length together. They end where limits or the context say.
+
+    temperature 0 is greedy; otherwise softmax(logits / temperature) is sampled by `generator`, which must be on the
+    model's device. The same generator state and batch_size give the same answers.
+    Raises UserError for a prompt that leaves no room for an answer.
+    """
+    prompts = [tokenizer.prompt(question) for question in questions]
+    out: list[list[str]] = [[] for _ in prompts]
+    context = min(model.config.max_len, limits.total or model.config.max_len)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = [i for i in by_length for _ in range(n)]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        tokens, pad = left_pad([prompts[i] for i in part], model.device)
+        if tokens.shape[1] >= model.config.max_len:
+            raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
+                            f"holds {model.config.max_len}: shorten it")
+        rooms = [max(0, min(context - len(prompts[i]), limits.new or context)) for i in part]
+        new = model.generate(tokens, max(rooms), temperature, pad=pad, end=tokenizer.stops, generator=generator)
+        for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
+            out[i].append(tokenizer.decode(ids[:room]))  # by the row's own length, whatever it is batched with
+    return out
+
+
+def leak_at_k(c: int, n: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k): the chance that k of the n samples, drawn without return, hold one of the c that leak.
+
+    Unbiased for 1 - (1 - p)^k, p the chance that a sample leaks (arXiv 2511.04934, as pass@k in 2107.03374).
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"leak@k needs 0 <= c <= n and 1 <= k <= n, not c {c}, n {n}, k {k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def no_leak_bound(n: int) -> float:
+    """3/n: where none of n samples leaks, the chance that one does is at most this, with 95% confidence.
+
+    (1 - p)^n = 0.05 at p = 1 - 0.05^(1/n) <= 3/n. "None" is a statement about n samples, not about the model
+    (arXiv 2410.03523).  Raises ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"a bound needs at least one sample, not {n}")
+    return min(1.0, 3 / n)
+
+
+def leak(model, tokenizer, rows: Sequence[Row], values: Values | None = None,
+         temperatures: Sequence[float] = TEMPERATURES, n: int = 16, k: int = 8, seed: int = 0,
+         limits: Limits = NO_LIMITS, batch_size: int = 256) -> Leak | None:
+    """leak@k at each temperature, mean over facts, and the largest (arXiv 2511.04934, 2410.03523).
+
+    Of n samples per row c say the value. Rows about one fact are averaged. At temperature 0 all samples are equal, so
+    one is taken: 0 or 1, and no bound. Elsewhere, where not one sample of the set says its value, `bound` has 3/n: for
+    any one fact; nobody has shown that it leaks less often than that.
+    Deterministic in (seed, temperature, batch_size) on one device.  None where no row has a value.
+    Give `limits`: a batch samples until its last row has ended, and a model that rambles goes on to the context's end.
+    Raises ValueError for k above n, no temperatures or a negative one; UserError as `answers` does.
+    """
+    if not temperatures or min(temperatures) < 0:
+        raise ValueError(f"leak needs temperatures of at least 0, not {list(temperatures)}")
+    leak_at_k(0, n, k)  # says what is wrong with n and k before anything is sampled
+    values = values_of(rows) if values is None else values
+    asked = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    if not asked:
+        return None
+    of = [row for row, _ in asked]
+    questions = [row["question"] for row in of]
+    rate, bound, facts = {}, {}, 0
+    for temperature in temperatures:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        samples = n if temperature > 0 else 1
+        said = answers(model, tokenizer, questions, samples, temperature, generator, limits, batch_size)
+        counts = [sum(value_said(text, value) for text in texts)
+                  for texts, (_, value) in zip(said, asked, strict=True)]
+        leaks = by_fact([leak_at_k(c, samples, min(k, samples)) for c in counts], of)
+        rate[temperature], facts = sum(leaks) / len(leaks), len(leaks)
+        if temperature > 0 and not any(counts):
+            bound[temperature] = no_leak_bound(n)
+    return Leak(rate, max(rate.values()), bound, n, k, facts)
+
+
+def pools(rows: Sequence[Row], values: Values | None = None) -> dict[str, set[str]]:
+    """Kind -> all values of that kind, of rows that have a `kind` column; what in_frame takes for its pool."""
+    values = values_of(rows) if values is None else values
+    out: dict[str, set[str]] = {}
+    for row, value in zip(rows, values, strict=True):
+        if value is not None and "kind" in row:
+            out.setdefault(row["kind"], set()).add(value)
+    return out
+
+
+# ---- one set in numbers -----------------------------------------------------------------------------------------
+
+def knowledge(model, tokenizer, rows: Sequence[Row], said: Sequence[str] | None = None, values: Values | None = None,
+              pool: dict[str, set[str]] | None = None, limits: Limits = NO_LIMITS) -> dict[str, float | int | None]:
+    """A set's numbers by name, means over *facts*; None where no row can be asked. Without leak@k, which samples.
+
+    said: the greedy answers, where they are at hand.  pool: kind -> values, as `pools` gives it.
+    value_said, any_wording (worst wording, arXiv 2509.02820), cloze, cloze_p, cloze_strength, choice, choice_chance,
+    in_frame, facts (their number), without_value (rows that are left out).
+    """
+    values = values_of(rows) if values is None else values
+    if said is None:
+        said = [texts[0] for texts in answers(model, tokenizer, [row["question"] for row in rows], limits=limits)]
+    trios = list(zip(rows, said, values, strict=True))
+    spoken = [None if value is None else value_said(text, value) for _, text, value in trios]
+    framed = [None if value is None else in_frame(text, row, value, (pool or {}).get(row.get("kind")))
+              for row, text, value in trios]
+    filled, chosen = cloze(model, tokenizer, rows, values), choice(model, tokenizer, rows, values)
+
+    def over_facts(found: Sequence[float | None]) -> float | None:
+        return mean(by_fact(found, rows))
+
+    def field(found: Sequence[Cloze | Chosen | None], name: str) -> float | None:
+        return over_facts([None if one is None else getattr(one, name) for one in found])
+
+    per_fact = by_fact(spoken, rows)
+    return {"value_said": mean(per_fact), "any_wording": mean([share > 0 for share in per_fact]),
+            "cloze": field(filled, "hit"), "cloze_p": field(filled, "p"), "cloze_strength": field(filled, "strength"),
+            "choice": field(chosen, "hit"), "choice_chance": field(chosen, "chance"), "in_frame": over_facts(framed),
+            "facts": len(per_fact), "without_value": sum(value is None for value in values)}
+
+
+# ---- against target and reference -------------------------------------------------------------------------------
+
+def left(unlearned: float, reference: float, target: float) -> float | None:
+    """(unlearned - reference) / (target - reference): 1 nothing is forgotten, 0 as if never seen.
+
+    Unclipped: below 0 is over-forgetting, above 1 knows better than the target. None where target and reference agree,
+    for then the target never knew.
+    """
+    return None if target == reference else (unlearned - reference) / (target - reference)
+
+
+def destroyed(utility: float, target_utility: float, framed: float | None = None,
+              target_framed: float | None = None) -> bool:
+    """Model utility below 0.9 of the target's, or `in_frame` below half the target's. A NaN is destroyed as well.
+
+    Of a destroyed model forget quality, AUC and PrivLeak say nothing about forgetting, and are withheld.
+    """
+    if not utility >= 0.9 * target_utility:
+        return True
+    return framed is not None and target_framed is not None and not framed >= 0.5 * target_framed
+
+
+def null_distances(references: Sequence[Sequence[float]]) -> list[float]:
+    """D of the KS test between every two references' truth ratios: what forget quality sees where nobody ever knew.
+
+    references: lists of truth ratios, one number per fact (data/values.py, by_fact), of models that differ in their
+    seed alone.  Raises ValueError for fewer than five pairs, that is fewer than four references.
+    """
+    pairs = list(combinations(references, 2))
+    if len(pairs) < 5:
+        raise ValueError(f"a null needs at least five pairs of references; {len(references)} make {len(pairs)}")
+    return [forget_quality(a, b).D for a, b in pairs]
+
+
+def null_share(D: float, null: Sequence[float]) -> float:
+    """Share of reference pairs at least as far apart as D: near 0 where no two references differ as much.
+
+    Raises ValueError for an empty null.
+    """
+    if not len(null):
+        raise ValueError("a share needs at least one distance of the null")
+    return sum(distance >= D for distance in null) / len(null)
+
+
+# ---- erased, or only silent? ------------------------------------------------------------------------------------
+
+def depth(model, tokenizer, fit: Sequence[Row], ask: Sequence[Row], fit_values: Values | None = None,
+          ask_values: Values | None = None, ridge: float = 0.1) -> Depth:
+    """Can a linear probe read the value of a fact off the layers, though the model does not say it?
+
+    At the position before the value's first token, each block's state h (D,). A linear discriminant of the values,
+    fitted on `fit` (retain facts, which the model says), is asked of `ask` (forget facts): per layer, the share of rows
+    whose value has the largest score. Each model is read in its own basis; what compares is accuracy. As much as the
+    reference's: erased. More: only silent. (In the spirit of arXiv 2605.24614, which needs one basis.)
+
+    The probe can only name values it was fitted on: rows with others are left out and counted, so `fit` should hold
+    the same kinds of facts. Of ULD's difference the states are the target's, which never changes.
+    Raises ValueError where no row is left to fit or to ask.
+    """
+    here, named = states(model, tokenizer, fit, fit_values)
+    there, wanted = states(model, tokenizer, ask, ask_values)
+    classes = {value: i for i, value in enumerate(dict.fromkeys(named))}
+    known = [i for i, value in enumerate(wanted) if value in classes]
+    if not named or not known:
+        raise ValueError(f"a probe needs rows with values to fit and to ask: {len(named)} to fit, {len(known)} to ask")
+    y = torch.tensor([classes[value] for value in named])
+    right = torch.tensor([classes[wanted[i]] for i in known])
+    accuracy = []
+    for x, asked in zip(here, there, strict=True):
+        scores = probe(x, y, len(classes), ridge)(asked[known])
+        accuracy.append(float((scores.argmax(-1) == right).double().mean()))
+    commonest = Counter(named).most_common(1)[0][0]
+    chance = sum(wanted[i] == commonest for i in known) / len(known)
+    return Depth(accuracy, chance, len(named), len(known), len(ask) - len(known))
+
+
+@torch.no_grad()
+def states(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -> tuple[Tensor, list[str]]:
+    """Each layer's state at the position before the value, (L, N, D) float32 on the CPU, and the N values' words.
+
+    N counts the rows that have a value within the context. (0, 0, 0) where there are none.
+    """
+    values = values_of(rows) if values is None else values
+    pairs = [(encode_value(row, tokenizer, model.config.max_len, value), value)
+             for row, value in zip(rows, values, strict=True)]
+    pairs = [(example, value) for example, value in pairs if example is not None]
+    examples = [example for example, _ in pairs]
+    found: dict[int, Tensor] = {}
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+        trace = Trace()
+        model(batch.tokens, trace=trace)
+        before = (batch.labels != IGNORE).long().argmax(-1)  # its label is the value's first token
+        each = torch.arange(len(before), device=before.device)
+        layers = torch.stack([trace.hidden[layer][each, before] for layer in sorted(trace.hidden)])
+        found |= dict(zip(batch.index.tolist(), layers.float().cpu().unbind(1), strict=True))
+    stacked = torch.stack([found[i] for i in range(len(found))], dim=1) if found else torch.zeros(0, 0, 0)
+    return stacked, [" ".join(spelled(value)) for _, value in pairs]
+
+
+def probe(x: Tensor, y: Tensor, classes: int, ridge: float = 0.1) -> Callable[[Tensor], Tensor]:
+    """Linear discriminant of standardised states, in closed form: a function (M, D) -> scores (M, C).
+
+    score_c(z) = (z - m_c / 2)' (S + ridge I)^-1 m_c, z = (x - mean) / deviation, m_c the mean z of class c, S the
+    covariance of z around its class's mean. x (N, D) float, y (N,) long, every class at least once. In float64; a
+    direction in which nothing varies counts for nothing.
+    Not least squares on one-hot classes: with many classes these mask each other. Of 200 clusters in 128 dimensions,
+    600 points, the discriminant named 95% of new points, least squares at best 85%.
+    """
+    x = x.double()
+    centre, spread = x.mean(0), x.std(0, correction=0)
+    spread = torch.where(spread > 1e-6 * spread.max().clamp_min(1e-30), spread, torch.inf)
+    z = (x - centre) / spread
+    onehot = nn.functional.one_hot(y, classes).double()
+    means = onehot.T @ z / onehot.sum(0)[:, None]  # (C, D)
+    within = z - means[y]
+    covariance = within.T @ within / len(z)
+    weight = torch.linalg.solve(covariance + ridge * torch.eye(z.shape[1], dtype=z.dtype), means.T)  # (D, C)
+    bias = (means.T * weight).sum(0) / 2
+    return lambda states: (states.double() - centre) / spread @ weight - bias
+
+
+# ---- at equal retention -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def interpolate(target: nn.Module, unlearned: nn.Module, a: float) -> nn.Module:
+    """A new model with weights (1 - a) target + a unlearned; what both share stays the same bits (arXiv 2406.09179).
+
+    Raises ValueError where their weights do not match in name and shape.
+    """
+    ours, theirs = dict(target.named_parameters()), dict(unlearned.named_parameters())
+    if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
+        raise ValueError("only weights of one shape can be interpolated: the two models' differ")
+    out = copy.deepcopy(target).requires_grad_(False)
+    for name, p in out.named_parameters():
+        p.copy_(torch.lerp(ours[name].float(), theirs[name].float().to(p.device), a))
+    return out
+
+
+def at_alpha(model, alpha: float):
+    """The same logit difference with another alpha; weights are shared. ULD's way from target (0) to unlearned."""
+    out = copy.copy(model)
+    out.alpha = alpha
+    return out
+
+
+def equal_retention(weights: Callable[[float], object], retention: Callable[[object], float], level: float,
+                    most: float = 1.0, halvings: int = 6) -> Kept:
+    """The largest a in [0, most] at which retention(weights(a)) is at least `level` (UWC, arXiv 2406.09179).
+
+    weights: a -> model, as `lambda a: interpolate(target, unlearned, a)`, or for ULD `lambda a: at_alpha(model, a)`.
+    Then forgetting is compared at that a, where all methods have kept equally much. Found by bisection, so where
+    retention is not monotone it is *an* a beyond which it falls below; a is right to most / 2^halvings, from below.
+    Raises ValueError where the target itself (a = 0) does not reach the level.
+    """
+    best = Kept(0.0, retention(weights(0.0)))
+    if not best.retention >= level:
+        raise ValueError(f"the target itself keeps {best.retention:.3g}, which is below the level {level:.3g}")
+    whole = retention(weights(most))
+    if whole >= level:
+        return Kept(most, whole)
+    too_much = most
+    for _ in range(halvings):
+        a = (best.a + too_much) / 2
+        kept = retention(weights(a))
+        if kept >= level:
+            best = Kept(a, kept)
+        else:
+            too_much = a
+    return best
