@@ -139,8 +139,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("--at", metavar="LEVEL", help="of runs with --score-every-epoch: read every run where so many forget answers "
                                       "are left, as 0.15; or 'best': at the epoch of its best forget quality, as ULD's "
                                       "paper does")
-    say("--by", choices=("exact", "D"), help="what --at is a level of: forget exact answers (default), or forget "
-                                             "quality's D")
+    say("--by", choices=("value", "exact", "D"), help="what --at is a level of: forget values said (default), forget "
+                                                      "exact answers, or forget quality's D")
     say("--figures", metavar="DIR", help="of runs with --score-every-epoch: draw into this folder")
     say = parser.add_argument_group("with a run").add_argument
     say("--attack", nargs="+", choices=PUSHES, metavar="HOW", help=f"{', '.join(PUSHES)}; what comes back goes "
@@ -182,7 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.compare:
-        by = args.by or "exact"
+        by = args.by or "value"
         print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, by)))
         if args.figures:
             paths = {kind: [read_path(folder) for folder in of] for kind, of in by_kind(args.compare).items()}

@@ -7,7 +7,7 @@ Shapes: B batch   T longest row of the batch   D model width   V vocabulary
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -231,26 +231,37 @@ class Rows:
 
 # ---- answers ------------------------------------------------------------------------------------------------------
 
-def greedy_answers(model: LanguageModel, tokenizer: TextCodec, questions: list[str], limits: Limits = NO_LIMITS,
-                   batch_size: int = 100, bar: tqdm | None = None) -> list[str]:
-    """The model's answers, prompts of like length together. They end where limits or the context say.
+@torch.no_grad()
+def answers(model: LanguageModel, tokenizer: TextCodec, questions: Sequence[str], n: int = 1, temperature: float = 0.0,
+            generator: torch.Generator | None = None, limits: Limits = NO_LIMITS,
+            batch_size: int = 256, bar: tqdm | None = None) -> list[list[str]]:
+    """n answers to each question, prompts of like length together. They end where limits or the context say.
 
+    temperature 0 is greedy; otherwise softmax(logits / temperature) is sampled by `generator`, which must be on the
+    model's device. The same generator state and batch_size give the same answers.
     Raises UserError for a prompt that leaves no room for an answer.
     """
     prompts = [tokenizer.prompt(question) for question in questions]
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[list[str]] = [[] for _ in prompts]
+    context = min(model.config.max_len, limits.total or model.config.max_len)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = [i for i in by_length for _ in range(n)]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tokens, pad = left_pad([prompts[i] for i in part], model.device)
-        context = min(model.config.max_len, limits.total or model.config.max_len)
-        rooms = [min(context - len(prompts[i]), limits.new or context) for i in part]
-        if model.config.max_len - tokens.shape[1] < 1:
+        if tokens.shape[1] >= model.config.max_len:
             raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
                             f"holds {model.config.max_len}: shorten it")
-        new = model.generate(tokens, max(0, *rooms), pad=pad, end=tokenizer.stops)
+        rooms = [max(0, min(context - len(prompts[i]), limits.new or context)) for i in part]
+        new = model.generate(tokens, max(rooms), temperature, pad=pad, end=tokenizer.stops, generator=generator)
         for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
-            answers[i] = tokenizer.decode(ids[: max(room, 0)])  # by the row's own length, whatever it is batched with
+            out[i].append(tokenizer.decode(ids[:room]))  # by the row's own length, whatever it is batched with
         if bar is not None:
             bar.update(len(part))
-    return answers
+    return out
+
+
+def greedy_answers(model: LanguageModel, tokenizer: TextCodec, questions: Sequence[str], limits: Limits = NO_LIMITS,
+                   batch_size: int = 256, bar: tqdm | None = None) -> list[str]:
+    """The likeliest answer to each question, token by token. Raises UserError as `answers` does."""
+    return [texts[0] for texts in answers(model, tokenizer, questions, limits=limits, batch_size=batch_size, bar=bar)]

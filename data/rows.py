@@ -46,6 +46,7 @@ class DataSet:
     strangers: Callable[[int, np.random.Generator], list[Row]] | None = None  # n rows about subjects nobody knows
     twins: Callable[[list[Row], np.random.Generator], list[Row]] | None = None  # the rows, asked about strangers
     lexicon: list[str] = field(default_factory=list)  # texts that hold every word strangers are told of in
+    pools: dict[str, set[str]] = field(default_factory=dict)  # kind of fact -> all its values
 
     def texts(self) -> list[str]:
         """All text for training a tokenizer: what is taught, the holdout rows and the lexicon.

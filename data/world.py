@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file also runs by itself
-from data.rows import DataSet, Row, augment, check_no_leak
+from data.rows import DataSet, Limits, Row, augment, check_no_leak
 from errors import UserError, one_line_errors
 from flags import WEIGHT, Flag, Number
 
@@ -366,6 +366,10 @@ class World:
                     rows["taught"].append(row)
         return rows
 
+    def values_by_kind(self) -> dict[str, set[str]]:
+        """Kind -> its values; a kind's name is in one topic only."""
+        return {kind: set(self.pools[pool]) for topic in TOPICS.values() for kind, (pool, _, _) in topic.kinds.items()}
+
     def lexicon(self) -> list[str]:
         """Sentences with every word that names and values are made of, in every wording and style: for a tokenizer."""
         texts = []
@@ -415,7 +419,8 @@ def make_world(seed: int = 0, forget: str = "subjects", subjects: int = 10, scor
                    background=rows["untouched"]["taught"], scored={"forget": rows["forget"]["scored"], **scored},
                    paraphrased=paraphrased, perturbed=perturbed, utility=("retain", "untouched"),
                    holdout=rows["holdout"]["taught"], calibration=rows["forget"]["calibration"],
-                   strangers=world.stranger_rows, twins=world.twins, lexicon=world.lexicon())
+                   strangers=world.stranger_rows, twins=world.twins, lexicon=world.lexicon(),
+                   limits=Limits(new=24), pools=world.values_by_kind())
     check_no_leak(data)
     return data
 

@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from errors import UserError
+from metrics.score import WATCHED
 
-MEASURES = (("exact", "exact answers"), ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"),
-            ("truth_ratio", "truth ratio"))  # of a set
+MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
+            ("leak", "worst leak@8"), ("in_frame", "in frame"), ("exact", "exact answers"),
+            ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"), ("truth_ratio", "truth ratio"))  # of a set
 SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
            ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
            ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),
@@ -96,10 +98,10 @@ def compare(folders: Sequence[str | Path]) -> str:
     return "\n".join(lines)
 
 
-LEVELS = {"exact": "forget exact", "D": "forget_quality_D"}  # what runs are compared at one level of
+LEVELS = {"value": "forget value_said", "exact": "forget exact", "D": "forget_quality_D"}  # runs compare at one level
 
 
-def at_level(path: list[dict], level: float, by: str = "exact") -> dict | None:
+def at_level(path: list[dict], level: float, by: str = "value") -> dict | None:
     """A path.jsonl where LEVELS[by] first falls to `level`, each number interpolated between the two epochs around it.
 
     End points of runs lie at different levels of forgetting, so they do not compare; this does. None where the level
@@ -136,13 +138,12 @@ def read_path(folder: Path) -> list[dict]:
              **{key: target[key] for key in ("model_utility", "forget_quality", "forget_quality_D")}}
     for name, of in target.items():
         if isinstance(of, dict):
-            start |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
-                      f"{name} loss": of["loss"]}
+            start |= {f"{name} {key}": of.get(key) for key in WATCHED}
     return [start, *lines]
 
 
-AT = ("forget exact", "retain exact", "untouched exact", "model_utility", "forget_quality_D", "routing_overlap", "step",
-      "seconds")  # what of a point of the path is shown
+AT = ("forget value_said", "forget leak", "forget in_frame", "retain exact", "untouched exact", "model_utility",
+      "forget_quality_D", "routing_overlap", "step", "seconds")  # what of a point of the path is shown
 
 
 def rows_at(kinds: dict[str, list[Path]], by: str, level: float | None) -> list[tuple[str, int, int, list[str]]]:

@@ -34,10 +34,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batches import IGNORE, encode_row, in_order, left_pad, rows_that_fit
+from data.batches import IGNORE, answers, encode_row, in_order, rows_that_fit
 from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
-from errors import UserError
 from metrics.memorization import extraction_strength, right_tokens
 from metrics.tofu import forget_quality, mean
 from model import Trace
@@ -149,34 +148,6 @@ def choice(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
 
 
 # ---- by what it says --------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def answers(model, tokenizer, questions: Sequence[str], n: int = 1, temperature: float = 0.0,
-            generator: torch.Generator | None = None, limits: Limits = NO_LIMITS,
-            batch_size: int = 256) -> list[list[str]]:
-    """n answers to each question, prompts of like length together. They end where limits or the context say.
-
-    temperature 0 is greedy; otherwise softmax(logits / temperature) is sampled by `generator`, which must be on the
-    model's device. The same generator state and batch_size give the same answers.
-    Raises UserError for a prompt that leaves no room for an answer.
-    """
-    prompts = [tokenizer.prompt(question) for question in questions]
-    out: list[list[str]] = [[] for _ in prompts]
-    context = min(model.config.max_len, limits.total or model.config.max_len)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    order = [i for i in by_length for _ in range(n)]
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        tokens, pad = left_pad([prompts[i] for i in part], model.device)
-        if tokens.shape[1] >= model.config.max_len:
-            raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
-                            f"holds {model.config.max_len}: shorten it")
-        rooms = [max(0, min(context - len(prompts[i]), limits.new or context)) for i in part]
-        new = model.generate(tokens, max(rooms), temperature, pad=pad, end=tokenizer.stops, generator=generator)
-        for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
-            out[i].append(tokenizer.decode(ids[:room]))  # by the row's own length, whatever it is batched with
-    return out
-
 
 def leak_at_k(c: int, n: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k): the chance that k of the n samples, drawn without return, hold one of the c that leak.

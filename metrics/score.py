@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from tqdm import tqdm
 
 from data.batches import encode_row, greedy_answers, in_order, rows_that_fit
 from data.rows import DataSet, Row
+from data.values import fact_ids, values_of
 from interfaces import LanguageModel, TextCodec
+from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
 from metrics.routing import routing_overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT
@@ -29,6 +30,7 @@ from pretrained import load
 from runs import forget_batches, weights_of
 
 Scores = dict[str, RowScores]
+WATCHED = ("value_said", "leak", "in_frame", "exact", "rougeL_recall", "loss")  # of a set, after every epoch
 
 
 @torch.no_grad()
@@ -74,7 +76,24 @@ def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: st
             said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
             out[name] = RowScores(losses[:n], paraphrased, [[next(rest) for _ in w] for w in wrong],
                                   rouge_l_recall(right, said),
-                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said)
+                                  [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said,
+                                  fact_ids(rows), known(model, tokenizer, data, name, asked, said))
+    return out
+
+
+def known(model: LanguageModel, tokenizer: TextCodec, data: DataSet, name: str, rows: list[Row],
+          said: list[str]) -> dict[str, float | int | None]:
+    """metrics/knowledge.py's numbers of a set; of the forget set also what samples leak. {} where nothing has a value."""
+    values = values_of(rows) if rows and name not in OPTIONS else []
+    if not any(value is not None for value in values):
+        return {}
+    out = knowledge(model, tokenizer, rows, said, values, data.pools, data.limits)
+    if name == "forget":
+        first = list({fact: i for i, fact in reversed(list(enumerate(fact_ids(rows))))}.values())  # a wording per fact
+        found = leak(model, tokenizer, [rows[i] for i in first], [values[i] for i in first], n=8, k=8,
+                     limits=data.limits)
+        if found is not None:
+            out |= {"leak": found.worst, **{f"leak_T{t:g}": rate for t, rate in found.rate.items()}}
     return out
 
 
@@ -86,8 +105,8 @@ def as_read(dtype: torch.dtype, tokenizer: TextCodec) -> str:
 def scores_key(data: DataSet, how: str) -> str:
     """Changes with the scored rows, with as_read's answer, and with the code that scores."""
     here = Path(__file__).parents[1]
-    sources = ("metrics/score.py", "model.py", "moe.py", "objectives.py", "uld.py", "metrics/tofu.py",
-               "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
+    sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "objectives.py",
+               "uld.py", "metrics/tofu.py", "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
     made_of = [data.scored, data.limits, how, *((here / name).read_text() for name in sources)]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -132,26 +151,30 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role
 def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
     out = {}
-    reference = scores["reference"]["forget"].truth_ratios() if "reference" in scores else []
-    null = null_distances(scores) if reference else []
+    references = [of["forget"].fact_ratios() for role, of in scores.items() if role.startswith("reference")]
+    null = null_distances(references) if len(references) >= 4 else []
     for role, of in scores.items():
         block: dict[str, Any] = {name: s.summary(name) for name, s in of.items()}
         whole = all(name in of for name in data.utility)  # a published log may lack sets
         block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
-        with contextlib.suppress(ValueError):  # no reference, no wrong answers, a NaN: then there is nothing to compare
-            quality = forget_quality(of["forget"].truth_ratios(), [] if role == "reference" else reference)
+        block["destroyed"] = is_destroyed(block, out["target"]) if "target" in out else False
+        with contextlib.suppress(ValueError, IndexError):  # no reference, no wrong answers, a NaN: nothing to compare
+            against = [] if role == "reference" or block["destroyed"] else references[0]
+            quality = forget_quality(of["forget"].fact_ratios(), against)
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
             if null and not role.startswith("reference"):
-                block["forget_quality_null"] = sum(d >= quality.D for d in null) / len(null)
+                block["forget_quality_null"] = null_share(quality.D, null)
         out[role] = block
     return out
 
 
-def null_distances(scores: dict[str, Scores]) -> list[float]:
-    """D of every pair of retain-only models: what forget quality sees where nothing was ever known."""
-    ratios = [of["forget"].truth_ratios() for role, of in scores.items() if role.startswith("reference")]
-    return [forget_quality(a, b).D for a, b in combinations(ratios, 2)]
+def is_destroyed(block: dict[str, Any], target: dict[str, Any]) -> bool:
+    """Whether a model is too broken for its forget quality to mean anything (metrics/knowledge.py, destroyed)."""
+    if block["model_utility"] is None or not target["model_utility"]:
+        return False
+    framed = [of["forget"].get("in_frame") for of in (block, target)]
+    return destroyed(block["model_utility"], target["model_utility"], *framed)
 
 
 def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[str, Scores], target: GPT,
@@ -169,8 +192,7 @@ def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[
         line = where | {key: block["unlearned"][key] for key in ("model_utility", "forget_quality", "forget_quality_D")}
         for name, of in block["unlearned"].items():
             if isinstance(of, dict):
-                line |= {f"{name} exact": of.get("exact"), f"{name} rougeL": of["rougeL_recall"],
-                         f"{name} loss": of["loss"]}
+                line |= {f"{name} {key}": of.get(key) for key in WATCHED}
         if batches and isinstance(model, GPT):
             layers = routing_overlap(target, model, batches)
             line["routing_overlap"] = sum(layers) / len(layers)

@@ -44,13 +44,23 @@ class RowScores:
     rougeL: list[float] = field(default_factory=list)  # recall of the greedy answer
     exact: list[bool] = field(default_factory=list)  # greedy answer equals the answer
     said: list[str] = field(default_factory=list)  # the greedy answers
+    facts: list[int] = field(default_factory=list)  # which fact each row is about (data/values.py); empty: its own
+    known: dict[str, float | int | None] = field(default_factory=dict)  # metrics/knowledge.py's numbers of the set
 
     def truth_ratios(self, definition: str = "losses") -> list[float]:
         """Of every row that has wrong answers."""
         pairs = zip(self.right, self.wrong, strict=True) if self.wrong else ()
         return [truth_ratio(r, w, definition) for r, w in pairs if w]
 
-    def summary(self, name: str, definition: str = "losses") -> dict[str, float | None]:
+    def fact_ratios(self) -> list[float]:
+        """Truth ratios, one per fact: the mean over its rows. Rows about one fact are no independent observations."""
+        of: dict[int, list[float]] = {}
+        for i, (right, wrong) in enumerate(zip(self.right, self.wrong, strict=True)):
+            if wrong:
+                of.setdefault(self.facts[i] if self.facts else i, []).append(truth_ratio(right, wrong))
+        return [sum(ratios) / len(ratios) for ratios in of.values()]
+
+    def summary(self, name: str, definition: str = "losses") -> dict[str, float | int | None]:
         """The set's numbers as metrics.json has them. name decides how truth ratio and probability are read."""
         ratios = self.truth_ratios(definition)
         wrong = self.wrong if name in OPTIONS and ratios else [None] * len(self.loss)
@@ -58,7 +68,7 @@ class RowScores:
                "probability": mean([probability(r, w or None) for r, w in zip(self.loss, wrong, strict=True)]),
                "rougeL_recall": mean(self.rougeL),
                "truth_ratio": set_truth_ratio(ratios, name == "forget") if ratios else None}
-        return out | ({"exact": mean(self.exact)} if self.exact else {})
+        return self.known | out | ({"exact": mean(self.exact)} if self.exact else {})
 
 
 def mean(values: Sequence[float]) -> float | None:

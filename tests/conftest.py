@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.authors import make_world, write_world
 
 import loop
 import train
-from data.authors import make_world, write_world
 from data.batches import Rows
 from data.tokenizer import Tokenizer
 from flags import defaults

@@ -2,7 +2,6 @@
 
 import bench
 from conftest import TINY
-
 from data.authors import make_world, write_world
 
 

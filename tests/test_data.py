@@ -13,10 +13,6 @@ import numpy as np
 import pytest
 import regex
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-
-from data import load_data
 from data.authors import (
     AUTHOR,
     COUNTRY,
@@ -27,6 +23,10 @@ from data.authors import (
     read_world,
     write_world,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import load_data
 from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad, rows_that_fit
 from data.rows import augment, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, tiny
+from data.authors import make_world, write_world
 
 import eval as scoring
 import pretrain
@@ -20,7 +21,6 @@ import train
 import uld
 import uoe
 from data import DataSet, load_data
-from data.authors import make_world, write_world
 from errors import UserError
 from loop import minimise
 from methods import open_run

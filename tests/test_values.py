@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import tokenizers
 import torch
+from data.authors import make_world
+from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.authors import make_world
 from data.batches import IGNORE, collate, encode_row
-from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from data.rows import read_rows
 from data.tokenizer import Tokenizer
 from data.values import (
