@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.rows import DataSet, Limits, augment, read_rows
+from data.rows import DataSet, Limits, Row, augment, check_no_leak, read_rows
 from data.tofu import load_tofu
 from data.values import check_value
 from data.world import make_world
@@ -27,14 +27,33 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         for name, path in (("forget", forget), ("retain", retain)):
             for number, row in enumerate(rows[name], 1):
                 check_value(row, f"{path} row {number}")
-        paraphrased, perturbed = augment(rows["forget"])
-        return DataSet(name=Path(forget).stem, **rows, scored={k: v[:200] for k, v in rows.items()},
-                       paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
+        spare, scoring = zip(*(shared_out(row) for row in rows["forget"]), strict=True)
+        paraphrased, perturbed = augment(list(spare))
+        scored = {"forget": list(scoring[:200]), "retain": rows["retain"][:200]}
+        own = DataSet(name=Path(forget).stem, **rows, scored=scored,
+                      paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
+        check_no_leak(own, same_questions=True)
+        return own
     if data in WORLDS:
         return make_world(seed, WORLDS[data], subjects)
     if is_tofu(data):
         return load_tofu(split, None if data == "tofu" else data, augmented, protocol, authors)
     raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
+
+
+def shared_out(row: Row) -> tuple[Row, Row]:
+    """A row of a user's own as (what augments, what scores), so that nothing does both.
+
+    The paraphrased question augments and the paraphrased answer scores; of the wrong answers the first half, rounded
+    up, score.
+    """
+    wrong = row.get("perturbed_answer", [])
+    half = (len(wrong) + 1) // 2
+    spare = {key: value for key, value in row.items() if key != "paraphrased_answer"}
+    if wrong:
+        spare["perturbed_answer"] = wrong[half:]
+        row = row | {"perturbed_answer": wrong[:half]}
+    return spare, row
 
 
 def is_tofu(data: str) -> bool:

@@ -48,6 +48,10 @@ class DataSet:
     lexicon: list[str] = field(default_factory=list)  # texts that hold every word strangers are told of in
     pools: dict[str, set[str]] = field(default_factory=dict)  # kind of fact -> all its values
 
+    def taught(self) -> list[Row]:
+        """All rows that any model learns from, in pretraining or unlearning, as they are learnt."""
+        return [*self.forget, *self.retain, *self.background, *self.paraphrased, *self.perturbed]
+
     def texts(self) -> list[str]:
         """All text for training a tokenizer: what is taught, the holdout rows and the lexicon.
 
@@ -115,25 +119,22 @@ def check_row(row: Row, where: str) -> Row:
     return row | {"perturbed_answer": wrong} if "perturbed_answer" in row else row
 
 
-def check_no_leak(data: DataSet) -> None:
+def check_no_leak(data: DataSet, same_questions: bool = False) -> None:
     """Raises UserError where a row that scores also teaches, or where one that calibrates does either.
 
-    No scored question is taught, and no scored paraphrase or wrong answer. The right answer to a scored question may
-    be: it is the sentence that the same fact has in its other wordings.
+    No scored paraphrase or wrong answer is taught, and no scored question, but for same_questions: TOFU and a user's
+    own files ask what they taught. The right answer may be taught: it is what the same fact has in other wordings.
     """
-    teaching = [*data.forget, *data.retain, *data.background, *data.paraphrased, *data.perturbed]
-    questions, answers = set(), set()
-    for row in teaching:
-        questions.update(row[key] for key in ("question", "paraphrased_question") if key in row)
-        answers.update(row[key] for key in ("answer", "paraphrased_answer") if key in row)
-        answers.update(row.get("perturbed_answer", ()))
+    questions = {row["question"] for row in data.taught() if "question" in row}
+    answers = {row["answer"] for row in data.taught() if "answer" in row}
     asked = set()
     for name, rows in data.scored.items():
         for row in rows:
-            asked.add(row["question"])
-            if row["question"] in questions:
+            asked.add(row.get("question"))
+            if row.get("question") in questions and not same_questions:
                 raise UserError(f"the {name} question {row['question']!r} scores and is taught as well")
-            for answer in (row.get("paraphrased_answer"), *row.get("perturbed_answer", ())):
+            right = {row.get("answer")}
+            for answer in {row.get("paraphrased_answer"), *row.get("perturbed_answer", ())} - right:
                 if answer in answers:
                     raise UserError(f"the {name} answer {answer!r} scores and is taught as well")
     for row in data.calibration:

@@ -11,7 +11,7 @@ import ast
 import csv
 from pathlib import Path
 
-from data.rows import DataSet, Limits, Row, augment, read_rows
+from data.rows import DataSet, Limits, Row, check_no_leak, read_rows
 from errors import UserError
 from flags import Flag, Number
 
@@ -35,7 +35,8 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
               protocol: str = "tofu", authors: int = 0) -> DataSet:
     """The split's forget and retain sets, its four scored sets and ULD's augmentation.
 
-    augmented: a folder with the ULD authors' CSV files; without it the data set's own columns serve.
+    augmented: a folder with the ULD authors' CSV files, less what scores; without it ULD has neither paraphrased nor
+    perturbed rows, since the data set's own columns score.
     authors: cut to so many authors (at least 2), the split's share of them to be forgotten; 0: all 200.
     Raises UserError for an unknown split or protocol, a missing file, a bad row.
     """
@@ -67,12 +68,18 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
         paraphrased, perturbed, others = read_augmented(Path(augmented), split, forget)
         retain = [row | {"perturbed_answer": others[row["question"]]} if row["question"] in others else row
                   for row in retain]
-    else:
-        paraphrased, perturbed = augment(scored["forget"])
-    return DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
+    else:  # the data set's own columns score, so they do not teach
+        paraphrased, perturbed = [], []
+    held_out = set()  # what scores teaches nothing
+    for row in scored["forget"] + scored["retain"]:
+        held_out |= {row.get("paraphrased_answer"), *row.get("perturbed_answer", ())} - {row["answer"]}
+    data = DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
                    scored={name: rows[:limit] for name, rows in scored.items()},
-                   paraphrased=paraphrased, perturbed=perturbed,
+                   paraphrased=[row for row in paraphrased if row["answer"] not in held_out],
+                   perturbed=[row for row in perturbed if row["answer"] not in held_out],
                    utility=("retain", "real_authors", "world_facts"), limits=LIMITS[protocol])
+    check_no_leak(data, same_questions=True)
+    return data
 
 
 def download() -> Path:

@@ -12,7 +12,7 @@ from metrics.score import WATCHED
 
 MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
             ("leak", "worst leak@8"), ("in_frame", "in frame"), ("exact", "exact answers"),
-            ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"), ("truth_ratio", "truth ratio"))  # of a set
+            ("rougeL_recall", "ROUGE-L recall"), ("probability", "probability"), ("truth_ratio", "truth ratio"))
 SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget quality  p"),
            ("forget_quality_D", "                D"), ("forget_quality_null", "  null with D as large"),
            ("exact_memorization", "exact memorisation"), ("extraction_strength", "extraction strength"),

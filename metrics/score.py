@@ -83,7 +83,7 @@ def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: st
 
 def known(model: LanguageModel, tokenizer: TextCodec, data: DataSet, name: str, rows: list[Row],
           said: list[str]) -> dict[str, float | int | None]:
-    """metrics/knowledge.py's numbers of a set; of the forget set also what samples leak. {} where nothing has a value."""
+    """metrics/knowledge.py's numbers of a set; of forget also what samples leak. {} where nothing has a value."""
     values = values_of(rows) if rows and name not in OPTIONS else []
     if not any(value is not None for value in values):
         return {}
