@@ -1,0 +1,85 @@
+"""Long runs in a row: a file of commands, so many at a time, one thread each; can be stopped, and goes on.
+
+    python -m lab.queue lab/runs.txt                 # what results/ was made from; finished lines are skipped
+    python -m lab.queue lab/runs.txt --workers 2
+
+A line is what stands behind `python` on the command line; # begins a comment. Each line's output goes to
+out/queue/<line number>.log, and a line that ended well is written to out/queue/done.txt. A line that was cut off goes on
+with --resume where it left a cut-off run.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from errors import UserError, one_line_errors
+from flags import COUNT, Parser
+
+
+def read_lines(path: Path) -> list[str]:
+    """The commands of a file. Raises UserError where it is missing or empty."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a file with a command on each line")
+    lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path} holds no command: one on each line, without `python`")
+    return lines
+
+
+def cut_off(line: str, out: Path) -> bool:
+    """Whether the line's run (its --name) was begun and not finished."""
+    words = shlex.split(line)
+    if "--name" not in words:
+        return False
+    name = words[words.index("--name") + 1]
+    return any(out.glob(f"{name}*.partial/asked.json"))
+
+
+def run_line(number: int, line: str, out: Path) -> int:
+    """One command in a process of its own with one thread; returns its exit status."""
+    words = shlex.split(line) + (["--resume"] if cut_off(line, out) else [])
+    threads = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    with open(out / "queue" / f"{number}.log", "w") as log:
+        return subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT,
+                              env=os.environ | threads, check=False).returncode
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="run a file of commands, one thread each")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--workers", type=COUNT, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the runs go, as in the commands")
+    args = parser.parse_args(argv)
+    lines = read_lines(args.file)
+    (args.out / "queue").mkdir(parents=True, exist_ok=True)
+    done_file = args.out / "queue" / "done.txt"
+    done = done_file.read_text().splitlines() if done_file.is_file() else []
+    waiting = [(number, line) for number, line in enumerate(lines, 1) if line not in done]
+    failed = []
+    with tqdm(total=len(lines), initial=len(lines) - len(waiting), desc="queue") as bar:
+        def one(item: tuple[int, str]) -> None:
+            status = run_line(*item, args.out)
+            if status:
+                failed.append(item)
+                tqdm.write(f"line {item[0]} ended with {status}: {item[1]} (its output is in "
+                           f"{args.out / 'queue'}/{item[0]}.log)")
+            else:
+                with open(done_file, "a") as file:
+                    file.write(item[1] + "\n")
+            bar.update()
+
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(one, waiting))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(lines)} commands failed: mend them and start the queue again")
+
+
+if __name__ == "__main__":
+    main()
