@@ -88,8 +88,7 @@ def esft(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
     retain.keep_stems(target, lowest)
-    if getattr(args, "rmu_layer", 0) is None:
-        args.rmu_layer = max(layer for layer, _ in places)
+    args = uoe.steering(args, places)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
     uoe.restore(model)
     return model, {"model": model}, report | {"unlearned_experts": [list(place) for place in places]}

@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are ours: one line, exit 2 (errors.py)."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help, "usage": "%(prog)s [flags]"} | options)
 
     def error(self, message: str):
         raise UserError(message)

@@ -185,10 +185,10 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
 class DPO(Loss):
     """A refusal ("I do not know.") is wanted, the answer is not: two passes a step, of the model that trains."""
 
-    FLAGS = (Flag("--dpo-beta", POSITIVE, 0.1, 0.1, "as NPO's"),)
+    FLAGS = (Flag("--preference-beta", POSITIVE, 0.1, 0.1, "as NPO's"),)
 
     def __init__(self, model, rows, args):
-        self.beta, self.refused = args.dpo_beta, rows.refused(model)
+        self.beta, self.refused = args.preference_beta, rows.refused(model)
         self.before, self.refused_before = rows.each(model, row_log_prob), self.refused.each(model, row_log_prob)
 
     def __call__(self, model, logits, trace, batch):

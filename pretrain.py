@@ -73,7 +73,7 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
             return Config(**shape, d_ff=3 * args.width)
         return Config(**shape, d_ff=args.width // 2, n_expert=args.experts, top_k=args.top_k, qk_norm="full")
     except ValueError as error:
-        raise UserError(f"--width {args.width}: {error}") from None
+        raise UserError(f"a small model of this shape does not work: {error}") from None
 
 
 def fill_in(args: argparse.Namespace, on_world: bool) -> None:

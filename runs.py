@@ -58,13 +58,16 @@ class RunFolder:
                 raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
         if self.finished() and not args.named:  # two runs may come to one name; who gave a name may use it again
             self.check_same()
-        self.resume = args.resume
-        if args.resume:
-            if not self.cut_off():
-                raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
-            if json.loads((self.partial / "asked.json").read_text()) != self.asked:
-                raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
-                                "--resume out")
+        self.resume = False
+
+    def go_on(self) -> None:
+        """Resume the cut-off run of this name. Raises UserError where there is none or it was asked for otherwise."""
+        if not self.cut_off():
+            raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
+        if json.loads((self.partial / "asked.json").read_text()) != self.asked:
+            raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
+                            "--resume out")
+        self.resume = True
 
     def check_same(self) -> None:
         """Raises UserError unless the finished run of this name was asked for alike."""

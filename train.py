@@ -54,7 +54,10 @@ def seeds(text: str) -> list[int]:
     """A kind of flag: one whole number below 2^32, or several with commas between."""
     if not all(part.isdecimal() and len(part) <= 10 and int(part) < 2**32 for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number below 2^32, or several as in 0,1,2")
-    return [int(part) for part in text.split(",")]
+    out = [int(part) for part in text.split(",")]
+    if len(set(out)) < len(out):
+        raise argparse.ArgumentTypeError(f"{text} names a seed twice")
+    return out
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +93,8 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
     yield "the run", RUN
     if first.tofu:
         yield "--data tofu", tofu.FLAGS
+        if first.method == "uld":  # the only one that learns from paraphrased and perturbed rows
+            yield "--data tofu --method uld", tofu.AUGMENTED
     if first.data in WORLDS and not first.forget:
         yield "--data world or topic", world.FLAGS
     if first.model:
@@ -117,6 +122,7 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
 def all_readers() -> Iterator[tuple[str, list[Flag]]]:
     """Every reader there is, to say where a flag belongs that the chosen ones do not read."""
     yield "--data tofu", tofu.FLAGS
+    yield "--data tofu with --method uld", tofu.AUGMENTED
     yield "--data world or topic", world.FLAGS
     yield "--model", [*PUBLIC, *REFERENCE]
     yield "the small models (no --model)", pretrain.SMALL
@@ -221,8 +227,8 @@ def finish(args: argparse.Namespace, on_world: bool) -> None:
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = next(forget for forget, retain in tofu.RETAIN.items() if retain == args.split)
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {args.device} is not here: try --device cpu") from None
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -262,7 +268,8 @@ def name_of(args: argparse.Namespace, given: dict) -> str:
     for key, value in given.items():
         if key not in UNNAMED:
             told = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(key.replace("_", "-") + told.replace(" ", ""))
+            told = ".".join(map(str, value)) if isinstance(value, tuple) else told
+            parts.append(key.replace("_", "-") + told)
     name = "-".join(parts)
     if len(name) > 150:  # file systems have names of up to 255 bytes
         name = name[:140] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -273,7 +280,7 @@ def settings(args: argparse.Namespace) -> str:
     """One line: what this run does, every value that something reads."""
     quiet = ("named", "resume", "out", "name")
     told = [f"{key.replace('_', '-')} {value}" for key, value in vars(args).items()
-            if key not in quiet and value not in (None, False)]
+            if key not in quiet and value is not None and value is not False]
     return "settings: " + ", ".join(told)
 
 
@@ -300,7 +307,9 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
             folder.check_same()
             folders.append(folder.final)
             continue
-        folder.resume = this.resume = args.resume and (folder.cut_off() or len(args.seed) == 1)
+        if args.resume and (folder.cut_off() or len(args.seed) == 1):
+            folder.go_on()
+        this.resume = folder.resume
         print(settings(this))
         folders.append(run(this, folder, method or METHODS.get(args.method), balance))
     return folders

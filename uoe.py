@@ -45,21 +45,14 @@ Place = tuple[int, int]  # (layer, expert), both counted from 0
 Choose = Callable[[Tensor, argparse.Namespace], list[Place]]  # of affinity (L, E)
 
 
-def layer_choice(text: str) -> int | str:
-    """A kind of flag: all, middle, top, or a layer's number."""
+def layer_choice(text: str) -> int | str | Place:
+    """A kind of flag: all, middle, top, a layer's number, or LAYER,EXPERT."""
     if text in ("all", "middle", "top"):
         return text
-    if not text.isdecimal() or len(text) > 4:
-        raise argparse.ArgumentTypeError(f"{text} is neither all, middle, top nor a layer's number")
-    return int(text)
-
-
-def place(text: str) -> Place:
-    """A kind of flag: LAYER,EXPERT."""
     numbers = text.split(",")
-    if len(numbers) != 2 or not all(n.isdecimal() and len(n) <= 4 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text} is not a layer and an expert, as in 2,5")
-    return int(numbers[0]), int(numbers[1])
+    if len(numbers) > 2 or not all(n.isdecimal() and len(n) <= 4 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text} is neither all, middle, top, a layer's number nor LAYER,EXPERT")
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else int(text)
 
 
 FLAGS = [
@@ -68,9 +61,9 @@ FLAGS = [
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        32,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
-    Flag("--layer",              layer_choice, "middle", "all",  "where to choose: a layer's number, middle, all, or "
-                                                                 "top (the layer that holds the first)"),
-    Flag("--place",              place,        None,     None,   "LAYER,EXPERT to unlearn, whatever its affinity"),
+    Flag("--layer",              layer_choice, "middle", "all",  "where to choose: all layers, middle, a number, top "
+                                                                 "(the one that holds the first); or LAYER,EXPERT to "
+                                                                 "name one, as in 2,5"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
     UNTIL,
@@ -97,8 +90,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
     retain.keep_stems(target, lowest)
-    if getattr(args, "rmu_layer", 0) is None:
-        args.rmu_layer = max(layer for layer, _ in places)  # RMU steers where the expert writes
+    args = steering(args, places)
 
     # 3. Forget, keep, stay engaged.
     forget_loss = FORGET[args.forget_loss](target, forget, args)
@@ -155,9 +147,9 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
 
 
 def choose_experts(affinity: Tensor, args: argparse.Namespace) -> list[Place]:
-    """The experts to unlearn, by --place, or by --layer and --m."""
-    if args.place is not None:
-        return [args.place]
+    """The experts to unlearn, by --layer and --m."""
+    if isinstance(args.layer, tuple):
+        return [args.layer]
     middle = len(affinity) // 2
     return select_experts(affinity, args.m, middle if args.layer == "middle" else args.layer)
 
@@ -194,21 +186,26 @@ def check_layer(flag: str, layer: int, n_layer: int) -> None:
 
 def check(args: argparse.Namespace, config: Config) -> None:
     """Raises UserError, before anything is trained, where experts are not there or RMU would steer below them."""
-    if args.place is None:
-        places = choose_experts(torch.zeros(config.n_layer, config.n_expert), args)
-    else:
-        layer, expert = args.place
-        check_layer("--place", layer, config.n_layer)
-        if expert >= config.n_expert:
-            raise UserError(f"--place {layer},{expert} does not exist: experts go from 0 to {config.n_expert - 1}")
-        if args.m > 1:
-            raise UserError(f"--place names one expert, and --m {args.m} asks for more: give one of the two")
-        places = [args.place]
+    if isinstance(args.layer, tuple):
+        layer, expert = args.layer
+        if layer >= config.n_layer or expert >= config.n_expert:
+            raise UserError(f"--layer {layer},{expert} does not exist: layers go from 0 to {config.n_layer - 1}, "
+                            f"experts from 0 to {config.n_expert - 1}")
+        if args.m > 1 or args.attribution_tokens:
+            raise UserError(f"--layer {layer},{expert} names the expert, so --m and --attribution-tokens do nothing")
+    places = choose_experts(torch.zeros(config.n_layer, config.n_expert), args)
     lowest = min(layer for layer, _ in places)
-    known = args.place is not None or args.layer not in ("all", "top")
+    known = args.layer not in ("all", "top")
     if known and getattr(args, "rmu_layer", None) is not None and args.rmu_layer < lowest:
         raise UserError(f"--rmu-layer {args.rmu_layer} lies below the unlearned expert's layer {lowest}, so nothing "
                         "that trains could steer it")
+
+
+def steering(args: argparse.Namespace, places: list[Place]) -> argparse.Namespace:
+    """RMU's layer where --rmu-layer does not say: where the highest of the experts writes."""
+    if getattr(args, "rmu_layer", 0) is not None:
+        return args
+    return argparse.Namespace(**vars(args) | {"rmu_layer": max(layer for layer, _ in places)})
 
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequence[Place] = (), top: int = 6) -> str:

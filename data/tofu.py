@@ -18,6 +18,7 @@ from flags import Flag, Number
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 HUB = "locuslab/TOFU"
 SCORED_ROWS = {"tofu": 300, "openunlearning": None}
+AUGMENTED = [Flag("--augmented", str, None, None, "folder with the ULD authors' CSV files")]
 LIMITS = {"tofu": Limits(total=200), "openunlearning": Limits(new=200)}
 QUESTIONS = 20  # per author, who follow one another
 FLAGS = [
@@ -25,7 +26,6 @@ FLAGS = [
     Flag("--split",     (*RETAIN, *RETAIN.values()), "forget10", "forget10", "what is forgotten; retainN, "
                                        "with --method finetune: what is kept, for a reference"),
     Flag("--authors",   Number(0, 200, whole=True), 0,         0,          "cut TOFU to so many; 0: all 200"),
-    Flag("--augmented", str,                       None,       None,       "folder with the ULD authors' CSV files"),
     Flag("--protocol",  tuple(SCORED_ROWS),        "tofu",     "tofu",     "of scoring: the first 300 rows and 200 "
                                                                            "tokens, or open-unlearning's"),
 ]

@@ -4,8 +4,8 @@
     python -m lab.queue lab/runs.txt --workers 2
 
 A line is what stands behind `python` on the command line; # begins a comment. Each line's output goes to
-out/queue/<line number>.log, and a line that ended well is written to out/queue/done.txt. A line that was cut off goes on
-with --resume where it left a cut-off run.
+out/queue/NUMBER.log, and a line that ended well is written to out/queue/done.txt. A line that was cut off goes on with
+--resume where it left a cut-off run.
 """
 
 import os
