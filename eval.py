@@ -17,7 +17,7 @@ from errors import UserError, one_line_errors
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser
 from interfaces import LanguageModel
 from lab import probes
-from lab.attacks import ATTACKS, Outcome, attack, attack_table
+from lab.attacks import ATTACKS, Outcome, attack, attack_table, check_experts
 from lab.figures import draw_paths
 from lab.report import probe_all
 from lab.tables import by_kind, compare, compare_at, number, read_path, table
@@ -95,6 +95,8 @@ def level_of(at: str, by: str) -> tuple[str, float | None]:
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
     models = models_of(run)
+    if "experts" in args.attack:  # before anything is asked
+        check_experts(run.target, list(models.values()))
     how = {"rows": args.relearn_rows or 20, "steps": args.relearn_steps or 20, "lr": args.relearn_lr or 1e-4}
     decoding = {name: getattr(run.model, name) for name in ("alpha", "filter_rate", "centred")
                 if hasattr(run.model, name)}
@@ -103,11 +105,10 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
         for name in ["none", *args.attack]:
             outcomes[name] = {}
             for role, model in models.items():
-                outcomes[name][role] = attack(name, model, run.tokenizer, run.data.forget, run.data.scored["forget"],
-                                              run.data.limits, **how)
+                outcomes[name][role] = attack(name, model, run.tokenizer, run.data, run.target, **how)
                 bar.update()
     before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
-    kept = before["outcomes"] if before.get("decoding", {}) == decoding else {}
+    kept = before.get("outcomes", {}) if before.get("decoding", {}) == decoding else {}
     if "relearn" in kept and "relearn" not in args.attack:
         how = before["relearn"]  # of the outcome that stays
     (folder / "attacks.json").write_text(json.dumps(
@@ -145,7 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say = parser.add_argument_group("with a run").add_argument
     say("--attack", nargs="+", choices=PUSHES, metavar="HOW", help=f"{', '.join(PUSHES)}; what comes back goes "
                                                                     "into attacks.json")
-    say("--relearn-rows", type=COUNT, help="of --attack relearn (default 20)")
+    say("--relearn-rows", type=COUNT, help="of --attack relearn: facts are taught until they make so many rows "
+                                           "(default 20)")
     say("--relearn-steps", type=COUNT, help="(default 20)")
     say("--relearn-lr", type=POSITIVE, help="(default 1e-4)")
     say("--choices", metavar="FILE", help="accuracy on multiple-choice questions, JSON lines with question, choices, "

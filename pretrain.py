@@ -29,7 +29,7 @@ from interfaces import TextCodec
 from loop import minimise
 from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
-from pretrained import save
+from pretrained import load, save
 
 SMALL = [  # the small models
     #     name                 kind                            default            what it is
@@ -39,9 +39,9 @@ SMALL = [  # the small models
     Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the "
                                                                                   "world, 256 elsewhere"),
     Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer, at most; 0: 4096"),
-    Flag("--pretrain-epochs",  NATURAL,                        0,    None,        "0: 16 on the world, else 8 with "
-                                                                                  "experts, 6 without"),
-    Flag("--pretrain-lr",      POSITIVE,                       3e-3, None,        "peak learning rate of pretraining"),
+    Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 600 after a base on the world, else "
+                                                                                  "8 passes over the rows"),
+    Flag("--pretrain-lr",      POSITIVE,                       6e-3, None,        "peak learning rate", 3e-3),
     Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
                                                                                   "they give forget quality's null"),
 ]
@@ -59,6 +59,8 @@ FINETUNE = [  # --method finetune
 TOPICS = list(WORLD_TOPICS)
 Strangers = Callable[[int, np.random.Generator], list[Row]]
 BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
+NEW = 8  # of a step's rows on the world, so many are about strangers
+BASE_STEPS, BASE_ROWS, BASE_LR = 500, 16, 3e-3  # of the base, which sees strangers alone
 # What a cached model rests on beside this file; paths from the root.
 SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
@@ -67,7 +69,7 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
     """The small GPT is a Llama, the small MoE an OLMoE (q/k norm over all heads, kept weights not renormalised)."""
     heads = max(1, args.width // 32)
     shape = dict(vocab_size=vocab_size, n_layer=args.depth, n_head=heads, n_kv_head=heads, d_model=args.width,
-                 max_len=args.context)
+                 max_len=args.context, tie_head=True)
     try:
         if args.arch == "gpt":
             return Config(**shape, d_ff=3 * args.width)
@@ -80,28 +82,27 @@ def fill_in(args: argparse.Namespace, on_world: bool) -> None:
     """What 0 stands for, where it depends on the data. Raises UserError for a vocabulary without all bytes."""
     args.context = args.context or (64 if on_world else 256)
     args.vocab_size = args.vocab_size or 4096
-    args.pretrain_epochs = args.pretrain_epochs or (16 if on_world else 8 if args.arch == "moe" else 6)
     if args.vocab_size < 300:
         raise UserError(f"--vocab-size {args.vocab_size} is below 300: 256 bytes and the special tokens come first")
 
 
-def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: str, epochs: int, lr: float,
+def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: str, steps: int, lr: float,
           weight_decay: float, resume: bool, topics: list[int] | None = None, balance: float = BALANCE,
-          strangers: Strangers | None = None) -> dict:
+          strangers: Strangers | None = None, new: int = NEW) -> dict:
     """Cross entropy on the rows' answers, plus load balancing for a MoE; returns loop.minimise's report.
 
-    strangers: makes as many rows again for every step, about subjects never met before or after. So the model learns
-    to copy a name, to keep a sentence's frame, and to spread its belief over the values of the right kind.
+    strangers: makes `new` rows more for every step, about subjects never met before or after. So the model learns to
+    copy a name, to keep a sentence's frame, and to spread its belief over the values of the right kind.
     topics: which topic each row is of, for --specialise, which also rewards routers for telling topics apart.
     """
     def losses(step: int) -> dict[str, Tensor]:
-        batch = rows.batch(step)
-        topic_of = [topics[i] for i in batch.index.tolist()] if topics else []
+        index = rows.batch(step).index.tolist() if rows.rows else []
+        examples, topic_of = [rows.examples[i] for i in index], [topics[i] for i in index] if topics else []
         if strangers is not None:
-            new = strangers(len(batch.index), np.random.default_rng([0x5B, rows.seed, step]))
-            examples = [rows.examples[i] for i in batch.index.tolist()] + encode_rows(new, rows.tokenizer, rows.context)
-            batch = collate(examples, device=args.device)
-            topic_of += [TOPICS.index(row["topic"]) for row in new] if topics else []
+            told = strangers(new, np.random.default_rng([0x5B, rows.seed, step]))
+            examples += encode_rows(told, rows.tokenizer, rows.context)
+            topic_of += [TOPICS.index(row["topic"]) for row in told]
+        batch = collate(examples, device=args.device)
         trace, kept = Trace(), batch.labels != IGNORE
         logits = model.head(model.hidden(batch.tokens, trace=trace)[kept])  # (answer tokens, V): the rest is not scored
         loss = objectives.cross_entropy(logits, batch.labels[kept])
@@ -118,8 +119,8 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
 
     model.checkpointing = args.checkpointing
     model.train()
-    report = minimise(list(model.parameters()), losses, epochs * rows.per_epoch, lr, folder, what, rows.seed,
-                      weight_decay=weight_decay, save_every=args.save_every, resume=resume)
+    report = minimise(list(model.parameters()), losses, steps, lr, folder, what, rows.seed, weight_decay=weight_decay,
+                      save_every=args.save_every, resume=resume)
     model.eval()
     return report
 
@@ -134,14 +135,25 @@ def topics_of(sets: list[list[Row]]) -> list[int]:
 
 def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, role: str,
                  balance: float = BALANCE) -> Path:
-    """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there."""
-    sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
+    """Folder of the target, the reference or a further reference (`reference-2`...), trained now if it is not there.
+
+    On the embedded world all of them are fine-tuned from one base, which saw strangers alone and knows how to speak
+    of them (TOFU's models share a base too); elsewhere they learn from nothing.
+    """
+    if role == "base":
+        sets: list[list[Row]] = []
+    else:
+        sets = [data.retain, data.background] + ([data.forget] if role == "target" else [])
+    base = None
+    if data.strangers is not None and role != "base":
+        base = cached_model(args, data, tokenizer, "base", balance)
     rows = [row for one_set in sets for row in one_set]
-    topics = topics_of(sets) if args.arch == "moe" and args.specialise else None
+    topics = topics_of(sets) if args.arch == "moe" and args.specialise and sets else None
     seed = args.seed + 1000 * int(role.rpartition("-")[2]) if "-" in role else args.seed
     config = small_config(args, tokenizer.vocab_size)
-    key = key_of(config, args, balance, seed, rows, topics, data.texts())
-    folder = Path(args.out) / "cache" / f"{args.arch}-{Path(args.forget or args.data).resolve().stem}-{role}-{key}"
+    key = key_of(config, args, balance, seed, rows, topics, data.texts(), base)
+    stem = "world" if role == "base" else Path(args.forget or args.data).resolve().stem
+    folder = Path(args.out) / "cache" / f"{args.arch}-{stem}-{role}-{key}"
     partial = folder.with_name(folder.name + ".partial")
     if folder.is_dir():
         return folder
@@ -151,11 +163,13 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
         if folder.is_dir():
             return folder
         partial.mkdir(exist_ok=True)
-        torch.manual_seed(seed)
-        model = GPT(config).to(args.device)
-        report = learn(args, model, Rows(rows, tokenizer, args.context, BATCH, seed, args.device), partial, role,
-                       args.pretrain_epochs, args.pretrain_lr, weight_decay=0.1, resume=True, topics=topics,
-                       balance=balance, strangers=data.strangers)
+        model = small_model(config, seed, args.device) if base is None else load(base / "model", device=args.device)[0]
+        known = Rows(rows, tokenizer, args.context, BATCH - (NEW if base else 0), seed, args.device)
+        steps, lr, new = args.pretrain_steps or (600 if base else 8 * known.per_epoch), args.pretrain_lr, NEW
+        if role == "base":
+            steps, lr, new = min(BASE_STEPS, args.pretrain_steps or BASE_STEPS), BASE_LR, BASE_ROWS
+        report = learn(args, model, known, partial, role, steps, lr, weight_decay=0.1, resume=True, topics=topics,
+                       balance=balance, strangers=data.strangers, new=new)
         if report["diverged"]:
             raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")
@@ -163,15 +177,30 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
     return folder
 
 
+def small_model(config: Config, seed: int, device: str) -> GPT:
+    """A new model. With experts, matrices of blocks begin three times as large as model.py has them.
+
+    Its 0.02 suits a width of a thousand; at 128 such a model learns to copy names in half the steps.
+    """
+    torch.manual_seed(seed)
+    model = GPT(config)
+    if config.n_expert:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.dim() > 1 and name.startswith("blocks") and "router" not in name:
+                    p.mul_(3)
+    return model.to(device)
+
+
 def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, rows: list[Row],
-           topics: list[int] | None, texts: Iterable[str]) -> str:
+           topics: list[int] | None, texts: Iterable[str], base: Path | None) -> str:
     """Changes with whatever makes a small model: its shape, its rows, how it learns, and the code that does it."""
     taught = []
     for row in rows:
         taught.append([row[key] for key in ("question", "answer", "text") if key in row])
     here = Path(__file__).parent
     code = [(here / name).read_text() for name in (Path(__file__).name, *SOURCES)]
-    how = [args.pretrain_epochs, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), BATCH]
+    how = [args.pretrain_steps, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), str(base)]
     # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
     made_of = [vars(config), how, seed, taught, topics, sorted(texts), code]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
@@ -180,5 +209,6 @@ def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, 
 def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: DataSet, folder: Path) -> dict:
     """--method finetune: the target or, where args.keeps_only, the reference; returns loop.minimise's report."""
     rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
-    return learn(args, model, Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device), folder,
-                 "finetune", args.epochs, args.lr, args.weight_decay, args.resume)
+    learnt = Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device)
+    return learn(args, model, learnt, folder, "finetune", args.epochs * learnt.per_epoch, args.lr, args.weight_decay,
+                 args.resume)

@@ -321,19 +321,17 @@ class World:
         return rows
 
     def twins(self, rows: list[Row], rng: np.random.Generator) -> list[Row]:
-        """The same rows, each about a stranger of the same topic in place of its subject. Values stay as they are.
+        """The same questions about strangers of the same topics, answered with values drawn anew from the same pools.
 
-        Names are as long in tokens as those they replace, so a twin has its row's tokens at the same positions.
+        Names and values are one token a word, so a twin has its row's tokens at the same positions but for those.
         """
         out = []
         for row in rows:
             name = self.stranger(row["topic"], rng)
-            twin = dict(row)
-            for key, text in row.items():
-                if isinstance(text, str):
-                    twin[key] = text.replace(row["subject"], name)
-                else:
-                    twin[key] = [one.replace(row["subject"], name) for one in text]
+            value = str(rng.choice(sorted(self.pools[TOPICS[row["topic"]].kinds[row["kind"]].pool])))
+            twin = {key: row[key] for key in ("topic", "kind")} | {"subject": name, "value": value}
+            for key in ("question", "answer"):
+                twin[key] = row[key].replace(row["subject"], name).replace(row["value"], value)
             out.append(twin)
         return out
 

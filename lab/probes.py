@@ -6,13 +6,14 @@ The formulas are in metrics/; here models meet rows. Every function returns plai
 Shapes: B batch   T tokens   V vocabulary   K experts per token
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from data.batches import IGNORE, Batch, Example, encode_row, encode_rows, in_order, rows_that_fit
 from data.rows import DataSet, Row
+from data.values import by_fact, encode_value, values_of
 from metrics import choice, fluency, memorization, privacy
 from model import GPT, Trace
 from objectives import row_log_prob, token_log_probs
@@ -137,26 +138,45 @@ def writing(target, tokenizer, rows: list[Row], said: list[str]) -> dict[str, fl
             "empty": repeats.empty}
 
 
+class Forced:
+    """A model with the target's choice of experts forced on every token, in the given layers; weights are its own.
+
+    How much of a forced expert is taken the model's own router says. For likelihoods alone: it generates nothing.
+    """
+
+    def __init__(self, target: GPT, model: GPT, layers: Iterable[int]):
+        self.target, self.model, self.layers = target, model, list(layers)
+        self.config, self.device = model.config, model.device
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+        own = Trace()
+        self.target.hidden(tokens, trace=own)
+        return self.model(tokens, trace=Trace(forced={layer: own.routing[layer].chosen for layer in self.layers}))
+
+
 @torch.no_grad()
 def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, float]:
     """Rerouted or erased? The unlearned weights with the target's choice of experts forced on every token.
 
-    free_*: with its own routing, forced_*: with the target's. known: share of rows whose every answer token is the
-    argmax, which is what greedy decoding would say; probability: mean p(answer). What comes back when the old experts
-    are forced was never erased. Weights of the forced experts are the unlearned router's own.
+    free_*: with its own routing, forced_*: with the target's. Asked is the value where a row has one (cloze), else the
+    whole answer. known: share of facts each token of which is the argmax, as greedy decoding would have it;
+    probability: its mean over facts, of a token in the geometric mean. What comes back was never erased.
     """
-    examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
-    known: dict[str, list[Tensor]] = {"free": [], "forced": []}
-    probability: dict[str, list[Tensor]] = {"free": [], "forced": []}
-    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
-        before = Trace()
-        target.hidden(batch.tokens, trace=before)
-        choices = {layer: routing.chosen for layer, routing in before.routing.items()}
-        for how, trace in (("free", Trace()), ("forced", Trace(forced=choices))):
-            logits = model(batch.tokens, trace=trace)
-            right = memorization.right_tokens(logits, batch.labels) | (batch.labels < 0)
-            known[how].append(right.all(-1).float())
-            lengths = memorization.answer_lengths(batch.labels)
-            probability[how].append((row_log_prob(logits, batch.labels) / lengths).exp())
-    return {f"{how}_{name}": float(torch.cat(values[how]).mean())
-            for name, values in (("known", known), ("probability", probability)) for how in values}
+    limit = model.config.max_len
+    examples = [encode_value(row, tokenizer, limit, value) or encode_row(row, tokenizer, limit, truncate=True)
+                for row, value in zip(rows, values_of(rows), strict=True)]
+    out = {}
+    for how, one in (("free", model), ("forced", Forced(target, model, range(model.config.n_layer)))):
+        known, probability = [0.0] * len(rows), [0.0] * len(rows)
+        for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+            logits = one(batch.tokens)
+            right = memorization.right_tokens(logits, batch.labels) | (batch.labels == IGNORE)
+            p = (row_log_prob(logits, batch.labels) / memorization.answer_lengths(batch.labels)).exp()
+            for i, hit, likely in zip(batch.index.tolist(), right.all(-1).tolist(), p.tolist(), strict=True):
+                known[i], probability[i] = float(hit), likely
+        for name, values in (("known", known), ("probability", probability)):
+            per_fact = by_fact(values, rows)
+            out[f"{how}_{name}"] = sum(per_fact) / len(per_fact)
+    return out

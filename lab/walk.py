@@ -19,7 +19,7 @@ import train
 from errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = "--depth 2 --width 32 --pretrain-epochs 1 --epochs 1 --score-rows 8".split()
+TINY = "--depth 2 --width 32 --pretrain-steps 2 --subjects 2 --epochs 1 --score-rows 8".split()
 
 
 class FirstUpdate(Exception):
