@@ -39,8 +39,8 @@ SMALL = [  # the small models
     Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the "
                                                                                   "world, 256 elsewhere"),
     Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer, at most; 0: 4096"),
-    Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 600 after a base on the world, else "
-                                                                                  "8 passes over the rows"),
+    Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 600 on the world, after a base; 8 "
+                                                                                  "epochs elsewhere"),
     Flag("--pretrain-lr",      POSITIVE,                       6e-3, None,        "peak learning rate", 3e-3),
     Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
                                                                                   "they give forget quality's null"),
