@@ -50,7 +50,7 @@ class Loss:
     """What the losses below share: nothing to remember, no flags."""
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
-    RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
+    RETAIN_WEIGHT = (5.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
         """model: as it was before unlearning, and it stays so; rows: those that the loss will be asked about."""
@@ -117,7 +117,6 @@ def ga(logits: Tensor, labels: Tensor) -> Tensor:
 class GA(Loss):
     """Alone, or with GD beside it as GDIFF."""
 
-    RETAIN_WEIGHT = (5.0, 1.0)  # both are means over tokens
 
     def __call__(self, model, logits, trace, batch):
         return ga(logits, batch.labels)

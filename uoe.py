@@ -14,11 +14,13 @@ Departures from the paper (and where results/uoe.md has the row without it)
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
     What lies below the chosen layer is frozen and never changes, so it is computed once per row.
+    The forget loss is on the tokens of the fact, where a row has a value (--forget-on answer: the paper's way); rows
+    about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts have become as
+    unlikely as strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test).
     Small models: the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert that
     were never routed there, so it shifts the very selection it is to hold.
-    Small models: the top expert of the middle layer, not of all. They see no topic in layer 0, only words.
-    Batches of 32 rows (paper: 16). Small models: lambda 20 beside NPO (paper: 1), a learning rate for thousands of
-    parameters (paper: 1e-4, for billions), NPO's beta 1 (paper: 0.001), and an end at a level of forgetting.
+    Small models: lambda 5 beside NPO (paper: 1), NPO's beta 1 (paper: 0.001), a learning rate of 1e-3 (paper: 1e-4).
+    Batches of 32 rows (paper: 16).
 
 Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
@@ -57,11 +59,11 @@ def layer_choice(text: str) -> int | str | Place:
 
 FLAGS = [
     #     name                   kind          small     public  what it is; chosen on development seeds where small
-    Flag("--lr",                 POSITIVE,     1.2e-2,   1e-4,   "peak learning rate of the expert"),
+    Flag("--lr",                 POSITIVE,     1e-3,     1e-4,   "peak learning rate of the expert"),
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
-    Flag("--epochs",             COUNT,        32,       5,      "passes over the forget set, at most"),
+    Flag("--epochs",             COUNT,        40,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
-    Flag("--layer",              layer_choice, "middle", "all",  "where to choose: all layers, middle, a number, top "
+    Flag("--layer",              layer_choice, "all",    "all",  "where to choose: all layers, middle, a number, top "
                                                                  "(the one that holds the first); or LAYER,EXPERT to "
                                                                  "name one, as in 2,5"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),

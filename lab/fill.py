@@ -3,9 +3,9 @@
     python -m lab.fill out [more folders of runs]
 
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
-`<!-- end -->`; what lies between is written anew: mean ± standard deviation over the runs of each KIND (out/KIND,
-out/KIND-seed1, ...). `<!-- at exact LEVEL: ... -->` reads every run's path where so many forget answers are left,
-`<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
+`<!-- end -->`; what lies between is written anew: mean and, in brackets, the worst over the runs of each KIND
+(out/KIND, out/KIND-seed1, ...). `<!-- at value LEVEL: ... -->` reads every run's path where so many forget values are
+said, `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
 ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs is
 named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
 `<!-- equations -->` and `<!-- book -->` are README's tables of statements and of files, made from the code.
@@ -13,6 +13,7 @@ named on standard error; its row stays as it was, so that a table can grow witho
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,45 +25,46 @@ from lab.tables import LEVELS, by_kind, heads_at, rows_at, spread
 HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
-COLUMNS: dict[str, list[tuple[str, str | None, str]]] = {  # name -> (head, of which set if of one, key)
-    "unlearning": [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
-                   ("retain exact", "retain", "exact"), ("untouched exact", "untouched", "exact"),
-                   ("model utility", None, "model_utility"), ("forget quality p, by seed", None, "forget_quality"),
-                   ("D", None, "forget_quality_D"), ("reference pairs as far apart", None, "forget_quality_null")],
-    "memory": [("exact memorisation", None, "exact_memorization"), ("extraction strength", None, "extraction_strength"),
-               ("membership AUC, loss", None, "auc_loss"), ("min-k++", None, "auc_min_k_plus_plus"),
-               ("PrivLeak %", None, "priv_leak"), ("perplexity of answers", None, "perplexity"),
-               ("repeated 4-grams", None, "repetition")],
-    "routing": [("forget exact", "forget", "exact"), ("retain exact", "retain", "exact"),
-                ("untouched exact", "untouched", "exact"), ("routing overlap", None, "routing_overlap"),
-                ("known, own routing", None, "free_known"), ("known, target's routing", None, "forced_known"),
-                ("steps", "run", "steps")],
-    "tofu": [("forget exact", "forget", "exact"), ("retain exact", "retain", "exact"),
-             ("forget prob.", "forget", "probability"), ("forget ROUGE-L", "forget", "rougeL_recall"),
-             ("retain prob.", "retain", "probability"), ("retain ROUGE-L", "retain", "rougeL_recall"),
-             ("real authors ROUGE-L", "real_authors", "rougeL_recall"),
-             ("world facts ROUGE-L", "world_facts", "rougeL_recall"), ("model utility", None, "model_utility"),
-             ("forget quality p", None, "forget_quality"), ("D", None, "forget_quality_D"),
-             ("routing overlap", None, "routing_overlap")],
+# heading, set ("run": of the run; None: of the model), key, and which of several runs is the worst
+COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
+    "forgetting": [("value said", "forget", "value_said", "max"), ("worst leak@8", "forget", "leak", "max"),
+                   ("choice", "forget", "choice", "max"), ("in frame", "forget", "in_frame", "min"),
+                   ("retain", "retain", "value_said", "min"), ("untouched", "untouched", "value_said", "min"),
+                   ("utility", None, "model_utility", "min"), ("D", None, "forget_quality_D", "max"),
+                   ("runs inside the null", None, "forget_quality_null", "count"),
+                   ("overlap", None, "routing_overlap", "min"), ("steps", "run", "steps", "max"),
+                   ("seconds", "run", "seconds", "max")],
+    "privacy": [("exact answers", "forget", "exact", "max"), ("extraction strength", "forget", "cloze_strength", "max"),
+                ("membership AUC, loss", None, "auc_loss", "max"), ("min-k++", None, "auc_min_k_plus_plus", "max"),
+                ("perplexity", None, "perplexity", "max"), ("known, own routing", None, "free_known", "max"),
+                ("known, target's routing", None, "forced_known", "max")],
+    "tofu": [("forget ROUGE-L", "forget", "rougeL_recall", "max"), ("forget prob.", "forget", "probability", "max"),
+             ("retain ROUGE-L", "retain", "rougeL_recall", "min"), ("retain prob.", "retain", "probability", "min"),
+             ("utility", None, "model_utility", "min"), ("p", None, "forget_quality", "each"),
+             ("D", None, "forget_quality_D", "max"), ("seconds", "run", "seconds", "max")],
 }
-COLUMNS["short"] = [column for column in COLUMNS["unlearning"] if column[2] != "forget_quality_null"]
-COLUMNS["tofu-small"] = [("forget exact", "forget", "exact"), ("forget ROUGE-L", "forget", "rougeL_recall"),
-                         ("forget prob.", "forget", "probability"), ("retain exact", "retain", "exact"),
-                         ("retain prob.", "retain", "probability"),
-                         ("forget quality p, by seed", None, "forget_quality"), ("D", None, "forget_quality_D"),
-                         ("steps", "run", "steps"), ("seconds", "run", "train_seconds")]
 
 
-def cell(runs: list[dict], role: str, where: str | None, key: str) -> str:
+def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -> str:
+    """`0.11 (0.18)`: mean over runs and, in brackets, the worst of them; `-` where a run lacks it."""
     if where == "run":
-        if role != "unlearned":
-            return "-"
-        values = [r["run"][key] for r in runs]
-        return spread(values)
-    values = [(r.get(role, {}).get(where, {}) if where else r.get(role, {})).get(key) for r in runs]
-    if key == "forget_quality":  # p-values do not average
-        return ", ".join("-" if v is None else f"{v:.2g}" for v in values)
-    return spread(values)
+        values = [run["run"].get(key) for run in runs] if role == "unlearned" else [None]
+    else:
+        values = [(run.get(role, {}).get(where) or {} if where else run.get(role, {})).get(key) for run in runs]
+    if worst == "count":  # a share of reference pairs that are as far apart: 0 means outside
+        measured = [value for value in values if value is not None]
+        return f"{sum(value > 0 for value in measured)} of {len(measured)}" if measured else "-"
+    if worst == "each":
+        return ", ".join("-" if value is None else f"{value:.2g}" for value in values)
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-" if not known else f"{short(statistics.mean(known))}, {len(values) - len(known)} destroyed"
+    mean = short(statistics.mean(known))
+    return mean if len(known) == 1 else f"{mean} ({short(max(known) if worst == 'max' else min(known))})"
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def entries(spec: str) -> list[tuple[str, str, str]]:
@@ -81,9 +83,9 @@ def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tu
     lines: list[Line] = []
     for kind, role, label in entries(spec):
         runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds.get(kind, [])]
-        cells = [cell(runs, role, where, key) for _, where, key in COLUMNS[columns]] if runs else None
+        cells = [cell(runs, role, *column) for _, *column in COLUMNS[columns]] if runs else None
         lines.append((kind, label, f"({len(runs)})", cells))
-    return ["(runs)", *(name for name, _, _ in COLUMNS[columns])], lines
+    return ["mean (worst) of runs", *(name for name, *_ in COLUMNS[columns])], lines
 
 
 def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
@@ -102,7 +104,7 @@ def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Pat
 
 
 def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
-    """Share of forget answers said word for word after each attack of attacks.json."""
+    """Share of forget values said after each attack of attacks.json."""
     found = []
     for kind, role, label in entries(spec):
         files = [folder / "attacks.json" for folder in kinds.get(kind, []) if (folder / "attacks.json").is_file()]
@@ -110,9 +112,9 @@ def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], l
     names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run))
     lines = []
     for kind, role, label, runs in found:
-        cells = [spread([run.get(name, {}).get(role, {}).get("exact") for run in runs]) for name in names]
+        cells = [spread([run.get(name, {}).get(role, {}).get("value_said") for run in runs]) for name in names]
         lines.append((kind, label, f"({len(runs)})", cells if runs else None))
-    return ["forget exact (runs)", *names], lines
+    return ["value said (runs)", *names], lines
 
 
 def markdown(heads: list[str], lines: list[Line], old: str) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.authors import make_world, write_world
 
 import loop
 import train
+from data import load_data
 from data.batches import Rows
+from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from flags import defaults
 from model import GPT, Config
@@ -57,9 +58,21 @@ def factories():
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    world = make_world(0, authors=4, countries=8)
-    return Tokenizer.train([row[key] for row in world["retain"] for key in ("question", "answer")], 320)
+def small_world() -> DataSet:
+    """Two authors to forget, twelve facts; not to be changed."""
+    return load_data("world", subjects=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(small_world) -> Tokenizer:
+    """Of few tokens: names and values are several."""
+    return Tokenizer.train([row[key] for row in small_world.retain for key in ("question", "answer")], 320)
+
+
+@pytest.fixture(scope="session")
+def words(small_world) -> Tokenizer:
+    """A token per word, as runs on the world have it by default."""
+    return Tokenizer.train(small_world.texts(), 4096)
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +83,9 @@ def tofu() -> Path:
     return folder
 
 
-SHAPE = ("--depth 2 --width 32 --vocab-size 320 --context 128 --pretrain-epochs 1 --epochs 1 --batch-size 16 "
+SHAPE = ("--depth 2 --width 32 --vocab-size 320 --context 128 --pretrain-steps 2 --epochs 1 --batch-size 16 "
          "--device cpu").split()
+WORLD = "--data world --subjects 2 --score-rows 12".split()
 EXPERTS = "--experts 4 --top-k 2".split()
 TINY = [*SHAPE, *EXPERTS]  # of methods whose small model is a mixture of experts
 TINY_GPT = SHAPE  # of those whose small model is dense
@@ -89,8 +103,7 @@ def tiny(*options: str) -> list[str]:
 def runs(tmp_path_factory) -> list[Path]:
     """Two seeds of one small run."""
     folder = tmp_path_factory.mktemp("runs")
-    write_world(folder / "world", {name: rows[:20] for name, rows in make_world(0, authors=4, countries=8).items()})
-    train.main([*TINY, "--data", str(folder / "world"), "--out", str(folder), "--seed", "0,1", "--score-every-epoch",
+    train.main([*TINY, *WORLD, "--out", str(folder), "--seed", "0,1", "--score-every-epoch", "--until", "never",
                 "--epochs", "2", "--name", "r"])
     return [folder / "r-seed0", folder / "r-seed1"]
 
@@ -98,13 +111,13 @@ def runs(tmp_path_factory) -> list[Path]:
 class Bench:
     """Rows, arguments and a loop for calling a method's `unlearn` itself: three steps on nine rows."""
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path):
-        self.tokenizer, self.folder = tokenizer, folder
-        world = make_world(0, authors=4, countries=8)
-        self.forget, self.retain = (self.rows(world[name], seed) for seed, name in enumerate(("forget", "retain")))
+    def __init__(self, tokenizer: Tokenizer, folder: Path, world: DataSet):
+        self.tokenizer, self.folder, self.world = tokenizer, folder, world
+        self.forget, self.retain = (self.rows(rows, seed) for seed, rows in enumerate((world.forget, world.retain)))
+        self.forget.calibration = self.forget.like(world.calibration[:9])
 
-    def rows(self, rows: list[dict], seed: int = 0) -> Rows:
-        return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu")
+    def rows(self, rows: list[dict], seed: int = 0, **how) -> Rows:
+        return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu", twins=self.world.twins, **how)
 
     def model(self, kind: str = "moe", seed: int = 0, **config) -> GPT:
         make = random_moe if kind == "moe" else random_model
@@ -125,8 +138,14 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tokenizer, tmp_path) -> Bench:
-    return Bench(tokenizer, tmp_path)
+def bench(tokenizer, tmp_path, small_world) -> Bench:
+    return Bench(tokenizer, tmp_path, small_world)
+
+
+@pytest.fixture
+def wordy_bench(words, tmp_path, small_world) -> Bench:
+    """With a token per word, so that a stranger's name has as many as a known one's."""
+    return Bench(words, tmp_path, small_world)
 
 
 # ---- fast and slow -----------------------------------------------------------------------------------------------
