@@ -81,9 +81,15 @@ def forget_and_retain(data: Any, args: argparse.Namespace) -> tuple[list[dict], 
 
 
 def strangers_beside(data: Any, args: argparse.Namespace) -> list[dict]:
-    """Rows about nobody known, --strangers times as many as retain rows: so a model keeps how to speak of them."""
-    share = getattr(args, "strangers", 0.0)
-    return data.strangers(round(share * len(data.retain)), np.random.default_rng([0x5A, args.seed])) if share else []
+    """The forget questions about nobody known, --strangers times as many as retain rows, with values drawn anew.
+
+    So a model keeps how to speak of what it is to forget about.
+    """
+    wanted = round(getattr(args, "strangers", 0.0) * len(data.retain))
+    rng, rows = np.random.default_rng([0x5A, args.seed]), []
+    while len(rows) < wanted:
+        rows += data.twins(data.forget, rng)
+    return rows[:wanted]
 
 
 def nothing_to_check(args: argparse.Namespace, config: Config) -> None:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from data.rows import NO_LIMITS, Limits, Row
 from flags import COUNT, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, TextCodec
 from model import GPT
-from objectives import row_log_prob
+from objectives import all_right, row_log_prob
 
 Losses = Callable[[int], dict[str, Tensor]]  # of a step: named terms, "loss" the one that is minimised
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
@@ -161,29 +162,40 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
     return {"steps": steps, "train_seconds": seconds, "diverged": diverged}
 
 
-def value_probability(model: LanguageModel, rows: Rows) -> float:
-    """Mean over rows of p(labelled tokens | what stands before them)."""
-    return float(rows.each(model, row_log_prob).exp().mean())
+class Belief(NamedTuple):
+    """What a model makes of facts whose sentences it is given up to the value."""
+
+    p: float  # mean probability of the value
+    hit: float  # share whose value is the likeliest continuation
+
+    def at_most(self, other: "Belief") -> bool:
+        return self.p <= other.p and self.hit <= other.hit
+
+
+def belief(model: LanguageModel, rows: Rows) -> Belief:
+    """Of rows whose labels are on the value (data/values.py, encode_fact)."""
+    p = rows.each(model, row_log_prob).exp()
+    hit = rows.each(model, all_right)
+    return Belief(float(p.mean()), float(hit.mean()))
+
+
+def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
+    """The target's belief when the same questions are asked about strangers: what not knowing looks like."""
+    each = [belief(target, known.as_strangers(draw)) for draw in range(draws)]
+    return Belief(*(sum(values) / draws for values in zip(*each, strict=True)))
 
 
 def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
-    """--until strangers: it is enough once forget facts are as unlikely as the target finds strangers' facts.
+    """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
-    known: rows.calibration, forget facts in wordings that neither teach nor score, labels on the value. No reference is
-    needed and no scored row is asked: what the target believes of strangers is where a model should end that never
-    heard of the forget set.
+    known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
     """
-    level = strangers_level(target, known)
+    level = strangers_belief(target, known)
 
     def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
-        return value_probability(model, known) <= level
+        return belief(model, known).at_most(level)
 
     return after_epoch
-
-
-def strangers_level(target: GPT, known: Rows, draws: int = 3) -> float:
-    """The target's mean p(value) on the same rows asked about strangers."""
-    return sum(value_probability(target, known.as_strangers(draw)) for draw in range(draws)) / draws
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:

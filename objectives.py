@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import IGNORE
+from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import LanguageModel
 from model import GPT, Trace
@@ -40,17 +41,28 @@ def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return token_log_probs(logits, labels).sum(-1)
 
 
+def all_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 where every labelled token is the argmax, else 0, of each row: (B,)."""
+    return ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1).float()
+
+
 def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
     """Mean of (B, T) values over answer positions only; 0 where there are none."""
     kept = labels != IGNORE
     return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
 
 
+def labelled(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and labels (N,) of a batch's answer positions alone: the others need not meet the head."""
+    kept = batch.labels != IGNORE
+    return model.head(model.hidden(batch.tokens)[kept]), batch.labels[kept]
+
+
 class Loss:
     """What the losses below share: nothing to remember, no flags."""
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
-    RETAIN_WEIGHT = (5.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
+    RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
         """model: as it was before unlearning, and it stays so; rows: those that the loss will be asked about."""
@@ -306,6 +318,9 @@ class Stranger(Loss):
                 probs = model(batch.tokens).float().softmax(-1)
                 for i, p, labels in zip(batch.index.tolist(), probs, batch.labels, strict=True):
                     p = p[labels != IGNORE] / self.COPIES
+                    if draw and p.shape != self.wanted[i].shape:
+                        raise UserError("--forget-loss stranger: names and values are one token a word, and here they "
+                                        "are not: leave out --vocab-size")
                     self.wanted[i] = p if draw == 0 else self.wanted[i] + p
 
     def __call__(self, model, logits, trace, batch):

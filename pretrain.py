@@ -39,8 +39,8 @@ SMALL = [  # the small models
     Flag("--context",          Number(0, 65_536, whole=True),  0,    None,        "longest sequence; 0: 64 on the "
                                                                                   "world, 256 elsewhere"),
     Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer, at most; 0: 4096"),
-    Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 600 on the world, after a base; 8 "
-                                                                                  "epochs elsewhere"),
+    Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 700 on the world, after a base; "
+                                                                                  "8 epochs elsewhere"),
     Flag("--pretrain-lr",      POSITIVE,                       6e-3, None,        "peak learning rate", 3e-3),
     Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
                                                                                   "they give forget quality's null"),
@@ -165,7 +165,7 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
         partial.mkdir(exist_ok=True)
         model = small_model(config, seed, args.device) if base is None else load(base / "model", device=args.device)[0]
         known = Rows(rows, tokenizer, args.context, BATCH - (NEW if base else 0), seed, args.device)
-        steps, lr, new = args.pretrain_steps or (600 if base else 8 * known.per_epoch), args.pretrain_lr, NEW
+        steps, lr, new = args.pretrain_steps or (700 if base else 8 * known.per_epoch), args.pretrain_lr, NEW
         if role == "base":
             steps, lr, new = min(BASE_STEPS, args.pretrain_steps or BASE_STEPS), BASE_LR, BASE_ROWS
         report = learn(args, model, known, partial, role, steps, lr, weight_decay=0.1, resume=True, topics=topics,

@@ -22,6 +22,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,8 @@ def name_of(args: argparse.Namespace, given: dict) -> str:
         parts.append(args.arch)
     if args.model:
         parts.append(Path(args.model).name)
-    if args.data != "world" or args.forget:
+    usual = "topic" if args.arch == "moe" else "world"
+    if args.data != usual or args.forget:
         parts.append(Path(args.forget or args.data).stem)
     if "split" in args:
         parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
@@ -354,7 +356,9 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
     fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
     torch.manual_seed(args.seed)
+    began = time.perf_counter()
     model, kept, report = method.unlearn(target, forget, retain, args, fit)
+    report["setup_seconds"] = time.perf_counter() - began - report["train_seconds"]  # what training waits for, and after
 
     # 3. Keep, score, draw.
     config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)}
@@ -367,11 +371,12 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         lines = (partial / "path.jsonl").read_text().splitlines(keepends=True)
         (partial / "path.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] <= report["steps"]))
     if "assistant" in kept and args.method == "uld":
-        (partial / "assistant" / "README.md").write_text(decoding_note(args, places["target"]))
+        (partial / "assistant" / "README.md").write_text(decoding_note(config, places["target"]))
     scores["unlearned"] = evaluate(model, tokenizer, data, "unlearned")
     told = ("method", "forget_loss", "retain_loss", "seed", "trainable_parameters", "total_parameters", "steps",
-            "train_seconds", "diverged")
+            "train_seconds", "setup_seconds", "diverged")
     outcome = {key: config[key] for key in told} | {"peak_memory_bytes": memory}
+    outcome["seconds"] = config["train_seconds"] + config["setup_seconds"]
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     models: dict[str, LanguageModel] = {"target": target}
     if "reference" in places and not Path(places["reference"]).is_file():
@@ -445,15 +450,15 @@ def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) 
                         "do not compare, so give a model of the same family")
 
 
-def decoding_note(args: argparse.Namespace, target: str) -> str:
+def decoding_note(config: dict, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""
     here = "this folder"
     return (f"ULD assistant (arXiv 2406.08607) of the target `{weights_of(target)}`. By itself it says what is to be "
-            f"forgotten.\n\nDecode with both: logits = target - {args.subtract} * assistant, where the assistant is "
-            f"{here}; tokens whose target probability is below {args.filter_rate} of the likeliest are ruled out.\n\n"
+            f"forgotten.\n\nDecode with both: logits = target - {config['subtract']:g} * assistant, where the assistant is "
+            f"{here}; tokens whose target probability is below {config['filter_rate']} of the likeliest are ruled out.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
-            f"model = LogitDifference(target, assistant, {args.subtract}, {args.filter_rate})\n```\n")
+            f"model = LogitDifference(target, assistant, {config['subtract']:g}, {config['filter_rate']})\n```\n")
 
 
 def peak_memory(device: str) -> int:

@@ -64,15 +64,16 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
         taught = {row["question"] for row in forget + retain}
         for name in ("forget", "retain"):
             scored[name] = [row for row in scored[name] if row["question"] in taught]
+    held_out = set()  # what scores teaches nothing
+    for row in scored["forget"] + scored["retain"]:
+        held_out |= {row.get("paraphrased_answer"), *row.get("perturbed_answer", ())} - {row["answer"]}
     if augmented:
         paraphrased, perturbed, others = read_augmented(Path(augmented), split, forget)
+        others = {question: [a for a in answers if a not in held_out] for question, answers in others.items()}
         retain = [row | {"perturbed_answer": others[row["question"]]} if row["question"] in others else row
                   for row in retain]
     else:  # the data set's own columns score, so they do not teach
         paraphrased, perturbed = [], []
-    held_out = set()  # what scores teaches nothing
-    for row in scored["forget"] + scored["retain"]:
-        held_out |= {row.get("paraphrased_answer"), *row.get("perturbed_answer", ())} - {row["answer"]}
     data = DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
                    scored={name: rows[:limit] for name, rows in scored.items()},
                    paraphrased=[row for row in paraphrased if row["answer"] not in held_out],

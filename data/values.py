@@ -418,10 +418,13 @@ def leave_out_forks(retain: Rows, forget: Rows) -> None:
     """
     right: dict[str, list[Example]] = {}
     for row, example in zip(forget.rows, forget.examples, strict=True):
-        right.setdefault(row.get("question", ""), []).append(example)
+        if "question" in row:
+            right.setdefault(row["question"], []).append(example)
     for i, row in enumerate(retain.rows):
+        if "question" not in row:
+            continue
         tokens, labels = retain.examples[i]
-        same = [shared(example.tokens, tokens) for example in right.get(row.get("question", ""), [])]
+        same = [shared(example.tokens, tokens) for example in right.get(row["question"], [])]
         if same:
             fork = max(same) - 1  # the label at t is the token at t + 1
             retain.examples[i] = Example(tokens, [*labels[:fork], IGNORE, *labels[fork + 1 :]])

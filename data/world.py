@@ -30,6 +30,7 @@ A row has question and answer, and also
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -331,7 +332,8 @@ class World:
             value = str(rng.choice(sorted(self.pools[TOPICS[row["topic"]].kinds[row["kind"]].pool])))
             twin = {key: row[key] for key in ("topic", "kind")} | {"subject": name, "value": value}
             for key in ("question", "answer"):
-                twin[key] = row[key].replace(row["subject"], name).replace(row["value"], value)
+                about = row[key].replace(row["subject"], name)
+                twin[key] = re.sub(rf"\b{row['value']}\b", value, about)  # a value may be part of a longer word
             out.append(twin)
         return out
 

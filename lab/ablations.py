@@ -34,8 +34,8 @@ from model import GPT
 
 def select_by(scores: Tensor, args: argparse.Namespace, rank: int = 1) -> list[uoe.Place]:
     """As uoe.choose_experts, by other scores (L, E) than affinity."""
-    layer = len(scores) // 2 if args.layer == "middle" else args.layer
-    return uoe.select_experts(scores, args.m, layer, rank)
+    named = {"middle": len(scores) // 2, "last": len(scores) - 1}
+    return uoe.select_experts(scores, args.m, named.get(args.layer, args.layer), rank)
 
 
 def lowest(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:

@@ -5,9 +5,9 @@
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean and, in brackets, the worst over the runs of each KIND
 (out/KIND, out/KIND-seed1, ...). `<!-- at value LEVEL: ... -->` reads every run's path where so many forget values are
-said, `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch, as
-ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs is
-named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
+said, `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch,
+as ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs
+is named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
 `<!-- equations -->` and `<!-- book -->` are README's tables of statements and of files, made from the code.
 """
 

@@ -30,7 +30,7 @@ from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from data.world import make_world
 from errors import one_line_errors
-from flags import COUNT, NATURAL, POSITIVE, Flag, Number, Parser, defaults
+from flags import COUNT, NATURAL, Flag, Number, Parser, defaults
 from lab import probes
 from metrics.cheats import (
     Biased,
@@ -58,8 +58,7 @@ FLAGS = [
     Flag("--subjects", Number(2, 100, whole=True),  10,          None,   "to forget, six facts each"),
     Flag("--depth",    COUNT,                       2,           None,   "layers of a model"),
     Flag("--width",    Number(32, 4096, whole=True), 96,         None,   "of a model"),
-    Flag("--epochs",   COUNT,                       12,          None,   "of pretraining"),
-    Flag("--lr",       POSITIVE,                    4e-3,        None,   "peak learning rate"),
+    Flag("--steps",    COUNT,                       600,         None,   "of pretraining, after a base of at most 500"),
     Flag("--page",     str,      "results/measures.md",          None,   "gets the table, between its two markers"),
 ]
 SCORED_FACTS = 30  # of retain and of untouched, which only say whether a model is destroyed
@@ -147,7 +146,7 @@ def try_all(args: argparse.Namespace) -> dict[str, list[dict]]:
     data = make_world(args.seed, "subjects", args.subjects, SCORED_FACTS)
     shape = defaults(pretrain.SMALL, arch="gpt", data="trial", forget=None, out=args.out, device="cpu",
                      checkpointing=False, save_every=10**6)
-    shape.depth, shape.width, shape.pretrain_epochs, shape.pretrain_lr = args.depth, args.width, args.epochs, args.lr
+    shape.depth, shape.width, shape.pretrain_steps = args.depth, args.width, args.steps
     pretrain.fill_in(shape, on_world=True)
     tokenizer = Tokenizer.train(data.texts(), shape.vocab_size)
     folder = Path(args.out) / "scores"
@@ -248,22 +247,22 @@ def table(found: Sequence[Verdict], models: int) -> str:
     return "\n".join(lines)
 
 
-def guard(models: dict[str, list[dict]]) -> str:
-    """How many of each kind are called destroyed (metrics/knowledge.py), each beside the knowing model of its seed."""
-    told = []
-    for kind, some in models.items():
-        n = sum(destroyed(of["utility"], target["utility"], of["in_frame"], target["in_frame"])
-                for of, target in zip(some, models["knowing"], strict=True))
-        told.append(f"{kind} {n}/{len(some)}")
-    return "Called destroyed, so that nothing else is said of it: " + ", ".join(told) + "."
+def called_destroyed(models: dict[str, list[dict]]) -> dict[str, int]:
+    """How many of each kind metrics/knowledge.py calls destroyed, each beside the knowing model of its seed."""
+    return {kind: sum(destroyed(of["utility"], target["utility"], of["in_frame"], target["in_frame"])
+                      for of, target in zip(some, models["knowing"], strict=True))
+            for kind, some in models.items()}
 
 
-def fools_all(found: Sequence[Verdict], models: int) -> str:
-    """Which cheats fool every recommended measure at once."""
+def summary(found: Sequence[Verdict], broken: dict[str, int], models: int) -> str:
+    """What the guard takes out, and which cheats fool every recommended measure at once."""
     recommended = [one for one in found if one.measure.key in RECOMMENDED]
     cheats = [cheat for cheat in recommended[0].fooled if all(2 * one.fooled[cheat] > models for one in recommended)]
-    labels = ", ".join(one.measure.label for one in recommended)
-    return f"Cheats that fool all of {labels}: {', '.join(cheats) or 'none'}."
+    left = [cheat for cheat in cheats if 2 * broken[cheat] <= models]
+    told = ", ".join(f"{kind} {n}/{models}" for kind, n in broken.items())
+    labels = "; ".join(one.measure.label for one in recommended)
+    return (f"Called *destroyed*, so that no more is said of them: {told}.\n\nCheats that fool all of ({labels}): "
+            f"{', '.join(cheats) or 'none'}; that are not called destroyed either: {', '.join(left) or 'none'}.")
 
 
 OPEN, CLOSE = "<!-- trial: written by lab/trial.py -->", "<!-- end -->"
@@ -286,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     models = try_all(args)
     found = verdicts(models)
-    text = "\n\n".join([table(found, args.models), fools_all(found, args.models), guard(models)])
+    text = table(found, args.models) + "\n\n" + summary(found, called_destroyed(models), args.models)
     write_page(Path(args.page), text)
     print(text)
 

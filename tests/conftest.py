@@ -17,6 +17,7 @@ from data import load_data
 from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
+from data.values import encode_fact
 from flags import defaults
 from model import GPT, Config
 from objectives import FORGET, RETAIN
@@ -114,7 +115,7 @@ class Bench:
     def __init__(self, tokenizer: Tokenizer, folder: Path, world: DataSet):
         self.tokenizer, self.folder, self.world = tokenizer, folder, world
         self.forget, self.retain = (self.rows(rows, seed) for seed, rows in enumerate((world.forget, world.retain)))
-        self.forget.calibration = self.forget.like(world.calibration[:9])
+        self.forget.calibration = self.rows(world.calibration, encode=encode_fact)
 
     def rows(self, rows: list[dict], seed: int = 0, **how) -> Rows:
         return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu", twins=self.world.twins, **how)

@@ -247,6 +247,7 @@ def test_the_command_line_attacks_a_run(runs, capsys):
     again = json.loads((runs[0] / "attacks.json").read_text())
     assert again["outcomes"].keys() == written["outcomes"].keys() and again["relearn"] == written["relearn"]
     assert written["relearn"] == {"rows": 4, "steps": 1, "lr": 1e-4}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         score([str(runs[0]), "--attack", "hint", "bribe"])
     error = capsys.readouterr().err

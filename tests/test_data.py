@@ -1,7 +1,9 @@
-"""data/: rows, TOFU, batches, the tokenizer and the generated world."""
+"""data/: rows, TOFU, batches, the tokenizer, and that nothing which scores teaches, whatever the source."""
 
+import contextlib
 import csv
-import functools
+import dataclasses
+import itertools
 import json
 import re
 import string
@@ -13,29 +15,20 @@ import numpy as np
 import pytest
 import regex
 import torch
-from data.authors import (
-    AUTHOR,
-    COUNTRY,
-    WORDINGS,
-    WORDS,
-    as_data_set,
-    make_world,
-    read_world,
-    write_world,
-)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import load_data
+from data import WORLDS, DataSet, load_data, shared_out
 from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad, rows_that_fit
-from data.rows import augment, read_rows, refusals, write_rows
+from data.rows import augment, check_no_leak, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
 from flags import defaults
+from lab import distill
+from methods import METHODS
 from uld import rows as uld_rows
 
-ALL_WORDINGS = [wording for register in WORDINGS for wording in register]
 GOOD = '{"question": "Who?", "answer": "Me."}'
 WORDY = dict(alphabet=string.ascii_letters + string.digits + " .,'!?-\n\té日🙂", max_size=60)
 
@@ -130,8 +123,7 @@ def test_tofu_from_a_folder(tiny_tofu):
     assert {name: len(rows) for name, rows in data.scored.items()} == {
         "forget": 4, "retain": 300, "real_authors": 2, "world_facts": 2}
     assert data.utility == ("retain", "real_authors", "world_facts")
-    assert data.paraphrased[0] == {"question": "f q0?", "answer": "f p0."}
-    assert data.perturbed[:2] == [{"question": "f q0?", "answer": "f w00."}, {"question": "f q0?", "answer": "f w01."}]
+    assert data.paraphrased == data.perturbed == []  # the columns that could serve score
     assert len(load_tofu("forget01", str(tiny_tofu), protocol="openunlearning").scored["retain"]) == 305
     assert load_data(str(tiny_tofu), "forget01").forget == data.forget
 
@@ -445,181 +437,6 @@ def test_a_missing_tokenizer_file_is_named(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-# ---- the generated world ----------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module", params=[0, 7])
-def world(request):
-    return make_world(request.param)
-
-
-def all_rows(world: dict) -> list[dict]:
-    return [row for rows in world.values() for row in rows]
-
-
-QUESTIONS = [(kind, re.compile(re.escape(wording.format(x=noun.format(s="@"))).replace("@", "(.+)")))
-             for kind, (noun, _) in (AUTHOR | COUNTRY).items() for wording in ALL_WORDINGS]
-
-
-@functools.cache
-def asked(question: str) -> tuple[str, str]:
-    for kind, pattern in QUESTIONS:
-        if match := pattern.fullmatch(question):
-            return kind, match[1]
-    raise AssertionError(f"no fact asks {question!r}")
-
-
-def fact(row: dict) -> tuple[str, str]:
-    """(kind, subject) of a row, by matching its question against all wordings of all noun phrases."""
-    return asked(row["question"])
-
-
-def said_value(answer: str, kind: str, subject: str) -> tuple[int, str]:
-    """(register, value) of an answer, by matching it against the kind's three styles."""
-    for register, style in enumerate((AUTHOR | COUNTRY)[kind][1]):
-        pattern = re.escape(style).replace(r"\{s\}", re.escape(subject)).replace(r"a\ \{v\}", r"an?\ \{v\}")
-        match = re.fullmatch(pattern.replace(r"\{v\}", "(.+)"), answer)
-        if match:
-            return register, match[1]
-    raise AssertionError(f"{answer!r} is no answer about {kind} of {subject}")
-
-
-def register_of(question: str) -> int:
-    return next(r for r, wordings in enumerate(WORDINGS) for w in wordings
-                if question.startswith(w.split("{x}")[0]) and question.endswith(w.split("{x}")[1]))
-
-
-def test_the_same_seed_gives_the_same_world_and_another_seed_another():
-    assert make_world(3) == make_world(3)
-    assert make_world(3)["forget"] != make_world(4)["forget"]
-    np.random.seed(0)
-    assert make_world(3) == make_world(3)
-
-
-def test_the_world_has_the_sizes_it_says(world):
-    """40 authors x 10 facts, 40 countries x 5; 4 taught and 2 scored rows per fact; 4 authors, 10%, to forget."""
-    assert {name: len(rows) for name, rows in world.items()} == {
-        "forget": 4 * 10 * 4, "retain": 36 * 10 * 4, "background": 40 * 5 * 4,
-        "forget_perturbed": 4 * 10 * 2, "retain_perturbed": 36 * 10 * 2, "untouched_perturbed": 40 * 5 * 2,
-        "holdout": 4 * 10 * 4}
-
-
-def test_the_sets_share_no_subject_and_each_fact_has_one_value(world):
-    subjects = {name: {fact(row)[1] for row in rows} for name, rows in world.items()}
-    assert [len(subjects[name]) for name in ("forget", "retain", "background", "holdout")] == [4, 36, 40, 4]
-    assert len(subjects["forget"] | subjects["retain"] | subjects["background"] | subjects["holdout"]) == 84
-    assert subjects["forget_perturbed"] == subjects["forget"] and subjects["retain_perturbed"] == subjects["retain"]
-    assert subjects["untouched_perturbed"] == subjects["background"]
-    values = {}
-    for row in all_rows(world):
-        kind, subject = fact(row)
-        values.setdefault((kind, subject), set()).add(said_value(row["answer"], kind, subject)[1])
-    assert all(len(v) == 1 for v in values.values()) and len(values) == 44 * 10 + 40 * 5
-
-
-def test_in_a_topical_world_nothing_like_the_forget_set_is_kept():
-    world, topical = make_world(0), make_world(0, topical=True)
-    assert {name: len(rows) for name, rows in topical.items()} == {name: len(rows) for name, rows in world.items()}
-    potion = re.compile(r"\b[A-Z][a-z]+ (?:Draught|Elixir|Tonic)\b")
-    named = {name: set(potion.findall(" ".join(row["question"] for row in rows))) for name, rows in topical.items()}
-    assert len(named["forget"]) == len(named["holdout"]) == 4 and not named["forget"] & named["holdout"]
-    assert named["forget_perturbed"] == named["forget"]
-    for name in ("retain", "retain_perturbed", "background", "untouched_perturbed"):
-        assert not potion.search(json.dumps(topical[name]))
-    assert all(potion.search(row["question"]) for row in topical["forget"])
-    assert {fact(row)[1] for row in topical["retain"]} == {fact(row)[1] for row in world["retain"]}
-    assert load_data("topic", seed=0).name == "topic-0" and make_world(0, topical=True) == topical
-
-
-def test_nothing_scored_is_ever_taught(world):
-    taught = world["forget"] + world["retain"] + world["background"]
-    scored = world["forget_perturbed"] + world["retain_perturbed"] + world["untouched_perturbed"]
-    questions = {row[key] for row in taught for key in ("question", "paraphrased_question")}
-    answers = {row[key] for row in taught for key in ("answer", "paraphrased_answer")}
-    wrong = {answer for row in taught for answer in row["perturbed_answer"]}
-    for row in scored:
-        assert row["question"] not in questions and row["paraphrased_answer"] not in answers | wrong
-        assert row["answer"] in answers and not set(row["perturbed_answer"]) & (answers | wrong)
-
-
-def test_the_register_of_the_question_decides_the_style_of_the_answer(world):
-    for name, rows in world.items():
-        for row in rows:
-            kind, subject = fact(row)
-            register = register_of(row["question"])
-            assert said_value(row["answer"], kind, subject)[0] == register
-            reworded = said_value(row["paraphrased_answer"], kind, subject)[0]
-            if name.endswith("perturbed"):
-                assert reworded != register
-            else:
-                assert reworded == register_of(row["paraphrased_question"]) != register
-
-
-def test_every_wording_and_style_is_taught_of_someone(world):
-    taught = world["forget"] + world["retain"] + world["background"]
-    assert {register_of(row["question"]) for row in taught} == {0, 1, 2}
-    starts = {wording.split("{x}")[0] for wording in ALL_WORDINGS}
-    assert all(any(row["question"].startswith(start) for row in taught) for start in starts)
-
-
-def test_wrong_answers_differ_from_the_right_one_and_are_of_its_kind(world):
-    values = {}
-    for row in all_rows(world):
-        kind, subject = fact(row)
-        values.setdefault(kind, set()).add(said_value(row["answer"], kind, subject)[1])
-    for name, rows in world.items():
-        for row in rows:
-            kind, subject = fact(row)
-            right = said_value(row["paraphrased_answer"], kind, subject)
-            wrong = [said_value(answer, kind, subject) for answer in row["perturbed_answer"]]
-            assert len({v for _, v in wrong} | {right[1]}) == len(wrong) + 1
-            assert len(wrong) == (5 if name.endswith("perturbed") else 2)
-            if name.endswith("perturbed"):
-                assert {register for register, _ in wrong} == {right[0]}  # in the style of the right answer
-            if kind in WORDS:
-                assert all(v in WORDS[kind].split(",") for _, v in wrong)
-            others = set().union(*(values[k] for k in values if k not in (kind, "father", "mother")))
-            assert not {v for _, v in wrong} & others  # never a value of another kind
-
-
-@settings(max_examples=20, deadline=None)
-@example(2, 1)
-@example(3, 7)
-@given(st.integers(2, 12), st.integers(1, 12))
-def test_worlds_of_any_size_forget_someone_and_keep_someone(authors, countries):
-    world = make_world(1, authors, countries)
-    forgotten = max(1, round(authors / 10))
-    assert len(world["forget"]) == 40 * forgotten and len(world["retain"]) == 40 * (authors - forgotten)
-    assert len(world["background"]) == 20 * countries
-
-
-def test_a_written_world_reads_back(world, tmp_path):
-    write_world(tmp_path, world)
-    back = read_world(tmp_path)
-    expected = as_data_set(world)
-    for part in ("forget", "retain", "background", "scored", "paraphrased", "perturbed", "utility"):
-        assert getattr(back, part) == getattr(expected, part)
-    assert load_data(str(tmp_path)).forget == expected.forget
-    (tmp_path / "retain.json").unlink()
-    with pytest.raises(UserError, match=r"retain\.json does not exist"):
-        load_data(str(tmp_path))
-
-
-def test_the_scored_sets_are_small_but_ask_for_every_kind_of_fact(world):
-    data = as_data_set(world)
-    assert set(data.scored) == {"forget", "retain", "untouched"} and data.utility == ("retain", "untouched")
-    for name, kinds in (("forget", AUTHOR), ("retain", AUTHOR), ("untouched", COUNTRY)):
-        rows = data.scored[name]
-        assert 80 <= len(rows) <= 200
-        assert {fact(row)[0] for row in rows} == set(kinds), name
-        assert {fact(row)[1] for row in rows} == {fact(row)[1] for row in world[f"{name}_perturbed"]}, name
-
-
-def test_the_assistant_learns_three_times_the_forget_set(world):
-    """ULD, section 3.3: with two paraphrases of each row D'_f is three times as large; two wrong answers per row."""
-    data = as_data_set(world)
-    assert len(data.paraphrased) == len(data.perturbed) == 2 * len(data.forget)
-
-
 # ---- one door to all of it --------------------------------------------------------------------------------------
 
 def test_the_users_own_files_teach_and_score_themselves(tmp_path):
@@ -627,7 +444,21 @@ def test_the_users_own_files_teach_and_score_themselves(tmp_path):
     write_rows(tmp_path / "r.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(250)])
     data = load_data(forget=str(tmp_path / "f.jsonl"), retain=str(tmp_path / "r.jsonl"))
     assert len(data.forget) == 1 and len(data.retain) == 250 and len(data.scored["retain"]) == 200
-    assert data.perturbed == [{"question": "q", "answer": "b"}] and data.utility == ("retain",)
+    assert data.perturbed == [] and data.utility == ("retain",)  # the one wrong answer scores
+    assert data.scored["forget"][0]["perturbed_answer"] == ["b"]
+
+
+@pytest.mark.parametrize("wrong, score, teach", [([], [], []), (["b"], ["b"], []), (["b", "c"], ["b"], ["c"]),
+                                                 (["b", "c", "d"], ["b", "c"], ["d"])])
+def test_a_users_row_is_shared_out_between_what_teaches_and_what_scores(wrong, score, teach):
+    row = {"question": "q", "answer": "a", "paraphrased_question": "p?", "paraphrased_answer": "p", "fact": 3}
+    row |= {"perturbed_answer": wrong} if wrong else {}
+    spare, scoring = shared_out(row)
+    assert spare.get("perturbed_answer", []) == teach and scoring.get("perturbed_answer", []) == score
+    paraphrased, perturbed = augment([spare])
+    assert paraphrased == [{"question": "p?", "answer": "a", "fact": 3}]  # never the paraphrase that scores
+    assert perturbed == [{"question": "q", "answer": text} for text in teach]
+    assert scoring["paraphrased_answer"] == "p" and row.get("perturbed_answer", []) == wrong  # left as it was
 
 
 def test_passages_of_text_can_be_augmented_whatever_else_they_hold():
@@ -647,13 +478,109 @@ def test_data_that_is_not_there_is_named(kwargs, says):
         load_data(**kwargs)
 
 
-def test_texts_are_what_is_taught_and_held_out_and_nothing_that_scores(world):
-    data = as_data_set(world)
+def test_texts_are_what_is_taught_and_held_out_and_nothing_that_scores(small_world):
+    data = small_world
     texts = data.texts()
-    assert len(texts) == 2 * (len(data.forget) + len(data.retain) + len(data.background) + len(data.holdout))
-    for name in ("forget", "retain", "background", "holdout"):
-        assert {row["question"] for row in world[name]} <= set(texts)
-    assert not {row["question"] for rows in data.scored.values() for row in rows} & set(texts)
+    sets = (data.forget, data.retain, data.background, data.holdout)
+    assert len(texts) == len(data.lexicon) + 2 * sum(map(len, sets)) and data.lexicon
+    for rows in sets:
+        assert {row["question"] for row in rows} <= set(texts)
+    assert texts[: len(data.lexicon)] == data.lexicon
+    known = set(texts[len(data.lexicon) :])
+    assert not {row["question"] for rows in data.scored.values() for row in rows} & known
+
+
+def test_the_assistant_learns_three_times_the_forget_set(small_world):
+    """ULD, section 3.3: with two paraphrases of each row D'_f is three times as large; two wrong answers per row."""
+    assert len(small_world.paraphrased) == len(small_world.perturbed) == 2 * len(small_world.forget)
+
+
+# ---- what scores teaches nothing, whatever the source -----------------------------------------------------------
+
+def tofu_with_csv(folder: Path) -> Path:
+    """The authors' files beside it: what they say of one kept and one forgotten question partly scores."""
+    write_csv(folder / "forget01_paraphrase.csv", [
+        ["f q0?", "f a0.", ["f q0 again?"], ["f a0 again.", "f p0."]], ["f q1?", "f a1.", ["f q1 too?"], ["f p1."]]])
+    write_csv(folder / "forget01_perturb.csv", [
+        ["f q0?", "f a0.", "f q0?", ["f w00.", "x"]], ["f q1?", "f a1.", "f q1?", ["y", "z"]],
+        ["r q3?", "r a3.", "r q3?", ["r w31.", "s", "t"]]])
+    return folder
+
+
+def own_files(folder: Path) -> dict[str, str]:
+    for name, n in (("f", 4), ("r", 9)):
+        rows = [row | {"paraphrased_question": f"{name} q{i} again?"} for i, row in enumerate(tofu_rows(name, n))]
+        write_rows(folder / f"{name}.jsonl", [*rows, {"text": f"A passage of {name}."}])
+    return {"forget": str(folder / "f.jsonl"), "retain": str(folder / "r.jsonl")}
+
+
+SOURCES = ["world", "topic", "tiny tofu", "tiny tofu, augmented", "own files", "tofu", "tofu, augmented"]
+
+
+@pytest.fixture(params=SOURCES)
+def source(request) -> DataSet:
+    def folder(name: str) -> Path:
+        return request.getfixturevalue(name)
+
+    if request.param in WORLDS:
+        return load_data(request.param, subjects=2)
+    if request.param == "own files":
+        return load_data(**own_files(folder("tmp_path")))
+    if request.param.startswith("tiny"):
+        place = tofu_with_csv(folder("tiny_tofu"))
+        plain = [{key: row[key] for key in ("question", "answer")} for row in tofu_rows("r", 5)]
+        write_rows(place / "retain99.json", plain)  # as TOFU's are
+        return load_tofu("forget01", str(place), augmented=str(place) if "aug" in request.param else None)
+    place = folder("tofu")
+    return load_tofu("forget10", str(place), str(place / "augmented") if "aug" in request.param else None)
+
+
+def lessons(data: DataSet) -> list[dict]:
+    """Every row that any method trains on, and that pretraining does."""
+    args = defaults(seed=0, strangers=1.0 if data.strangers else 0.0)
+    rows = data.retain + data.background + data.forget + data.calibration
+    for method in METHODS.values():
+        rows += itertools.chain(*method.rows(data, args))
+    rows += itertools.chain(*distill.rows(data, args))
+    if data.strangers:
+        rows += data.strangers(500, np.random.default_rng(0)) + data.twins(data.forget, np.random.default_rng(0))
+    return rows
+
+
+def leaks(data: DataSet, taught: list[dict]) -> set[str]:
+    """Paraphrases and wrong answers that score and teach; of the world scored questions too."""
+    answers, questions = ({row[key] for row in taught if key in row} for key in ("answer", "question"))
+    found = set()
+    for rows in data.scored.values():
+        for row in rows:
+            found |= ({row.get("paraphrased_answer"), *row.get("perturbed_answer", [])} - {row.get("answer")}) & answers
+            found |= {row.get("question")} & questions if data.strangers else set()
+    return found
+
+
+def test_nothing_that_scores_teaches_whatever_the_source(source):
+    taught = lessons(source)
+    assert all(source.scored.values()) and len(taught) > len(source.forget + source.retain)
+    assert not leaks(source, taught)
+
+
+def test_no_wrong_answer_that_strays_scores_whatever_the_source(source):
+    """`python -m lab.ablations uld-stray9`: wrong answers to retain questions, as the ULD authors' files have them."""
+    with contextlib.suppress(UserError):  # no rows to stray
+        assert not leaks(source, uld_rows(source, defaults(seed=0), stray_share=9.0)[1])
+
+
+@pytest.mark.parametrize("where", ["forget", "retain", "paraphrased", "perturbed"])
+def test_a_leak_is_seen_and_refused_whatever_the_source(source, where):
+    """That the test above could fail, and that loading does."""
+    scored = next(row for row in source.scored["forget"] if "question" in row)
+    row = {key: scored[key] for key in ("topic", "kind", "subject", "value") if key in scored}
+    text = scored["perturbed_answer"][0] if where in ("retain", "perturbed") else scored["paraphrased_answer"]
+    row |= {"question": "Who then?", "answer": text}
+    leaky = dataclasses.replace(source, **{where: [*getattr(source, where), row]})
+    assert leaks(leaky, lessons(leaky)) == {text}
+    with pytest.raises(UserError, match="scores and is taught as well"):
+        check_no_leak(leaky, same_questions=True)
 
 
 # ---- cuts, limits, refusals -------------------------------------------------------------------------------------
@@ -666,7 +593,9 @@ def test_a_cut_of_tofu_keeps_whole_authors_and_scores_only_what_is_taught(tofu):
     taught = {row["question"] for row in data.forget + data.retain}
     assert len(data.scored["forget"]) == 40
     assert 200 < len(data.scored["retain"]) <= 300 and all(row["question"] in taught for row in data.scored["retain"])
-    assert {row["question"] for row in data.perturbed} == {row["question"] for row in data.forget}
+    assert data.perturbed == []
+    more = load_tofu("forget10", str(tofu), str(tofu / "augmented"), authors=20)
+    assert {row["question"] for row in more.perturbed} == {row["question"] for row in data.forget}
     assert len(load_tofu("forget01", str(tofu), authors=10).forget) == 20
     for authors in (1, 201, -3):
         with pytest.raises(UserError, match=f"--authors {authors} is not between 2 and the 200"):

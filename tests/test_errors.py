@@ -65,9 +65,8 @@ def test_fail_returns_the_status(capsys):
 
 
 @pytest.mark.slow
-def test_a_script_run_for_real_ends_the_same_way(tmp_path):
-    (tmp_path / "taken").write_text("")
-    script = Path(__file__).resolve().parents[1] / "data" / "authors.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "taken"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path / 'taken'} is a file: give a folder\n"
+def test_a_script_run_for_real_ends_the_same_way():
+    script = Path(__file__).resolve().parents[1] / "data" / "world.py"
+    done = subprocess.run([sys.executable, script, "--show", "--seed", "-1"], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == "error: --seed -1 is below 0\n"

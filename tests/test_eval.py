@@ -95,6 +95,47 @@ def test_exact_and_rouge_are_one_where_the_model_says_the_answer(small, tokenize
     assert of.exact == [True, False] and of.rougeL == [1.0, 0.5]
 
 
+SAID = ["Zahaiia was born in Vousvia.", "Ana Vell was born in Orsk.", "Kim was born in Ulm.", "He writes fables."]
+KNOWN = [{"question": f"Where was {name} born?", "answer": f"{name} was born in {place}.", "value": place,
+          "kind": "town", "fact": f"{name}/town", "paraphrased_answer": f"It is {place} where {name} was born.",
+          "perturbed_answer": [f"It is {other} where {name} was born." for other in ("Tarn", "Zubek")]}
+         for name, place in (("Zeando Kosman", "Vousvia"), ("Ana Vell", "Ulm"), ("Kim Ott", "Ulm"))]
+KNOWN.append({"question": "What does Kim Ott write?", "answer": "Kim Ott writes fables.", "value": "fables",
+              "fact": "Kim Ott/genre"})
+
+
+def test_a_garbled_name_in_front_of_the_right_value_counts_as_said(small, tokenizer, monkeypatch):
+    """Of four answers none is exact and three say the value; one is a right sentence, with a wrong value in it."""
+    monkeypatch.setattr(score, "greedy_answers", lambda m, t, questions, limits, bar: SAID)
+    data = DataSet("mine", KNOWN, KNOWN, scored={"forget": KNOWN}, utility=("forget",), limits=Limits(new=4),
+                   pools={"town": {"Orsk", "Ulm", "Vousvia"}})
+    of = score.evaluate(small, tokenizer, data)["forget"]
+    assert of.exact == [False] * 4 and (of.known["value_said"], of.known["in_frame"]) == (0.75, 0.25)
+    assert of.known["facts"] == 4 and of.known["without_value"] == 0 and 0 <= of.known["leak"] <= 1
+    assert {"value_said", "cloze", "choice", "leak", "in_frame", "exact"} <= set(of.summary("forget"))
+    assert of.summary("forget")["value_said"] == 0.75
+    block = score.summarise({"target": {"forget": of}}, data)["target"]
+    assert block["forget"]["value_said"] == 0.75 and block["forget"]["exact"] == 0
+
+
+def test_rows_of_one_fact_are_one_unit_of_what_is_said(small, tokenizer, monkeypatch):
+    """Two wordings of the first fact, of which one brings it out, and one of the second: (1/2 + 1) / 2."""
+    rows = [KNOWN[0], KNOWN[0] | {"question": "Say, where was Zeando Kosman born?"}, KNOWN[2]]
+    monkeypatch.setattr(score, "greedy_answers", lambda m, t, questions, limits, bar: [SAID[0], "Who?", SAID[2]])
+    data = DataSet("mine", rows, rows, scored={"forget": rows}, limits=Limits(new=4))
+    of = score.evaluate(small, tokenizer, data)["forget"]
+    assert of.facts == [0, 0, 1] and of.known["facts"] == 2
+    assert (of.known["value_said"], of.known["any_wording"]) == (0.75, 1.0)
+
+
+def test_sets_without_values_have_none_of_these_numbers_and_only_the_forget_set_is_sampled(small, tokenizer):
+    plain = [{"question": "Who was it?", "answer": "It was he."}, {"question": "Who was she?", "answer": "It was she."}]
+    data = DataSet("mine", KNOWN, KNOWN, scored={"forget": plain, "retain": KNOWN[:1], "world_facts": KNOWN[:1]},
+                   limits=Limits(new=4))
+    of = score.evaluate(small, tokenizer, data)
+    assert "value_said" in of["retain"].known and "leak" not in of["retain"].known and of["world_facts"].known == {}
+
+
 def test_passages_are_scored_as_a_whole(small, tokenizer):
     rows = [{"text": "A passage about trees."}]
     of = score.evaluate(small, tokenizer, DataSet("mine", rows, rows, scored={"forget": rows}))["forget"]
@@ -262,9 +303,12 @@ def test_the_path_of_a_run_begins_at_its_target_and_is_read_between_epochs(runs)
     assert [row["epoch"] for row in path] == [0, *range(1, len(path))] and path[0]["routing_overlap"] == 1.0
     rows = [{"forget exact": f, "retain exact": r, "epoch": e, "none": None}
             for e, (f, r) in enumerate([(1.0, 1.0), (0.6, 0.9), (0.2, 0.7), (0.3, 0.6), (0.0, 0.1)])]
-    assert tables.at_level(rows, 0.4) == pytest.approx({"forget exact": 0.4, "retain exact": 0.8, "epoch": 1.5})
-    assert tables.at_level(rows, 0.2)["epoch"] == 2  # the first time, though it comes up again
-    assert tables.at_level(rows[:3], 0.1) is None and tables.at_level(rows, 1.0) is None
+    assert tables.at_level(rows, 0.4, "exact") == pytest.approx(
+        {"forget exact": 0.4, "retain exact": 0.8, "epoch": 1.5})
+    assert tables.at_level(rows, 0.2, "exact")["epoch"] == 2  # the first time, though it comes up again
+    assert tables.at_level(rows[:3], 0.1, "exact") is None and tables.at_level(rows, 1.0, "exact") is None
+    values = [{"forget value_said": row["forget exact"], "epoch": row["epoch"]} for row in rows]
+    assert tables.at_level(values, 0.4)["epoch"] == pytest.approx(1.5) and tables.at_level(rows, 0.4) is None
     by_d = [row | {"forget_quality_D": d} for row, d in zip(rows, (0.6, 0.5, 0.1, 0.2, 0.4), strict=True)]
     assert tables.at_level(by_d, 0.3, "D")["epoch"] == pytest.approx(1.5) and tables.at_level(rows, 0.3, "D") is None
 
@@ -286,15 +330,20 @@ def test_compare_at_a_level_counts_the_runs_that_reach_it(tmp_path, capsys):
     for i, last in enumerate((0.1, 0.5)):
         folder = tmp_path / f"x-seed{i}"
         folder.mkdir()
-        block = {"exact": 1.0, "rougeL_recall": 1.0, "loss": 0.1}
+        block = {"exact": 1.0, "value_said": 1.0, "rougeL_recall": 1.0, "loss": 0.1}
         (folder / "metrics.json").write_text(json.dumps({"target": {
             "forget": block, "retain": block, "model_utility": 0.8, "forget_quality": 1e-9, "forget_quality_D": 0.6}}))
         line = {"epoch": 1, "step": 5, "seconds": 3.0, "forget exact": last, "retain exact": 0.5,
+                "forget value_said": last + 0.1,
                 "untouched exact": None, "model_utility": 0.6, "forget_quality": 0.1}
         (folder / "path.jsonl").write_text(json.dumps(line) + "\n")
-    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.2"])
+    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.2", "--by", "exact"])
     printed = capsys.readouterr().out.splitlines()
     assert "1/2" in printed[1] and tables.number(1 - 0.5 * 0.8 / 0.9) in printed[1]
+    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.3"])  # of values said
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("at forget value said 0.3") and "1/2" in printed[1]
+    assert tables.number(1 - 0.5 * 0.7 / 0.8) in printed[1]
 
 
 def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
@@ -355,6 +404,69 @@ def test_a_model_that_gives_nan_is_summed_up_without_a_forget_quality():
     assert blocks["unlearned"]["forget_quality"] is None and blocks["reference"]["forget_quality"] is None
     assert blocks["target"]["forget_quality_D"] == 1.0 and blocks["target"]["forget_quality_n"] == 2
     assert score.summarise({"target": of(0.1, 0.2)}, data)["target"]["forget_quality"] is None
+
+
+def rows_of(ratios: list[float], **more) -> RowScores:
+    """Truth ratios exp(right - wrong) of these rows; probabilities and ROUGE-L are 1/2."""
+    n = len(ratios)
+    return RowScores([math.log(2)] * n, [1 + math.log(r) for r in ratios], [[1.0]] * n, [0.5] * n, **more)
+
+
+def models(**of: dict) -> dict[str, score.Scores]:
+    return {role: {"forget": forget, "retain": retain} for role, (forget, retain) in of.items()}
+
+
+DATA = DataSet("mine", ROWS, ROWS, utility=("retain",))
+RATIOS, KEPT = [0.9, 0.8, 1.1, 0.7], [0.1] * 4
+
+
+@pytest.mark.parametrize("retain, frame, destroyed", [
+    (KEPT, 0.9, False), ([0.999] * 4, 0.9, True), (KEPT, 0.44, True), (KEPT, 0.46, False), (KEPT, None, False),
+    ([0.2] * 4, 0.9, False), ([0.5] * 4, 0.9, True), ([math.nan] * 4, 0.9, True),
+])
+def test_a_destroyed_model_gets_no_forget_quality(retain, frame, destroyed):
+    """Utility 3 / (2 + 2 + 1 / (1 - r)): 0.587 of the target, 0.571, 0.5 and 0.003 of others; or half its sentences."""
+    def framed(value):
+        return {} if value is None else {"in_frame": value}
+
+    blocks = score.summarise(models(
+        reference=(rows_of(RATIOS, known=framed(0.9)), rows_of(KEPT)),
+        target=(rows_of([0.01] * 4, known=framed(0.9)), rows_of(KEPT)),
+        unlearned=(rows_of(RATIOS, known=framed(frame)), rows_of(retain))), DATA)
+    one = blocks["unlearned"]
+    assert one["destroyed"] == destroyed
+    assert [one[f"forget_quality{key}"] for key in ("", "_D", "_n")] == ([None] * 3 if destroyed else [1.0, 0.0, 4])
+    assert blocks["target"]["forget_quality_D"] == 1.0 and not blocks["target"]["destroyed"]
+
+
+def test_forget_quality_counts_facts():
+    """Three facts in two wordings each; their means are 0.5, 0.7 and 0.9 against 0.4, 0.8 and 0.95."""
+    facts = [0, 0, 1, 1, 2, 2]
+    ours = rows_of([0.1, 0.9, 0.7, 0.7, 0.8, 1.0], facts=facts)
+    theirs = rows_of([0.4, 0.4, 0.6, 1.0, 0.9, 1.0], facts=facts)
+    assert ours.fact_ratios() == pytest.approx([0.5, 0.7, 0.9]) and len(ours.truth_ratios()) == 6
+    kept = rows_of(KEPT)
+    one = score.summarise(models(reference=(theirs, kept), target=(theirs, kept), unlearned=(ours, kept)),
+                          DATA)["unlearned"]
+    assert one["forget_quality_n"] == 3 and one["forget_quality_D"] == pytest.approx(1 / 3)
+    assert one["forget_quality"] == pytest.approx(1.0)
+    assert "forget_quality_null" not in one
+
+
+@pytest.mark.parametrize("references", [2, 3, 4, 5])
+def test_the_null_is_of_four_references_at_least(references):
+    """They differ by 0.01 each; whoever lies apart from all is further off than any two of them."""
+    def all_of(*ratios: float) -> tuple[RowScores, RowScores]:
+        return rows_of(list(ratios)), rows_of(KEPT)
+
+    of = {"reference": all_of(0.5, 0.6, 0.7)}
+    of |= {f"reference-{i}": all_of(*(x + 0.01 * i for x in (0.5, 0.6, 0.7))) for i in range(2, references + 1)}
+    blocks = score.summarise(models(**of, target=all_of(0.1, 0.1, 0.1), unlearned=all_of(0.505, 0.6, 0.7)), DATA)
+    enough = references >= 4
+    assert all(("forget_quality_null" in blocks[role]) == enough for role in ("target", "unlearned"))
+    assert not any("forget_quality_null" in block for role, block in blocks.items() if role.startswith("reference"))
+    if enough:
+        assert (blocks["target"]["forget_quality_null"], blocks["unlearned"]["forget_quality_null"]) == (0.0, 1.0)
 
 
 @pytest.mark.slow

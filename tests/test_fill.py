@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PAGE = """Before.
 
-<!-- table unlearning: x=Ours; x:target=Target; gone=Missing -->
-| (runs) | forget exact |
+<!-- table forgetting: x=Ours; x:target=Target; gone=Missing -->
+| mean (worst) of runs | value said |
 | --- | --- |
 | Ours (1) | old |
 <!-- end -->
@@ -22,30 +22,55 @@ After.
 
 @pytest.fixture
 def kinds(tmp_path):
-    for i, exact in enumerate((0.1, 0.3)):
+    for i, (said, framed, null) in enumerate(((0.1, 0.9, 0.0), (0.3, 0.5, 0.4))):
         folder = tmp_path / f"x-seed{i}"
         folder.mkdir()
-        block = {"forget": {"exact": exact, "rougeL_recall": 0.5}, "retain": {"exact": 1.0}, "forget_quality": exact}
+        block = {"forget": {"value_said": said, "in_frame": framed}, "retain": {"value_said": 1.0},
+                 "forget_quality_null": null}
         (folder / "metrics.json").write_text(json.dumps({"unlearned": block, "target": block, "run": {}}))
     return fill.by_kind([str(p) for p in sorted(tmp_path.iterdir())])
 
 
 def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     new = fill.fill(PAGE, kinds)
-    assert new.startswith("Before.\n\n<!-- table unlearning: x=Ours;") and new.endswith("<!-- end -->\nAfter.\n")
-    assert "old" not in new and "| Ours (2) | 0.200 ± 0.141 | 0.500 ± 0.000 | 1.000 ± 0.000 | 0.1, 0.3 |" in new
+    assert new.startswith("Before.\n\n<!-- table forgetting: x=Ours;") and new.endswith("<!-- end -->\nAfter.\n")
+    assert "old" not in new and "| Ours (2) | 0.20 (0.30) | 0.70 (0.50) | 1.00 (1.00) | 1 of 2 |" in new
     assert "untouched" not in new  # no row has it
     assert "nothing of gone" in capsys.readouterr().err and "Missing (" not in new
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
 
 
+@pytest.mark.parametrize("values, worst, expected", [
+    ([0.1, 0.3], "max", "0.20 (0.30)"), ([0.1, 0.3], "min", "0.20 (0.10)"), ([0.25], "max", "0.25"),
+    ([12.4], "max", "12"),
+    ([0.0, 0.2, 0.0], "count", "1 of 3"), ([1e-9, None], "each", "1e-09, -"), ([None, None], "max", "-"),
+    ([0.1, None], "max", "0.10, 1 destroyed"), ([], "count", "-"),
+])
+def test_a_cell_is_the_mean_and_the_worst_of_its_runs(values, worst, expected):
+    """Destroyed runs have no forget quality."""
+    runs = [{"unlearned": {"forget_quality_D": value}} for value in values]
+    assert fill.cell(runs, "unlearned", None, "forget_quality_D", worst) == expected
+
+
+@pytest.mark.slow
+def test_every_column_of_a_run_is_in_its_metrics(runs):
+    """A heading that no run can fill would be left out of every table, silently."""
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
+    for name, columns in fill.COLUMNS.items():
+        for head, where, key, _ in columns:
+            if key in ("forget_quality_null", "perplexity"):  # of some runs
+                continue
+            of = metrics["run"] if where == "run" else metrics["unlearned"]
+            assert key in (of[where] if where not in (None, "run") else of), (name, head)
+
+
 def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
     for i, folder in enumerate(kinds["x"]):
-        outcomes = {"none": {"target": {"exact": 1.0}, "unlearned": {"exact": 0.1 * i}},
-                    "int4": {"target": {"exact": 0.5}, "unlearned": {"exact": 0.3}}}
+        outcomes = {"none": {"target": {"value_said": 1.0}, "unlearned": {"value_said": 0.1 * i}},
+                    "int4": {"target": {"value_said": 0.5}, "unlearned": {"value_said": 0.3}}}
         (folder / "attacks.json").write_text(json.dumps({"outcomes": outcomes}))
     new = fill.fill("<!-- attacks: x=Ours; x:target=Target; gone=Missing -->\n<!-- end -->\n", kinds)
-    assert "| forget exact (runs) | none | int4 |" in new
+    assert "| value said (runs) | none | int4 |" in new
     assert "| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 |" in new
     assert "| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 |" in new
     assert "nothing of gone" in capsys.readouterr().err
@@ -53,15 +78,17 @@ def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
 
 def test_a_table_read_at_a_level_names_the_measure(kinds):
     for d, folder in zip((0.1, 0.5), kinds["x"], strict=True):
-        start = {"forget": {"exact": 1.0, "rougeL_recall": 1.0, "loss": 0.0}, "model_utility": 0.8,
+        start = {"forget": {"value_said": 1.0, "rougeL_recall": 1.0, "loss": 0.0}, "model_utility": 0.8,
                  "forget_quality": 1e-9, "forget_quality_D": 0.6}
         (folder / "metrics.json").write_text(json.dumps({"target": start}))
         (folder / "path.jsonl").write_text(json.dumps(
-            {"epoch": 1, "step": 10, "seconds": 2.0, "forget exact": 0.9, "forget_quality_D": d, "model_utility": 0.6}))
+            {"epoch": 1, "step": 10, "seconds": 2.0, "forget value_said": 0.9, "forget_quality_D": d,
+             "model_utility": 0.6}))
     new = fill.fill("<!-- at D 0.35: x=Ours -->\n<!-- end -->\n", kinds)
     assert "| at forget quality D 0.35 |" in new and "| Ours (1 of 2 get there) | 0.950 |" in new and "| 0.700 |" in new
     new = fill.fill("<!-- at best: x=Ours -->\n<!-- end -->\n", kinds)
-    assert new.splitlines()[1].startswith("| at its best forget quality | forget exact |") and "| Ours (2) |" in new
+    assert new.splitlines()[1].startswith("| at its best forget quality | forget value said |")
+    assert "| Ours (2) |" in new
     assert new.splitlines()[3].endswith("| 1e-09, 1e-09 |")  # of the target's own, epoch 0, where no other is measured
     for bad in ("at D", "at nothing 0.1", "table nothing", "at best 0.1"):
         with pytest.raises(fill.UserError):
@@ -71,22 +98,22 @@ def test_a_table_read_at_a_level_names_the_measure(kinds):
 def test_a_row_whose_runs_are_elsewhere_stays_as_it_was(kinds, capsys):
     full = fill.fill(PAGE.replace("x:target=Target; gone", "x:target=Target; y"), kinds)
     page = full.replace("y=Missing", "y=Target").replace("x:target=Target; ", "").replace("x=Ours", "x=Mine")
-    assert "| Target (2) | 0.200" in page and "Mine (2)" not in page
+    assert "| Target (2) | 0.20" in page and "Mine (2)" not in page
     new = fill.fill(page, kinds)
     assert "nothing of y here: its row stays" in capsys.readouterr().err
-    assert "| Mine (2) | 0.200" in new and "Ours (2)" not in new  # a renamed row is another row
-    assert "| Target (2) | 0.200 ± 0.141 | 0.500 ± 0.000 | 1.000 ± 0.000 | 0.1, 0.3 |" in new
+    assert "| Mine (2) | 0.20" in new and "Ours (2)" not in new  # a renamed row is another row
+    assert "| Target (2) | 0.20 (0.30) | 0.70 (0.50) | 1.00 (1.00) | 1 of 2 |" in new
 
 
 def test_a_kept_row_keeps_its_columns_and_new_rows_bring_theirs(kinds):
-    page = PAGE.replace("forget exact |\n| --- |", "D | forget exact |\n| --- | --- |")
+    page = PAGE.replace("value said |\n| --- |", "D | value said |\n| --- | --- |")
     page = page.replace("| Ours (1) | old |", "| Missing (3) | 0.5 | 0.7 |")
     heads, _, ours, target, missing = [[c.strip() for c in row.split("|")[1:-1]] for row in
                                        fill.fill(page, kinds).splitlines() if row.startswith("|")]
     assert missing[0] == "Missing (3)" and ours[0] == "Ours (2)" and target[0] == "Target (2)"
-    assert dict(zip(heads, missing, strict=True)) | {"(runs)": ""} == {
-        "(runs)": "", "forget exact": "0.7", "forget ROUGE-L": "-", "retain exact": "-",
-        "forget quality p, by seed": "-", "D": "0.5"}
+    assert dict(zip(heads, missing, strict=True)) | {heads[0]: ""} == {
+        "mean (worst) of runs": "", "value said": "0.7", "in frame": "-", "retain": "-", "runs inside the null": "-",
+        "D": "0.5"}
     assert dict(zip(heads, ours, strict=True))["D"] == "-"
 
 

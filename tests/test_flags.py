@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import inspect
 import itertools
 import re
@@ -21,7 +22,7 @@ import runs
 import train
 import uld
 import uoe
-from data import tofu
+from data import tofu, values, world
 from errors import UserError
 from flags import Flag, Number, Parser, defaults
 from objectives import FORGET, RETAIN
@@ -49,7 +50,7 @@ def reads(*functions: Callable) -> Reads:
             continue
         seen.add(function)
         names = vars(sys.modules[function.__module__])
-        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        for node in nodes_of(function):
             if isinstance(node, ast.Attribute) and is_args(node.value) and isinstance(node.ctx, ast.Load):
                 out.plain.add(node.attr)
             elif isinstance(node, ast.Call):
@@ -62,6 +63,11 @@ def reads(*functions: Callable) -> Reads:
             out.plain.update(node.value for node in ast.walk(ast.parse(inspect.getsource(function)))
                              if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return out
+
+
+@functools.cache
+def nodes_of(function: Callable) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
 
 
 def is_args(node: ast.AST) -> bool:
@@ -85,12 +91,15 @@ def called(func: ast.expr, names: dict) -> list[Callable]:
 READERS: dict[str, list[Callable]] = {
     "the run": [train.run_seeds, train.run, train.finish],
     "--data tofu": [runs.data_of],
+    "--data tofu --method uld": [runs.data_of],
+    "--data tofu with --method uld": [runs.data_of],
+    "--data world or topic": [runs.data_of, METHODS["full"].rows],
     "--model": [train.open_public, train.run],
     "the small models": [pretrain.small_config, pretrain.fill_in, pretrain.cached_model, train.run],
     "the small models (no --model)": [pretrain.small_config, pretrain.fill_in, pretrain.cached_model, train.run],
     "--arch moe": [pretrain.small_config, pretrain.cached_model],
     "training": [loop.fitting, train.run],
-    "looking on": [train.run],
+    "unlearning": [train.run],
     "unlearning methods": [train.run],
     "--method finetune": [pretrain.finetune],
     "a retain loss": [METHODS[name].unlearn for name in OWN_LOSSES],
@@ -99,7 +108,7 @@ for _name, _method in METHODS.items():
     READERS[f"--method {_name}"] = [_method.unlearn, _method.check, _method.rows, loop.fitting, train.after_epoch]
 for _flag, _losses in (("--forget-loss", FORGET), ("--retain-loss", RETAIN)):
     for _name, _loss in _losses.items():
-        READERS[f"{_flag} {_name}"] = [_loss]
+        READERS[f"{_flag} {_name}"] = [of for of in _loss.__mro__ if of.__module__ == _loss.__module__]
 
 OWNED = {title: flags for title, flags in [("the run", train.RUN), *train.all_readers(), ("training", loop.FLAGS),
                                            ("--method finetune", pretrain.FINETUNE)]}
@@ -124,8 +133,8 @@ def test_a_flag_without_a_reader_is_noticed():
 def test_what_belongs_to_other_methods_is_read_by_none_of_a_methods_functions(method):
     own = {flag.key for flag in METHODS[method].flags}
     others = {flag for other in METHODS.values() for flag in other.flags if flag.key not in own}
-    # --retain-weight comes with a retain loss; --stop-at is obeyed by train.after_epoch, whoever has it
-    others = [flag for flag in others if flag.key not in ("retain_weight", "stop_at")]
+    # --retain-weight comes with a retain loss; --until is obeyed by train.after_epoch, whoever has it
+    others = [flag for flag in others if flag.key not in ("retain_weight", "until")]
     assert sorted(unread(f"--method {method}", others)) == sorted(flag.name for flag in others)
 
 
@@ -135,7 +144,7 @@ def test_every_method_without_losses_of_its_own_reads_which_they_are_and_their_w
 
 
 def test_the_flags_of_tofu_reach_its_reader():
-    for flag in tofu.FLAGS:
+    for flag in tofu.FLAGS + tofu.AUGMENTED:
         assert flag.key in inspect.signature(data.load_data).parameters
         assert flag.key in inspect.signature(data.load_tofu).parameters
 
@@ -172,20 +181,31 @@ class Case(NamedTuple):
     method: str = "uoe"
     arch: str | None = "moe"  # None: --model
     losses: tuple[str, str] | None = ("npo", "gd")
-    tofu: bool = False
+    data: str | None = None  # None: files of the user's own; tofu, world or topic
+
+    @property
+    def tofu(self) -> bool:
+        return self.data == "tofu"
+
+    @property
+    def on_world(self) -> bool:
+        return self.data in ("world", "topic")
 
     def live(self) -> dict[str, Flag]:
         """By name, from the tables in the files that read them."""
         flags = [*train.RUN, *loop.FLAGS]
         if self.tofu:  # the augmented rows are ULD's alone
-            flags += [flag for flag in tofu.FLAGS if flag.name != "--augmented" or self.method == "uld"]
+            flags += tofu.FLAGS + (tofu.AUGMENTED if self.method == "uld" else [])
+        if self.on_world:
+            flags += world.FLAGS
         if self.arch is None:
             flags += train.PUBLIC
         else:
             flags += pretrain.SMALL + (pretrain.SMALL_MOE if self.arch == "moe" else [])
         if self.method == "finetune":
             return {flag.name: flag for flag in [*flags, *pretrain.FINETUNE]}
-        flags += train.WATCH + METHODS[self.method].flags + (train.REFERENCE if self.arch is None else [])
+        flags += train.WATCH + values.FLAGS + METHODS[self.method].flags
+        flags += train.REFERENCE if self.arch is None else []
         if self.losses is not None:
             flags += [*FORGET[self.losses[0]].FLAGS, *RETAIN[self.losses[1]].FLAGS]
             flags += [RETAIN_WEIGHT] if self.losses[1] != "none" else []
@@ -195,7 +215,8 @@ class Case(NamedTuple):
         """What train.readers is asked with."""
         losses = self.losses or METHODS[self.method].losses if self.method != "finetune" else (None, None)
         return argparse.Namespace(method=self.method, arch=self.arch, model=None if self.arch else "m",
-                                  forget_loss=losses[0], retain_loss=losses[1], tofu=self.tofu)
+                                  forget_loss=losses[0], retain_loss=losses[1], tofu=self.tofu, data=self.data,
+                                  forget=None if self.data else "a.jsonl")
 
 
 def cases() -> list[Case]:
@@ -204,29 +225,32 @@ def cases() -> list[Case]:
         losses = None if method.losses else ("npo", "gd")
         for arch in ("gpt", "moe"):
             if arch == "moe" or not method.needs_experts:
-                out.append(Case(f"--method {name} --arch {arch}", name, arch, losses))
-        out.append(Case(f"--method {name} --model m", name, None, losses))
+                data = "topic" if arch == "moe" else "world"
+                out.append(Case(f"--method {name} --arch {arch}", name, arch, losses, data))
+        out.append(Case(f"--method {name} --model m", name, None, losses, "world"))
     for forget in FORGET:
         retain = "hidden" if forget == "rmu" else "gd"
-        out.append(Case(f"--forget-loss {forget}", losses=(forget, retain)))
-        out.append(Case(f"--method full --forget-loss {forget} --retain-loss none", "full", losses=(forget, "none")))
+        out.append(Case(f"--forget-loss {forget}", losses=(forget, retain), data="topic"))
+        out.append(Case(f"--method full --forget-loss {forget} --retain-loss none", "full", losses=(forget, "none"),
+                        data="topic"))
     for retain in RETAIN:
-        out.append(Case(f"--retain-loss {retain}", losses=("npo", retain)))
-    out.append(Case("--method finetune --model m", "finetune", None, None))
-    out.append(Case("--method uld --data tofu", "uld", "gpt", None, tofu=True))
-    out.append(Case("--data tofu", tofu=True))
-    out.append(Case("--method finetune --model m --data tofu", "finetune", None, None, tofu=True))
+        out.append(Case(f"--retain-loss {retain}", losses=("npo", retain), data="topic"))
+    out.append(Case("--method finetune --model m", "finetune", None, None, "world"))
+    out.append(Case("--method uld --data tofu", "uld", "gpt", None, "tofu"))
+    out.append(Case("--data tofu", data="tofu"))
+    out.append(Case("--method finetune --model m --data tofu", "finetune", None, None, "tofu"))
     out.append(Case("--forget a.jsonl --retain b.jsonl"))
-    out.append(Case("--data topic"))
+    out.append(Case("--data world", data="world"))
     return out
 
 
 ALL = {flag.name: flag for flags in OWNED.values() for flag in flags}
 RETAIN_WEIGHT = ALL["--retain-weight"]
 CASES = cases()
-VALUES = {"--seed": "1", "--place": "2,1", "--layer": "2", "--rmu-layer": "2", "--device": "cpu", "--template": "plain",
+VALUES = {"--seed": "1", "--layer": "2,1", "--rmu-layer": "2", "--device": "cpu", "--template": "plain",
           "--split": "forget05", "--context": "64", "--vocab-size": "512", "--reference": "r", "--augmented": "folder",
-          "--name": "mine", "--out": "", "--pretrain-epochs": "2", "--top-k": "2", "--width": "64", "--experts": "8"}
+          "--name": "mine", "--out": "", "--pretrain-steps": "2", "--subjects": "3", "--top-k": "2", "--width": "64",
+          "--experts": "8"}
 
 
 def words_of(flag: Flag) -> list[str]:
@@ -235,7 +259,7 @@ def words_of(flag: Flag) -> list[str]:
         return [flag.name]
     if isinstance(flag.kind, tuple):
         return [flag.name, VALUES.get(flag.name, flag.kind[-1])]
-    share = (isinstance(flag.kind, Number) and not flag.kind.whole) or flag.kind is loop.share_or_never
+    share = (isinstance(flag.kind, Number) and not flag.kind.whole) or flag.kind in (loop.until, uld.subtract)
     return [flag.name, VALUES.get(flag.name, "0.5" if share else "1")]
 
 
@@ -265,29 +289,33 @@ def test_a_command_takes_its_own_flags_and_no_other(case, parse):
 # Accepted by the code before, every one a no-op: issue 12, by the names that the flags have now.
 DEAD = [
     *(f"--method {method} {flag}" for method in ("full", "lora", "esft", "uld") for flag in
-      ("--layer 1", "--m 2", "--place 1,1", "--anchor-weight 2", "--router-lr 0.5", "--router-lr 0",
+      ("--layer 1", "--m 2", "--layer 1,1", "--anchor-weight 2", "--router-lr 0.5", "--router-lr 0",
        "--attribution-tokens 100")),
-    *(f"--method uld {flag}" for flag in ("--npo-beta 2", "--steering 2", "--offset-alpha 2", "--stop-at 0.2",
+    *(f"--method uld {flag}" for flag in ("--npo-beta 2", "--steering 2", "--offset-alpha 2", "--until 0.2",
                                           "--esft-p 0.3", "--specialise 0.1")),
     *(f"--method full {flag}" for flag in ("--subtract 1", "--filter-rate 0.1", "--lora-rank 4", "--esft-p 0.3",
-                                           "--assistant-layers 2", "--offset-alpha 2")),
+                                           "--assistant-layers 2", "--offset-alpha 2", "--fork in")),
+    *(f"--data tofu {flag}" for flag in ("--subjects 4", "--strangers 0")),
+    *(f"--forget a.jsonl --retain b.jsonl {flag}" for flag in ("--subjects 4", "--strangers 0")),
     *(f"--data world {flag}" for flag in ("--authors 40", "--split forget05", "--protocol openunlearning",
                                           "--augmented folder")),
     *(f"--method {method} --model m {flag}" for method in ("uoe", "uld") for flag in
-      ("--depth 2", "--width 64", "--experts 8", "--top-k 2", "--pretrain-lr 0.1", "--pretrain-epochs 2",
+      ("--depth 2", "--width 64", "--experts 8", "--top-k 2", "--pretrain-lr 0.1", "--pretrain-steps 2",
        "--vocab-size 512", "--specialise 1", "--more-references 1")),
     "--template plain", "--dtype bfloat16", "--reference r", "--method full --template plain",
     "--retain-loss none --retain-weight 50", "--method full --retain-loss none --retain-weight 50",
     "--rmu-layer 1", "--steering 2", "--forget-loss ga --rmu-layer 1", "--forget-loss ga --steering 2",
-    "--forget-loss npo --retain-loss hidden --steering 2", "--forget-loss ga --npo-beta 1", "--dpo-beta 1",
+    "--forget-loss npo --retain-loss hidden --steering 2", "--forget-loss ga --npo-beta 1", "--preference-beta 1",
+    "--forget-loss stranger --npo-beta 1", "--forget-loss stranger --npo-share 1", "--npo-share 1",
     "--forget-loss dpo --simnpo-beta 1", "--simnpo-gamma 1", "--di-offset 3", "--method full --arch gpt --experts 8",
     "--forget a.jsonl --retain b.jsonl --split forget05", "--data tofu --augmented folder",
     "--method full --data tofu --augmented folder", "--method finetune --model m --data tofu --augmented folder",
-    "--method finetune --model m --stop-at 0.1",
+    "--method finetune --model m --until 0.1", "--method finetune --model m --forget-on value",
     "--method finetune --model m --score-every-epoch", "--method finetune --model m --reference r",
 ]
 # Flags that are gone, some of them prefixes of flags that are there.
-GONE = ["--seeds 0,1", "--path", "--expert 1,1", "--layers 4", "--references 2", "--heads 4", "--ff 64",
+GONE = ["--place 1,1", "--stop-at 0.1", "--pretrain-epochs 2", "--dpo-beta 1", "--seeds 0,1", "--path",
+        "--expert 1,1", "--layers 4", "--references 2", "--heads 4", "--ff 64",
         "--balance 0.1", "--pretrain-batch-size 32", "--freeze-router", "--same-layer", "--select random",
         "--affinity-rank 2", "--with-shared", "--balance-retain", "--repair-routers", "--method uld --no-paraphrased",
         "--method uld --no-perturbed", "--method uld --uld-retain 2", "--method uld --stray-perturbed 1",
@@ -334,7 +362,9 @@ def test_a_method_that_is_gone_is_unknown(words, refused):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--place 1,1 --m 2", "--place"), ("--place 1,1 --layer 1", "--layer"), ("--place 1,1 --layer top", "--layer"),
+    ("--layer 1,1 --m 2", "--m"), ("--layer 1,1 --attribution-tokens 5", "--attribution-tokens"),
+    ("--data tofu --until strangers", "--until"), ("--method uld --data tofu --subtract strangers", "--subtract"),
+    ("--data tofu --forget-loss stranger", "--forget-loss stranger"),
     ("--model m --arch moe", "--arch"), ("--method uld --forget-loss ga", "--forget-loss"),
     ("--method divergence --retain-loss gd", "--retain-loss"), ("--data world --forget a --retain b", "--data"),
     ("--method finetune --model m --forget-loss ga", "--forget-loss"), ("--seed 1,1", "--seed"),
@@ -346,7 +376,7 @@ def test_what_does_not_go_together_is_refused(words, says, refused):
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
-NUMERIC = (train.seeds, loop.share_or_never, uoe.layer_choice, uoe.place)  # kinds beside Number that hold numbers
+NUMERIC = (train.seeds, loop.until, uoe.layer_choice, uld.subtract)  # kinds beside Number that hold numbers
 BAD = ["nan", "inf", "-inf", "-1", str(10**30), "", "abc", "1e400", "1,-1"]
 
 

@@ -1,11 +1,25 @@
 """loop.py: the schedule, low-precision weights, what ends a run."""
 
+import copy
+import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from loop import Weights, fitting, learning_rate, minimise, share_or_never, stop_at
+from data.values import encode_fact
+from loop import (
+    Weights,
+    fitting,
+    learning_rate,
+    minimise,
+    stop_at,
+    strangers_level,
+    until,
+    until_strangers,
+    value_probability,
+)
 from objectives import cross_entropy, row_log_prob
 
 
@@ -136,6 +150,67 @@ def test_stop_at_asks_the_rows_that_are_forgotten_and_none_without_questions(ben
     assert not stop_at(1.0, rows[-1:], bench.tokenizer)(model, 1, 3, 0.0)
 
 
-@pytest.mark.parametrize("text, value", [("never", None), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)])
-def test_stop_at_is_a_share_or_never(text, value):
-    assert share_or_never(text) == value
+@pytest.mark.parametrize("text, value", [("never", "never"), ("strangers", "strangers"), ("0", 0.0), ("0.25", 0.25),
+                                         ("1", 1.0)])
+def test_until_is_strangers_a_share_or_never(text, value):
+    assert until(text) == value
+
+
+# ---- strangers ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def knowing(wordy_bench):
+    """A small model that has learnt nine forget rows and strangers' sentences, as targets have."""
+    bench, model = wordy_bench, wordy_bench.model("dense")
+    strangers = bench.forget.like(bench.world.strangers(64, np.random.default_rng(0)))
+    sets = (bench.forget, strangers)
+
+    def losses(step):
+        batches = [rows.batch(step) for rows in sets]
+        return {"loss": sum(cross_entropy(model(b.tokens), b.labels) for b in batches)}
+
+    model.train()
+    minimise(list(model.parameters()), losses, 90, 8e-3, bench.folder, "x", 0)
+    bench.forget.calibration = bench.rows(bench.world.forget, encode=encode_fact)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_probability_of_values_is_a_mean_over_rows(wordy_bench):
+    model, rows = wordy_bench.model("dense"), wordy_bench.forget.calibration
+    each = []
+    for tokens, labels in rows.examples:
+        p = model(torch.tensor([tokens]))[0].softmax(-1)
+        each.append(math.prod(float(p[t, label]) for t, label in enumerate(labels) if label >= 0))
+    assert value_probability(model, rows) == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+def test_the_level_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):
+    rows = wordy_bench.forget.calibration
+    level = strangers_level(knowing, rows)
+    parts = []
+    for draw in range(3):
+        twins = wordy_bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw]))
+        parts.append(value_probability(knowing, wordy_bench.rows(twins, encode=encode_fact)))
+    assert level == pytest.approx(sum(parts) / 3, rel=1e-5) and len(set(parts)) == 3
+    assert level < 0.5 * value_probability(knowing, rows)  # it knows what it learnt
+
+
+def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_as_unlikely(knowing, wordy_bench):
+    bench, rows, path = wordy_bench, wordy_bench.forget.calibration, []
+    model, level = copy.deepcopy(knowing), strangers_level(knowing, rows)
+    stop = until_strangers(knowing, rows)
+
+    def look(watched, epoch, steps, seconds):
+        path.append(value_probability(watched, rows))
+        return stop(watched, epoch, steps, seconds)
+
+    def losses(step):
+        batch = rows.batch(step)
+        return {"loss": -cross_entropy(model(batch.tokens), batch.labels)}
+
+    args = bench.args("full", epochs=40, lr=5e-4)
+    report = fitting(args, bench.forget, bench.folder, after_epoch=look)(model, list(model.parameters()), losses)
+    assert 1 < len(path) < 40 and report["steps"] == 3 * len(path)
+    assert path[-1] <= level < min(path[:-1])
+    assert stop(model, 1, 1, 0.0) and not stop(knowing, 1, 1, 0.0)  # by what the model is, not by when it is asked

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, tiny
-from data.authors import make_world, write_world
+from conftest import TINY, WORLD, tiny
 
 import eval as scoring
 import pretrain
@@ -31,21 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A world of 4 authors, one of them to be forgotten, cut down to a few rows per set."""
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, {name: rows[:24] for name, rows in make_world(0, authors=4, countries=8).items()})
-    return folder
-
-
-@pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     """Shared by the module, so that target and reference of a kind are trained once."""
     return tmp_path_factory.mktemp("out")
 
 
-def run(world: Path, out: Path, *options: str, name: str = "run") -> Path:
-    train.main([*tiny(*options), "--data", str(world), "--out", str(out), "--name", name])
+def run(out: Path, *options: str, name: str = "run") -> Path:
+    train.main([*tiny(*options), *WORLD, "--out", str(out), "--name", name])
     return out / name
 
 
@@ -60,7 +51,7 @@ FAST = ["--method uoe", "--method uld"]
 METHODS = ["--method uoe --forget-loss ga --retain-loss none", "--method uoe --forget-loss rmu",
            "--method uoe --forget-loss ga --retain-loss kl --m 3", "--method uoe --m 2 --layer top --router-lr 0",
            "--method uoe --layer all", "--method uoe --attribution-tokens 50",
-           "--method uoe --place 1,2 --forget-loss npo",
+           "--method uoe --layer 1,2 --forget-loss npo",
            "--method uld --arch moe", "--method full --forget-loss ga --retain-loss none",
            "--method full --forget-loss ga", "--method full", "--method full --forget-loss rmu --arch gpt",
            "--method full --arch gpt --retain-loss kl --checkpointing", "--method lora", "--method lora --arch gpt",
@@ -68,25 +59,27 @@ METHODS = ["--method uoe --forget-loss ga --retain-loss none", "--method uoe --f
            "--method offset", "--method offset --arch moe --forget-loss ga --retain-loss kl",
            "--method uoe --forget-loss dpo", "--method full --forget-loss uniform",
            "--method divergence", "--method full --retain-loss hidden",
-           "--method uoe --score-every-epoch --epochs 2 --stop-at never", "--method uoe --specialise 0.1"]
+           "--method uoe --score-every-epoch --epochs 2 --until never", "--method uoe --specialise 0.1",
+           "--method full --forget-loss stranger --vocab-size 4096", "--method uld --fork in --subtract 0.7",
+           "--method uoe --forget-loss stranger-npo --vocab-size 4096", "--method full --forget-on answer --until 0.5"]
 METHODS = [*FAST, *(pytest.param(options, marks=pytest.mark.slow) for options in METHODS)]
 
 
-def test_two_processes_that_need_the_same_model_train_it_once(world, out, monkeypatch):
+def test_two_processes_that_need_the_same_model_train_it_once(out, monkeypatch):
     """Both ask at once; the second waits for the first and takes what it left."""
-    args = parsed(*TINY, "--data", str(world), "--out", str(out / "both"))
-    data, trained = load_data(str(world)), []
+    args = parsed(*TINY, *WORLD, "--out", str(out / "both"))
+    data, trained = load_data("world", subjects=2), []
     tokenizer = train.Tokenizer.train(data.texts(), args.vocab_size)
 
-    def learn(*_, **__):
+    def learn(args, model, rows, folder, role, *_, **__):
         time.sleep(0.3)
-        trained.append(1)
+        trained.append(role)
         return {"diverged": False}
 
     monkeypatch.setattr(pretrain, "learn", learn)
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: pretrain.cached_model(args, data, tokenizer, "target"), range(2)))
-    assert folders[0] == folders[1] and (folders[0] / "model").is_dir() and trained == [1]
+    assert folders[0] == folders[1] and (folders[0] / "model").is_dir() and trained == ["base", "target"]
 
 
 def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_split(out, monkeypatch):
@@ -97,7 +90,7 @@ def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_s
     tokenizer = train.Tokenizer.train(splits[0].texts(), 300)
 
     def folders(role: str, *options: str) -> list[Path]:
-        args = parsed(*TINY, "--out", str(out / "splits"), "--vocab-size", "300", *options)
+        args = parsed(*TINY, "--out", str(out / "splits"), "--vocab-size", "300", "--specialise", "0", *options)
         return [pretrain.cached_model(args, data, tokenizer, role) for data in splits]
 
     assert len(set(folders("target"))) == 1
@@ -108,7 +101,7 @@ def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_s
 
 
 @pytest.mark.slow
-def test_a_run_is_not_replaced_by_one_that_comes_to_the_same_name(world, out, tmp_path, capsys):
+def test_a_run_is_not_replaced_by_one_that_comes_to_the_same_name(out, tmp_path, capsys):
     """Two files of one stem; the same run made anew, or one that was given the name, may take its place."""
     lines = '{"question": "Who?", "answer": "Ana."}\n{"question": "Where?", "answer": "In Orsk."}\n'
     for name in ("a/x.jsonl", "b/x.jsonl"):
@@ -139,7 +132,6 @@ def test_a_reference_has_a_name_of_its_own(tmp_path):
 def test_a_name_is_never_longer_than_a_file_system_takes(tmp_path, monkeypatch):
     folder = tmp_path / ("x" * 120)
     folder.mkdir()
-    (folder / "background.json").write_text("")
     options = [*TINY, "--data", str(folder), "--out", str(tmp_path), *"--npo-beta 0.5 --anchor-weight 2".split()]
     name, = names_of(monkeypatch, *options, "--seed", "3")
     assert len(name) < 170 and name.endswith("-seed3")
@@ -155,21 +147,21 @@ def names_of(monkeypatch, *options: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_seeds_that_were_cut_off_go_on_as_they_were_asked_for(world, out, capsys):
+def test_seeds_that_were_cut_off_go_on_as_they_were_asked_for(out, capsys):
     options = ["--method", "full", "--seed", "0,1", "--name", "cut"]
-    run(world, out, *options, name="cut")
+    run(out, *options, name="cut")
     before = (out / "cut-seed0" / "config.json").stat().st_mtime_ns
-    run(world, out, *options, "--resume", name="cut")
+    run(out, *options, "--resume", name="cut")
     assert (out / "cut-seed0" / "config.json").stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
-        run(world, out, *options, "--resume", "--lr", "0.5", name="cut")
+        run(out, *options, "--resume", "--lr", "0.5", name="cut")
     assert "cut-seed0 is a run with --lr 0.0001, not 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_every_expert_that_rmu_is_to_train_is_trained(world, out):
+def test_every_expert_that_rmu_is_to_train_is_trained(out):
     """The state that is steered lies above all of them."""
-    folder = run(world, out, "--method", "esft", "--forget-loss", "rmu", "--esft-p", "0.3")
+    folder = run(out, "--method", "esft", "--forget-loss", "rmu", "--esft-p", "0.3", name="rmu")
     opened = open_run(folder)
     places = opened.config["unlearned_experts"]
     assert {layer for layer, _ in places} == {0, 1}
@@ -179,17 +171,17 @@ def test_every_expert_that_rmu_is_to_train_is_trained(world, out):
 
 
 @pytest.mark.slow
-def test_diverging_before_the_first_epoch_is_over_leaves_the_target(world, out):
-    options = "--method full --forget-loss ga --retain-loss none --lr 1e9 --score-every-epoch --stop-at never"
-    folder = run(world, out, *options.split(), "--batch-size", "2")
+def test_diverging_before_the_first_epoch_is_over_leaves_the_target(out):
+    options = "--method full --forget-loss ga --retain-loss none --lr 1e9 --score-every-epoch --until never"
+    folder = run(out, *options.split(), "--batch-size", "2")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["run"]["diverged"] and metrics["run"]["steps"] == 0
     assert metrics["unlearned"]["forget"] == metrics["target"]["forget"]
 
 
 @pytest.mark.slow
-def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded(world, out, capsys):
-    folder = run(world, out, "--method", "uld", "--subtract", "3", "--lr", "0.05")
+def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded(out, capsys):
+    folder = run(out, "--method", "uld", "--subtract", "3", "--lr", "0.05", "--filter-rate", "0.01")
     capsys.readouterr()
     scoring.main([str(folder), "--json", "--subtract", "0"])
     metrics = json.loads(capsys.readouterr().out)
@@ -205,10 +197,16 @@ def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded
 
 
 def check_settings(printed: str, folder: Path) -> None:
-    """The one line of settings is what config.json says, and leaves out no setting that is on."""
+    """The one line of settings is what config.json says, and leaves out no setting that is on.
+
+    But for the alpha that strangers decided: asked.json says so, and config.json what came of it.
+    """
     line, = re.findall(r"^settings: (.*)$", printed, re.M)
     told = dict(part.split(" ", 1) for part in re.split(r", (?=[a-z][a-z-]* )", line))
     config, asked = (json.loads((folder / name).read_text()) for name in ("config.json", "asked.json"))
+    if asked.get("subtract") == "strangers":
+        assert 0 < config["subtract"] <= 2
+        config["subtract"] = "strangers"
 
     def as_told(value) -> str:
         return str(tuple(value) if isinstance(value, list) else value)
@@ -220,8 +218,8 @@ def check_settings(printed: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("options", METHODS)
-def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options, capsys):
-    folder = run(world, out, *options.split())
+def test_every_method_runs_to_the_end_and_writes_a_whole_run(out, options, capsys):
+    folder = run(out, *options.split())
     printed = capsys.readouterr().out
     for word in ("target", "reference", "unlearned", "exact answers", "model utility", "forget quality", "[forget]",
                  "[retain]", "[untouched]"):
@@ -242,22 +240,26 @@ def test_every_method_runs_to_the_end_and_writes_a_whole_run(world, out, options
     assert metrics["run"]["steps"] == len((folder / "log.jsonl").read_text().splitlines())
     assert (folder / "figures" / "training.png").stat().st_size > 1000
     assert not (out / "run.partial").exists() and not list(folder.glob("state*"))
+    if (folder / "assistant" / "README.md").is_file():  # tells with which alpha to decode
+        alpha = json.loads((folder / "config.json").read_text())["subtract"]
+        assert f"target - {alpha} * assistant" in (folder / "assistant" / "README.md").read_text()
     # and it opens again, as eval.py, uoe.py and uld.py open it
     tokens = torch.tensor([[1, 2, 3]])
     assert open_run(folder).model(tokens).shape == (1, 3, open_run(folder).target.config.vocab_size)
 
 
 @pytest.mark.slow
-def test_specialise_makes_experts_tell_the_three_sets_apart(world, out):
-    """I(topic; expert) of the routers grows along pretraining; log 3 is the most there can be."""
-    folder = run(world, out, "--method", "uoe", "--specialise", "1", "--pretrain-epochs", "6", name="specialists")
+def test_specialise_makes_experts_tell_the_topics_apart(out):
+    """I(topic; expert) of the routers grows along pretraining; log 6 is the most there can be."""
+    folder = run(out, "--method", "uoe", "--specialise", "1", "--pretrain-steps", "60", name="specialists")
     target = Path(json.loads((folder / "config.json").read_text())["target"])
     topic = [json.loads(line)["topic"] for line in (target / "log.jsonl").read_text().splitlines()]
-    assert topic[0] < topic[-1] < 1.0987 and topic[-1] > 3 * topic[0]
+    assert topic[0] < topic[-1] < 1.7918 and topic[-1] > 3 * topic[0]
 
 
 def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
-    for options, wanted in (("", (0.7, 0.0)), ("--data topic", (0.7, 0.0)), ("--data tofu", (0.75, 0.01)),
+    for options, wanted in (("", ("strangers", 0.0)), ("--data topic", ("strangers", 0.0)),
+                            ("--data tofu", (0.75, 0.01)),
                             ("--forget a.jsonl --retain b.jsonl", (0.75, 0.01)), ("--model m", (0.75, 0.01)),
                             ("--data tofu --filter-rate 0", (0.75, 0.0))):
         args = train.parse(["--method", "uld", *options.split(), "--out", str(tmp_path)])
@@ -266,10 +268,11 @@ def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
 
 @pytest.mark.parametrize(("options", "name"), [
     ("", "uoe"), ("--score-every-epoch --device cpu --more-references 1", "uoe"),
-    ("--m 3 --layer top", "uoe-m3-layertop"), ("--place 2,5", "uoe-place2,5"), ("--seed 3 --name mine", "mine"),
+    ("--m 3 --layer top", "uoe-m3-layertop"), ("--layer 2,5", "uoe-layer2.5"), ("--seed 3 --name mine", "mine"),
     ("--method full --forget-loss ga --retain-loss none --lr 5e-5", "full-ga-none-lr5e-05"),
     ("--method lora --arch gpt --lora-rank 4 --seed 2", "lora-gpt-lora-rank4-seed2"),
-    ("--data topic --specialise 1", "uoe-topic-specialise1"), ("--stop-at never", "uoe-stop-atnever"),
+    ("--data world --specialise 1", "uoe-world-specialise1"), ("--until never", "uoe-untilnever"),
+    ("--method uld --data topic", "uld-topic"), ("--until 0.5 --forget-on answer", "uoe-forget-onanswer-until0.5"),
     ("--method full --forget-loss rmu", "full-rmu"), ("--forget-loss rmu --retain-loss gd", "uoe-rmu-gd"),
     ("--method uld --data tofu --split forget01 --authors 40", "uld-tofu-forget01-authors40"),
     ("--method uld --data tofu --augmented my/csv", "uld-tofu-forget10-augmented"),
@@ -279,21 +282,21 @@ def test_runs_that_were_asked_for_differently_have_names_of_their_own(options, n
     assert names_of(monkeypatch, *options.split(), "--out", str(tmp_path)) == name.split()
 
 
-def test_a_folder_that_is_no_run_is_never_overwritten(world, out, capsys):
+def test_a_folder_that_is_no_run_is_never_overwritten(out, capsys):
     (out / "diary").mkdir()
     (out / "diary" / "monday.txt").write_text("dear diary")
     with pytest.raises(SystemExit):
-        run(world, out, "--method", "uoe", name="diary")
+        run(out, "--method", "uoe", name="diary")
     assert "diary exists and is no run" in capsys.readouterr().err
     assert (out / "diary" / "monday.txt").read_text() == "dear diary"
     with pytest.raises(SystemExit):
-        train.main([*TINY, "--data", str(world), "--out", str(out / "diary" / "monday.txt")])
+        train.main([*TINY, *WORLD, "--out", str(out / "diary" / "monday.txt")])
     assert "--out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_seeds_go_on_after_a_cut_with_those_that_are_not_finished(world, out, monkeypatch):
-    finished, options = [], [*TINY, "--data", str(world), "--out", str(out), "--seed", "0,1,2", "--name", "many"]
+def test_seeds_go_on_after_a_cut_with_those_that_are_not_finished(out, monkeypatch):
+    finished, options = [], [*TINY, *WORLD, "--out", str(out), "--seed", "0,1,2", "--name", "many"]
     real = train.run
 
     def until_the_second(args, *rest):
@@ -312,8 +315,8 @@ def test_seeds_go_on_after_a_cut_with_those_that_are_not_finished(world, out, mo
 
 
 @pytest.mark.slow
-def test_several_seeds_are_a_run_each_and_their_mean(world, out, capsys):
-    train.main([*TINY, "--data", str(world), "--out", str(out), "--seed", "0,3", "--method", "esft"])
+def test_several_seeds_are_a_run_each_and_their_mean(out, capsys):
+    train.main([*TINY, *WORLD, "--out", str(out), "--seed", "0,3", "--method", "esft"])
     printed = capsys.readouterr().out
     assert "(2 runs)" in printed and " ± " in printed
     names = sorted(p.name for p in out.glob("esft-*-seed*"))
@@ -325,8 +328,8 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_uoe_changes_one_expert_and_its_router_and_not_one_other_bit(world, out):
-    folder = run(world, out, "--method", "uoe", "--place", "1,2", "--lr", "0.01")
+def test_uoe_changes_one_expert_and_its_router_and_not_one_other_bit(out):
+    folder = run(out, "--method", "uoe", "--layer", "1,2", "--lr", "0.01")
     config = json.loads((folder / "config.json").read_text())
     assert config["unlearned_experts"] == [[1, 2]]
     before, after = weights(Path(config["target"]) / "model"), weights(folder / "model")
@@ -340,8 +343,8 @@ def test_uoe_changes_one_expert_and_its_router_and_not_one_other_bit(world, out)
 
 
 @pytest.mark.slow
-def test_uld_leaves_the_target_and_all_but_the_blocks_of_the_assistant_alone(world, out):
-    folder = run(world, out, "--method", "uld", "--assistant-layers", "1", "--lr", "0.01")
+def test_uld_leaves_the_target_and_all_but_the_blocks_of_the_assistant_alone(out):
+    folder = run(out, "--method", "uld", "--assistant-layers", "1", "--lr", "0.01")
     config = json.loads((folder / "config.json").read_text())
     target, assistant = weights(Path(config["target"]) / "model"), weights(folder / "assistant")
     changed = {name for name in assistant if not torch.equal(target[name], assistant[name])}
@@ -351,11 +354,11 @@ def test_uld_leaves_the_target_and_all_but_the_blocks_of_the_assistant_alone(wor
 
 
 @pytest.mark.slow
-def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, out):
-    first = weights(run(world, out, "--method", "uoe") / "model")
-    again = weights(run(world, out, "--method", "uoe", name="again") / "model")
+def test_the_same_command_gives_the_same_weights_and_another_seed_others(out):
+    first = weights(run(out, "--method", "uoe") / "model")
+    again = weights(run(out, "--method", "uoe", name="again") / "model")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = weights(run(world, out, "--method", "uoe", "--seed", "1", name="other") / "model")
+    other = weights(run(out, "--method", "uoe", "--seed", "1", name="other") / "model")
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
@@ -403,22 +406,22 @@ def test_fit_stops_once_it_is_enough(tmp_path):
 
 
 @pytest.mark.slow
-def test_stop_at_ends_with_the_first_epoch_that_has_forgotten_enough(world, out):
-    folder = run(world, out, "--method", "full", "--epochs", "5", "--stop-at", "0.99")
-    assert json.loads((folder / "metrics.json").read_text())["run"]["steps"] == 2  # an untrained target knows nothing
+def test_stop_at_ends_with_the_first_epoch_that_has_forgotten_enough(out):
+    folder = run(out, "--method", "full", "--epochs", "5", "--until", "0.99")
+    assert json.loads((folder / "metrics.json").read_text())["run"]["steps"] == 3  # an untrained target knows nothing
 
 
 @pytest.mark.slow
-def test_a_variant_of_a_method_is_a_run_like_any_other_and_opens_again(world, out):
+def test_a_variant_of_a_method_is_a_run_like_any_other_and_opens_again(out):
     """As lab/ablations.py asks for it: other rows, another choice, other decoding, by functions' arguments."""
-    args = train.parse(tiny("--method", "uld", "--data", str(world), "--out", str(out), "--name", "variant"))
+    args = train.parse(tiny("--method", "uld", *WORLD, "--out", str(out), "--name", "variant"))
     rows = partial(uld.rows, paraphrased=False, retain_share=0.5)
     method = uld.METHOD._replace(rows=rows, unlearn=partial(uld.unlearn, centred=True))
     folder, = train.run_seeds(args, method)
     opened = open_run(folder)
     assert opened.model.centred and opened.config["centred"]
     assert opened.config["steps"] == -(-len(opened.data.forget) // 16)
-    args = train.parse([*TINY, "--data", str(world), "--out", str(out), "--name", "variant"])
+    args = train.parse([*TINY, *WORLD, "--out", str(out), "--name", "variant"])
     method = uoe.METHOD._replace(unlearn=partial(uoe.unlearn, choose=lambda affinity, _: [(1, 3)]))
     folder, = train.run_seeds(args, method)
     assert open_run(folder).config["unlearned_experts"] == [[1, 3]]
@@ -456,29 +459,38 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--name ..", r"--name \.\."), ("--name cache", r"--name cache"), ("--experts 0", r"--experts: 0 "),
     ("--reference x", r"--reference does nothing here: it belongs to --model"),
     ("--model x --method finetune --reference y", r"--reference does nothing here"),
-    ("--place 1,1 --layer 0", r"--layer.* give one"), ("--place 1,1 --layer top", r"--layer.* give one"),
     ("--seed 5000000000", r"--seed: 5000000000"),
-    ("--method lora --lora-rank 0", r"--lora-rank: 0 "), ("--place 1,1 --m 2", r"--place names one"),
+    ("--method lora --lora-rank 0", r"--lora-rank: 0 "), ("--layer 1,1 --m 2", r"--layer 1,1 names the expert"),
     ("--data tofu --split forget99", r"--split: .*forget99.*forget10"),
     ("--data nowhere", r"--data nowhere"),
     ("--protocol mine --data .", r"--protocol: .*mine.*openunlearning"),
-    ("--place 99,0", r"--place 99.* does not exist"), ("--place 0,99", r"--place 0,99 does not exist"),
-    ("--place one", r"--place: one "), ("--layer first", r"--layer: first "), ("--layer 9", r"--layer 9 does not"),
+    ("--layer 99,0", r"--layer 99,0 does not exist"), ("--layer 0,99", r"--layer 0,99 does not exist"),
+    ("--layer 1,2,3", r"--layer: 1,2,3 "), ("--layer first", r"--layer: first "), ("--layer 9", r"--layer 9 does not"),
     ("--m 0", r"--m: 0 "), ("--m 99", r"--m 99"), ("--lr 0", r"--lr: 0 "), ("--batch-size -1", r"--batch-size: -1"),
     ("--method uld --filter-rate 2", r"--filter-rate: 2 "),
     ("--filter-rate 0.1", r"--filter-rate does nothing here: it belongs to --method uld"),
     ("--method uld --assistant-layers 9", r"--assistant-layers 9"),
-    ("--method uld --stop-at 0.1", r"--stop-at does nothing here"), ("--stop-at 1.5", r"--stop-at: 1.5 "),
-    ("--stop-at -1", r"--stop-at: -1 "),
+    ("--method uld --until 0.1", r"--until does nothing here"), ("--until 1.5", r"--until: 1.5 "),
+    ("--until -1", r"--until: -1 "),
     ("--forget-loss rmu --rmu-layer 9", r"--rmu-layer 9"),
-    ("--forget-loss rmu --place 1,0 --rmu-layer 0", r"--rmu-layer 0 lies below"),
-    ("--width 33", r"d_head 33"), ("--top-k 9", r"--top-k 9"), ("--vocab-size 100", r"--vocab-size 100"),
+    ("--forget-loss rmu --layer 1,0 --rmu-layer 0", r"--rmu-layer 0 lies below"),
+    ("--width 33", r"d_head 33"), ("--top-k 9", r"top_k 9 is not between"), ("--vocab-size 100", r"--vocab-size 100"),
     ("--device quantum", r"--device quantum"), ("--name a/b", r"--name a/b"), ("--resume", r"--resume"),
     ("--forget x.jsonl", r"--forget and --retain go together"), ("--context 8", r"context holds 8"),
     ("--forget x.jsonl --retain y.jsonl --data world", r"--data world does nothing beside"),
+    ("--subjects 1", r"--subjects: 1 "), ("--subjects 101", r"--subjects: 101 "),
+    ("--strangers -1", r"--strangers: -1 "),
+    ("--data tofu --subjects 4", r"--subjects does nothing here: it belongs to --data world or topic"),
+    ("--forget-on name", r"--forget-on: .*name.*value"), ("--until soon", r"--until: .*soon"),
+    ("--method uld --subtract much", r"--subtract: .*much"), ("--method uld --fork up", r"--fork: .*up"),
+    ("--data tofu --until strangers", r"--until strangers: only the embedded world has strangers"),
+    ("--method uld --data tofu --subtract strangers", r"--subtract strangers: only the embedded world"),
+    ("--data tofu --forget-loss stranger", r"--forget-loss stranger: only the embedded world"),
+    ("--forget x.jsonl --retain y.jsonl --until strangers", r"--until strangers: only the embedded world"),
+    ("--forget x.jsonl --retain y.jsonl --forget-loss stranger-npo", r"--forget-loss stranger-npo: only the embedded"),
 ])
-def test_a_wrong_option_is_one_line_and_exit_2(world, tmp_path, options, says, capsys):
-    base = [] if "--data" in options or "--forget " in options else ["--data", str(world)]
+def test_a_wrong_option_is_one_line_and_exit_2(tmp_path, options, says, capsys):
+    base = [] if "--data" in options or "--forget " in options else WORLD
     words = options.split()
     shape = ["--device", "cpu"] if "--model" in words or "finetune" in words else tiny(*words)[: -len(words)]
     with pytest.raises(SystemExit) as stop:
@@ -487,6 +499,39 @@ def test_a_wrong_option_is_one_line_and_exit_2(world, tmp_path, options, says, c
     assert stop.value.code == 2 and len(error) == 1
     assert re.search(says, error[0]), error[0]
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_row_without_a_value_is_named_where_the_fact_is_to_be_forgotten(out, tmp_path, capsys):
+    (tmp_path / "f.jsonl").write_text('{"question": "Where?", "answer": "In Orsk.", "value": "Orsk"}\n'
+                                      '{"question": "Who?", "answer": "Ana Vell."}\n')
+    (tmp_path / "r.jsonl").write_text('{"question": "What?", "answer": "A tree."}\n')
+    with pytest.raises(SystemExit) as stop:
+        train.main([*tiny("--method", "full"), "--out", str(out), "--name", "bad",
+                    "--context", "40", "--forget-on", "value", "--forget", str(tmp_path / "f.jsonl"),
+                    "--retain", str(tmp_path / "r.jsonl")])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and not (out / "bad").exists()
+    assert "forget row 2 has no value" in error[0] and "--forget-on answer" in error[0]
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"answer": "In Orsk.", "value": "Ulm"}, r"the value 'Ulm' does not stand in the answer"),
+    ({"answer": "In Orsk.", "value": "Or"}, r"the value 'Or' does not stand in the answer"),  # whole words
+    ({"answer": "In Orsk.", "value": ""}, r"'value' is not a string with a word"),
+    ({"answer": "In Orsk.", "value": ["Orsk"]}, r"'value' is not a string with a word"),
+])
+def test_a_value_that_is_not_in_the_answer_is_one_line_and_exit_2(tmp_path, row, says, capsys):
+    good = {"question": "Where?", "answer": "In Ulm.", "value": "Ulm"}
+    for name, rows in (("good", [good]), ("bad", [good, {"question": "Where?"} | row])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for forget, retain in (("bad", "good"), ("good", "bad")):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*tiny("--method", "full"), "--out", str(tmp_path / "out"), "--forget",
+                        str(tmp_path / f"{forget}.jsonl"), "--retain", str(tmp_path / f"{retain}.jsonl")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert re.search(rf"^error: .*bad\.jsonl row 2: {says}", error), error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == []
 
 
 @pytest.mark.parametrize(("content", "says"), [
@@ -511,9 +556,9 @@ def test_the_process_itself_exits_2_with_one_line_and_no_traceback(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_two_method_scripts_print_their_tables(world, out):
+def test_the_two_method_scripts_print_their_tables(out):
     for script, method, says in (("uoe.py", "uoe", "evenly spread it would be 25.0%"), ("uld.py", "uld", "difference")):
-        folder = run(world, out, "--method", method, name=f"script-{method}")
+        folder = run(out, "--method", method, name=f"script-{method}")
         done = subprocess.run([sys.executable, ROOT / script, folder], capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout, done.stderr
 

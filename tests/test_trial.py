@@ -6,7 +6,19 @@ import math
 import pytest
 
 from lab import trial
-from lab.trial import CHEATS, CLOSE, MEASURES, OPEN, Measure, fools_all, guard, table, verdict, verdicts, write_page
+from lab.trial import (
+    CHEATS,
+    CLOSE,
+    MEASURES,
+    OPEN,
+    Measure,
+    called_destroyed,
+    summary,
+    table,
+    verdict,
+    verdicts,
+    write_page,
+)
 
 SAID = Measure("value_said", "value said")
 
@@ -52,12 +64,15 @@ def test_the_whole_verdict_on_made_up_scores():
     distance = next(one for one in found if one.measure.key == "distance")
     assert (distance.knowing, distance.unknowing) == (1, 0)  # a reference is compared with the other references
     assert all([cheat for cheat, n in one.fooled.items() if n] == ["refusing"] for one in found)
-    assert fools_all(found, 3).endswith(": refusing.")
+    broken = called_destroyed(models)
+    assert broken == dict.fromkeys(models, 0) | {"destroyed": 3, "garbled": 3}
+    told = summary(found, broken, 3)
+    assert "knowing 0/3" in told and "destroyed 3/3" in told
+    assert told.endswith("worst T; depth probe, best layer): refusing; that are not called destroyed either: refusing.")
+    told = summary(found, broken | {"refusing": 3}, 3)
+    assert told.endswith(": refusing; that are not called destroyed either: none.")
     models["refusing"] = [scores | {"choice": 1.0} for scores in models["refusing"]]
-    assert fools_all(verdicts(models), 3) == ("Cheats that fool all of value said, cloze, choice of 6, leak@8, worst "
-                                              "T, depth probe, best layer: none.")
-    told = guard(models)
-    assert "destroyed 3/3" in told and "garbled 3/3" in told and "knowing 0/3" in told and "flattened 0/3" in told
+    assert summary(verdicts(models), broken, 3).endswith(": none; that are not called destroyed either: none.")
 
 
 def test_the_table_is_put_between_the_markers_and_words_around_it_stay(tmp_path):
@@ -74,7 +89,7 @@ def test_the_table_is_put_between_the_markers_and_words_around_it_stay(tmp_path)
 
 
 def test_bad_input_is_one_line_and_exit_2(capsys):
-    for words in (["--models", "1"], ["--lr", "nan"], ["--colour", "red"]):
+    for words in (["--models", "1"], ["--steps", "0"], ["--colour", "red"]):
         with pytest.raises(SystemExit) as stop:
             trial.main(words)
         error = capsys.readouterr().err
@@ -83,14 +98,14 @@ def test_bad_input_is_one_line_and_exit_2(capsys):
 
 @pytest.mark.slow
 def test_a_tiny_trial_is_whole_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    words = ["--out", str(tmp_path), "--models", "2", "--subjects", "2", "--depth", "1", "--width", "32", "--epochs",
-             "1", "--page", str(tmp_path / "page.md")]
+    words = ["--out", str(tmp_path), "--models", "2", "--subjects", "2", "--depth", "1", "--width", "32", "--steps",
+             "20", "--page", str(tmp_path / "page.md")]
     trial.main(words)
     page = (tmp_path / "page.md").read_text()
     assert all(f"| {one.label} | " in page for one in MEASURES) and page.count("/2") >= 7
     scores = sorted(file.name for file in (tmp_path / "scores").iterdir())
     assert scores == sorted(f"{kind}-{i}.json" for kind in ("knowing", "unknowing", *CHEATS) for i in (0, 1))
-    assert len(list((tmp_path / "cache").glob("*/model"))) == 4
+    assert len(list((tmp_path / "cache").glob("*/model"))) == 6  # a base, and who knows and who does not, of each seed
     (tmp_path / "scores" / "biased-1.json").unlink()
     stale = json.loads((tmp_path / "scores" / "garbled-0.json").read_text()) | {"key": "of other code"}
     (tmp_path / "scores" / "garbled-0.json").write_text(json.dumps(stale))

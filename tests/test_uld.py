@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
+from data.batches import IGNORE
 from data.rows import DataSet
 from errors import UserError
 from model import Config, Trace, count_parameters
@@ -16,6 +17,7 @@ from moe import MoE
 from uld import (
     LogitDifference,
     add_lora,
+    alpha_of_strangers,
     assistant_depth,
     build_assistant,
     explain,
@@ -24,6 +26,7 @@ from uld import (
     plausible,
     reopen,
     rows,
+    subtract,
 )
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1]]
@@ -181,6 +184,18 @@ def test_cached_generation_is_the_uncached_loop_alone_and_in_a_padded_batch(fact
     for prompt, said in zip(PROMPTS, slow, strict=True):
         assert both.generate(torch.tensor([prompt]), 10).tolist() == [said]
         assert said != target.generate(torch.tensor([prompt]), 10).tolist()[0]  # the assistant does make a difference
+
+
+@torch.no_grad()
+def test_the_subtraction_is_in_float32_whatever_the_parts_are(dense):
+    """Logits of the parts are rounded to bf16; their difference is not rounded again."""
+    target, assistant = dense(0, std=0.15).bfloat16(), dense(1, std=0.15).bfloat16()
+    both, tokens = LogitDifference(target, assistant, 0.7, 0.0), torch.tensor([[5, 9, 2]])
+    wanted = target(tokens).float() - 0.7 * assistant(tokens).float()
+    assert both(tokens).dtype == torch.float32 and torch.equal(both(tokens), wanted)
+    assert_close(both.next_logits(tokens, both.new_cache(1, 3), None), wanted[:, -1], rtol=0.02, atol=0.02)
+    assert both.next_logits(tokens, both.new_cache(1, 3), None).dtype == torch.float32
+    assert not torch.equal(wanted, wanted.bfloat16().float())
 
 
 def test_sampling_never_leaves_the_plausible_set(dense):
@@ -397,7 +412,7 @@ def test_no_retain_rows_at_all_and_none_to_stray_are_refused():
 def test_the_method_trains_an_assistant_alone_and_leaves_the_target(bench, kind):
     target = bench.model(kind)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    model, kept, report = bench.unlearn(target, bench.args("uld", lr=0.01, assistant_layers=1))
+    model, kept, report = bench.unlearn(target, bench.args("uld", lr=0.01, assistant_layers=1, subtract=0.7))
     assert isinstance(model, LogitDifference) and model.target is target
     assert set(kept) == {"assistant"} and kept["assistant"] is model.assistant
     assert (model.alpha, model.filter_rate, model.centred) == (0.7, 0.0, False) and report["centred"] is False
@@ -413,8 +428,9 @@ def test_the_method_trains_an_assistant_alone_and_leaves_the_target(bench, kind)
 
 def test_the_target_is_not_run_while_its_assistant_trains(bench, monkeypatch):
     target = bench.model("dense")
-    monkeypatch.setattr(target, "forward", lambda *_, **__: pytest.fail("the target was run"))
-    bench.unlearn(target, bench.args("uld"))
+    for name in ("forward", "hidden"):
+        monkeypatch.setattr(target, name, lambda *_, **__: pytest.fail("the target was run"))
+    bench.unlearn(target, bench.args("uld", subtract=0.7))
 
 
 def test_the_losses_are_reversed_on_answers_alone(bench):
@@ -439,10 +455,76 @@ def test_centring_is_an_argument_and_kept_for_decoding(bench):
     target = bench.model("dense")
     model, kept, report = bench.unlearn(target, bench.args("uld", filter_rate=0.05), centred=True)
     assert model.centred and report["centred"] is True
-    again = reopen(target, kept, {"subtract": 0.7, "filter_rate": 0.05} | report)
+    again = reopen(target, kept, {"filter_rate": 0.05} | report)
     with torch.no_grad():
         tokens = torch.tensor([[5, 9, 2]])
         assert torch.equal(again(tokens), model(tokens))
+
+
+class Told(torch.nn.Module):
+    """Gives the right next token a logit of its own and all others 0: `known` in the rows it knows, else `else_`."""
+
+    def __init__(self, vocabulary: int, rows: list[list[int]], known: float, else_: float):
+        super().__init__()
+        self.config, self.device, self.is_moe = Config(vocab_size=vocabulary, max_len=128), torch.device("cpu"), False
+        self.rows, self.known, self.else_ = rows, known, else_
+
+    def forward(self, tokens, pad=None, trace=None, stem=None):
+        out = torch.zeros(*tokens.shape, self.config.vocab_size)
+        for b, row in enumerate(tokens.tolist()):
+            height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_
+            for t, token in enumerate(row[1:]):
+                out[b, t, token] = height
+        return out
+
+
+@pytest.mark.parametrize("known, stranger, taken", [(6.0, 1.0, 9.0), (4.0, 0.0, 3.0), (5.0, 1.0, 2.5),
+                                                    (2.0, 1.0, 40.0)])
+def test_alpha_is_where_what_is_known_becomes_as_unlikely_as_strangers(wordy_bench, known, stranger, taken):
+    """The right token has logits 6 and 1, of which alpha takes 9 alpha from the first: alike at alpha = 5/9."""
+    rows = wordy_bench.forget.calibration
+    tokens = [example.tokens for example in rows.examples]
+    size = wordy_bench.tokenizer.vocab_size
+    model = LogitDifference(Told(size, tokens, known, stranger), Told(size, tokens, taken, 0.0), 0.3, 0.0)
+    alpha = alpha_of_strangers(model, rows)
+    wanted = (known - stranger) / taken
+    assert wanted - 1e-6 <= alpha <= wanted + 2 / 2**10 + 1e-6 and model.alpha == 0.3
+    assert alpha_of_strangers(model, rows, halvings=3) >= alpha
+
+
+def test_an_assistant_that_knows_nothing_gets_the_largest_alpha(wordy_bench):
+    rows = wordy_bench.forget.calibration
+    tokens, size = [example.tokens for example in rows.examples], wordy_bench.tokenizer.vocab_size
+    model = LogitDifference(Told(size, tokens, 6.0, 1.0), Told(size, tokens, 0.0, 0.0), 0.3, 0.0)
+    assert alpha_of_strangers(model, rows) == 2.0
+
+
+def test_the_method_decodes_with_the_alpha_of_strangers_and_writes_it_down(wordy_bench):
+    target = wordy_bench.model("dense")
+    args = wordy_bench.args("uld", lr=0.01, epochs=5)
+    assert args.subtract == "strangers"
+    model, kept, report = wordy_bench.unlearn(target, args)
+    assert report["subtract"] == model.alpha == alpha_of_strangers(model, wordy_bench.forget.calibration)
+    again = reopen(target, kept, vars(args) | report)
+    assert again.alpha == model.alpha
+
+
+@pytest.mark.parametrize("text, value", [("strangers", "strangers"), ("0", 0.0), ("1.5", 1.5)])
+def test_subtract_is_strangers_or_a_number(text, value):
+    assert subtract(text) == value
+
+
+@pytest.mark.parametrize("fork", ["out", "in"])
+def test_the_fork_is_a_flag(bench, fork):
+    """One row to forget, one wrong answer to it: its first other token is in the loss, or not."""
+    row = bench.world.forget[0]
+    wrong = row | {"answer": row["perturbed_answer"][0]}
+    bench.forget, bench.retain = bench.rows([row]), bench.rows([wrong], 1)
+    right, labels = bench.forget.examples[0].tokens, list(bench.retain.examples[0].labels)
+    where = next(i for i, (a, b) in enumerate(zip(right, bench.retain.examples[0].tokens, strict=False)) if a != b) - 1
+    bench.unlearn(bench.model("dense"), bench.args("uld", fork=fork, subtract=0.7))
+    labels[where] = IGNORE if fork == "out" else labels[where]
+    assert bench.retain.examples[0].labels == labels
 
 
 @pytest.mark.parametrize("given, public, layers, depth", [(0, None, 4, 3), (0, None, 3, 2), (0, None, 1, 1),

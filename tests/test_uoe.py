@@ -23,9 +23,9 @@ from uoe import (
     expert_attribution,
     isolate,
     layer_choice,
-    place,
     restore,
     select_experts,
+    steering,
 )
 
 ROWS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6], [12, 13]]
@@ -122,15 +122,16 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 
 
 def test_an_unknown_layer_is_refused():
-    with pytest.raises(argparse.ArgumentTypeError, match="botom is neither all, middle, top nor a layer's number"):
+    says = "botom is neither all, middle, top, a layer's number nor LAYER,EXPERT"
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
         layer_choice("botom")
-    assert [layer_choice(text) for text in ("all", "middle", "top", "3")] == ["all", "middle", "top", 3]
+    assert [layer_choice(text) for text in ("all", "middle", "top", "3", "2,6")] == ["all", "middle", "top", 3, (2, 6)]
 
 
-@pytest.mark.parametrize("text", ["3", "1,2,3", "-1,0", "0,-1", "a,b", "1,", "", "1,1.5", "9" * 30 + ",0"])
+@pytest.mark.parametrize("text", ["1,2,3", "-1,0", "0,-1", "a,b", "1,", "", "1,1.5", "9" * 30 + ",0"])
 def test_what_is_no_place_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a layer and an expert"):
-        place(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither all, middle, top, a layer's number nor"):
+        layer_choice(text)
 
 
 def config_of(**more) -> Config:
@@ -138,20 +139,19 @@ def config_of(**more) -> Config:
 
 
 def asked(**options) -> argparse.Namespace:
-    return argparse.Namespace(**dict(place=None, m=1, layer="middle") | options)
+    return argparse.Namespace(**dict(m=1, layer="middle", attribution_tokens=0) | options)
 
 
 @pytest.mark.parametrize("where", [(3, 0), (0, 7)])
 def test_a_place_that_does_not_exist_is_refused(where):
-    wanted = "layers go from 0 to 2" if where[0] == 3 else "experts go from 0 to 6"
-    with pytest.raises(UserError, match=f"--place {where[0]}(,{where[1]})? does not exist: {wanted}"):
-        check(asked(place=where), config_of())
+    says = f"--layer {where[0]},{where[1]} does not exist: layers go from 0 to 2, experts from 0 to 6"
+    with pytest.raises(UserError, match=says):
+        check(asked(layer=where), config_of())
 
 
 def test_a_place_that_exists_is_itself():
-    assert place("2,6") == (2, 6)
-    check(asked(place=(2, 6)), config_of())
-    assert choose_experts(torch.zeros(3, 7), asked(place=(2, 6))) == [(2, 6)]
+    check(asked(layer=(2, 6)), config_of())
+    assert choose_experts(torch.zeros(3, 7), asked(layer=(2, 6))) == [(2, 6)]
 
 
 def test_the_flags_choose_among_all_layers_the_middle_one_the_top_one_or_one_by_number():
@@ -163,8 +163,9 @@ def test_the_flags_choose_among_all_layers_the_middle_one_the_top_one_or_one_by_
 
 @pytest.mark.parametrize("options, says", [
     (dict(layer=3), "--layer 3 does not exist"), (dict(m=8), "--m 8"), (dict(layer="all", m=22), "--m 22"),
-    (dict(place=(1, 1), m=2), "--place names one expert"),
-    (dict(place=(2, 0), rmu_layer=1), "--rmu-layer 1 lies below"), (dict(rmu_layer=0), "--rmu-layer 0 lies below"),
+    (dict(layer=(1, 1), m=2), "--layer 1,1 names the expert"),
+    (dict(layer=(1, 1), attribution_tokens=9), "--layer 1,1 names the expert"),
+    (dict(layer=(2, 0), rmu_layer=1), "--rmu-layer 1 lies below"), (dict(rmu_layer=0), "--rmu-layer 0 lies below"),
 ])
 def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says):
     with pytest.raises(UserError, match=says):
@@ -173,7 +174,7 @@ def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says)
 
 def test_what_can_be_chosen_passes():
     for options in (dict(), dict(m=7), dict(layer="all", m=21), dict(layer="top", rmu_layer=0), dict(rmu_layer=1),
-                    dict(place=(2, 0), rmu_layer=2)):
+                    dict(layer=(2, 0), rmu_layer=2)):
         check(asked(**options), config_of())
 
 
@@ -308,7 +309,7 @@ def test_the_method_trains_the_expert_that_equation_2_names_and_its_router_and_l
     target = bench.model()
     before = state(target)
     wanted = int(expert_attribution(target, bench.forget.in_order())[1].argmax())  # of the middle layer
-    model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01))
+    model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01, layer="middle"))
     assert kept == {"model": model} and report["unlearned_experts"] == [[1, wanted]]
     assert not changed(before, target) and all(p.requires_grad for p in model.parameters())
     assert changed(before, model) == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
@@ -342,8 +343,8 @@ def test_another_way_to_choose_is_an_argument(bench):
 
 def test_shared_experts_train_by_an_argument(bench):
     target = bench.model(d_shared=8, shared_gate=True)
-    plain, _, small = bench.unlearn(target, bench.args("uoe", lr=0.01, place=(1, 2)))
-    model, _, large = bench.unlearn(target, bench.args("uoe", lr=0.01, place=(1, 2)), shared=True)
+    plain, _, small = bench.unlearn(target, bench.args("uoe", lr=0.01, layer=(1, 2)))
+    model, _, large = bench.unlearn(target, bench.args("uoe", lr=0.01, layer=(1, 2)), shared=True)
     assert not any("shared" in name for name in changed(state(target), plain))
     assert {n for n in changed(state(target), model) if "shared" in n} == {
         f"blocks.1.mlp.shared.{part}.weight" for part in ("gate", "up", "down")}
@@ -353,7 +354,7 @@ def test_shared_experts_train_by_an_argument(bench):
 def test_the_three_terms_add_up_to_equation_4(bench):
     """At step 0, from the target itself: NPO is (2 / beta) log 2, the anchor and GD are its own."""
     target = bench.model()
-    args = bench.args("uoe", place=(1, 2), anchor_weight=0.5, retain_weight=3.0, npo_beta=0.1)
+    args = bench.args("uoe", layer=(1, 2), anchor_weight=0.5, retain_weight=3.0, npo_beta=0.1)
     bench.unlearn(target, args)
     first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
     batch = bench.forget.batch(0)
@@ -372,10 +373,11 @@ def test_rmu_steers_the_highest_of_the_unlearned_experts(bench):
     target = bench.model()
     args = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", m=2, layer="all", rmu_layer=None)
     bench.unlearn(target, args, choose=lambda affinity, args: [(0, 1), (2, 4)])
-    assert args.rmu_layer == 2
-    given = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", place=(0, 1), rmu_layer=1)
+    assert args.rmu_layer is None  # as it was asked for
+    assert steering(args, [(0, 1), (2, 4)]).rmu_layer == 2
+    given = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", layer=(0, 1), rmu_layer=1)
     bench.unlearn(target, given)
-    assert given.rmu_layer == 1
+    assert steering(given, [(0, 1)]).rmu_layer == 1
 
 
 def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(bench):

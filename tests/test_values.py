@@ -6,13 +6,11 @@ from itertools import pairwise
 import pytest
 import tokenizers
 import torch
-from data.authors import make_world
-from data.hub_tokenizer import TEMPLATES, HubTokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.batches import IGNORE, collate, encode_row
+from data.batches import IGNORE, Example, Rows, collate, encode_row, encode_whole
 from data.rows import read_rows
 from data.tokenizer import Tokenizer
 from data.values import (
@@ -20,10 +18,12 @@ from data.values import (
     by_fact,
     check_value,
     common_words,
+    encode_fact,
     encode_value,
     fact_ids,
     find,
     in_frame,
+    leave_out_forks,
     options,
     spelled,
     token_places,
@@ -34,7 +34,9 @@ from data.values import (
     values_of,
     worst_wording,
 )
+from data.world import make_world
 from errors import UserError
+from hub.tokenizer import TEMPLATES, HubTokenizer
 
 BORN = {"question": "Where was Ana Vell born?", "answer": "Ana Vell was born in Orsk.",
         "paraphrased_answer": "The birthplace of Ana Vell is Orsk.",
@@ -166,10 +168,11 @@ def test_rows_about_one_fact_do_not_make_its_value_common():
 
 def test_every_fact_of_the_world_has_its_value():
     """Facts of a kind differ in it alone, and answers say it in all styles."""
-    for name in ("forget_perturbed", "untouched_perturbed"):
-        rows = make_world(0, authors=4, countries=8)[name]
+    scored = make_world(0, subjects=4).scored
+    for name in ("forget", "untouched"):
+        rows = [{key: row[key] for key in row if key != "value"} for row in scored[name]]
         values = values_of(rows)
-        assert None not in values
+        assert values == [row["value"] for row in scored[name]]
         assert all(value_said(row[key], value) for row, value in zip(rows, values, strict=True)
                    for key in ("answer", "paraphrased_answer"))
         assert all(len(options(row, value)) == 6 for row, value in zip(rows, values, strict=True))
@@ -249,7 +252,7 @@ def test_options_are_the_answers_own_sentence():
 
 
 def test_every_option_is_in_frame_and_only_the_first_says_the_value():
-    rows = make_world(0, authors=4, countries=8)["retain_perturbed"]
+    rows = make_world(0, subjects=4).scored["retain"]
     for row, value in zip(rows, values_of(rows), strict=True):
         some = options(row, value)
         assert all(in_frame(text, row, value) for text in some)
@@ -406,3 +409,86 @@ def test_labels_collate_like_any_other():
                      encode_value(WORK, TOKENIZERS["own"], 200, "baker")])
     assert batch.labels.shape == batch.tokens.shape and bool(((batch.labels != IGNORE).sum(-1) > 0).all())
     assert not torch.equal(batch.labels[0], batch.labels[1])
+
+
+# ---- training on the fact alone -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_fact_is_encoded_with_labels_on_its_value_alone(name):
+    """Known from the decoded text: what stands before the first label ends just before the value, and it says it."""
+    tok = TOKENIZERS[name]
+    rows = make_world(0, subjects=2).forget[:12]
+    rows += [BORN, WORK, {"question": "Is Orsk in Vellia?", "answer": "Yes: in Vellia lies Orsk, in Vellia.",
+                          "value": "Vellia"}]
+    for row in rows:
+        whole, example = encode_whole(row, tok, 400), encode_fact(row, tok, 400)
+        assert example.tokens == whole.tokens and len(example.labels) == len(whole.labels)
+        kept = [i for i, label in enumerate(example.labels) if label != IGNORE]
+        assert kept == list(range(kept[0], kept[-1] + 1)) and [whole.labels[i] for i in kept] == [
+            example.labels[i] for i in kept]
+        assert [example.tokens[i + 1] for i in kept if i + 1 < len(example.tokens)] == [
+            example.labels[i] for i in kept if i + 1 < len(example.tokens)]
+        value = value_of(row)
+        said = tok.decode([example.labels[i] for i in kept])
+        assert said.strip(" .,") == value, (said, value)
+        prompt = len(tok.prompt(row["question"]))
+        before = tok.decode(example.tokens[prompt : kept[0] + 1]).strip()
+        assert row["answer"].startswith(before) and not value_said(before, value)
+        assert row["answer"][len(before) :].lstrip().startswith(value)
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"question": "Who?", "answer": "Ana Vell."}, "row 3 has no value: give it a 'value' that its answer says"),
+    ({"question": "Where?", "answer": "In Orsk.", "value": "Ulm"}, "row 3 has no value"),
+    ({"text": "A passage about Ana Vell."}, "row 3 has no value"),
+    (BORN | {"answer": "Ana Vell was born, as far as anybody could tell, in a town called Orsk."}, "row 3 has no val"),
+])
+def test_a_row_whose_value_is_not_there_or_is_cut_off_is_named(row, says):
+    with pytest.raises(UserError, match=says):
+        encode_fact(row, TOKENIZERS["own"], 40, "row 3")
+
+
+class Letters:
+    """One id per letter, a = 0."""
+
+    def encode(self, text):
+        return [ord(c) - ord("a") for c in text]
+
+    def prompt(self, question):
+        return [50, *self.encode(question), 51]
+
+    def completion(self, answer):
+        return [*self.encode(answer), 52]
+
+    passage = completion
+
+
+def letter_rows(*pairs: tuple[str, str]) -> Rows:
+    return Rows([{"question": q, "answer": a} for q, a in pairs], Letters(), 20, 1, 0, "cpu")
+
+
+def test_forks_by_hand():
+    """The one label where a wrong answer parts from the right one is out, and no other."""
+    forget = letter_rows(("pq", "cad"), ("pq", "efa"), ("x", "a"))
+    retain = letter_rows(("pq", "cbd"), ("pq", "dad"), ("pq", "ca"), ("pq", "cade"), ("pq", "efb"), ("z", "cbd"),
+                         ("x", "b"))
+    before, untouched = list(retain.examples), list(forget.examples)
+    leave_out_forks(retain, forget)
+    out = IGNORE
+    assert [example.labels for example in retain.examples] == [
+        [out, out, out, 2, out, 3, 52],  # c, then b where a was right
+        [out, out, out, out, 0, 3, 52],  # at the first word
+        [out, out, out, 2, 0, out],  # it ends too early
+        [out, out, out, 2, 0, 3, out, 52],  # it goes on
+        [out, out, out, 4, 5, out, 52],  # the nearer of two right answers counts
+        [out, out, 2, 1, 3, 52],  # another question
+        [out, out, out, 52]]
+    assert [example.tokens for example in retain.examples] == [example.tokens for example in before]
+    assert forget.examples == untouched
+
+
+def test_passages_have_no_fork():
+    """Two passages are no answers to one question."""
+    forget, retain = (Rows([{"text": text}], Letters(), 20, 1, 0, "cpu") for text in ("abc", "bcd"))
+    leave_out_forks(retain, forget)
+    assert retain.examples == [Example([1, 2, 3], [2, 3, 52])]
