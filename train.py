@@ -358,7 +358,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     torch.manual_seed(args.seed)
     began = time.perf_counter()
     model, kept, report = method.unlearn(target, forget, retain, args, fit)
-    report["setup_seconds"] = time.perf_counter() - began - report["train_seconds"]  # what training waits for, and after
+    report["setup_seconds"] = time.perf_counter() - began - report["train_seconds"]  # before training and after
 
     # 3. Keep, score, draw.
     config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)}
@@ -453,12 +453,13 @@ def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) 
 def decoding_note(config: dict, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""
     here = "this folder"
+    alpha, rate = f"{config['subtract']:g}", config["filter_rate"]
     return (f"ULD assistant (arXiv 2406.08607) of the target `{weights_of(target)}`. By itself it says what is to be "
-            f"forgotten.\n\nDecode with both: logits = target - {config['subtract']:g} * assistant, where the assistant is "
-            f"{here}; tokens whose target probability is below {config['filter_rate']} of the likeliest are ruled out.\n\n"
+            f"forgotten.\n\nDecode with both: logits = target - {alpha} * assistant, where the assistant is {here}; "
+            f"tokens whose target probability is below {rate} of the likeliest are ruled out.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
-            f"model = LogitDifference(target, assistant, {config['subtract']:g}, {config['filter_rate']})\n```\n")
+            f"model = LogitDifference(target, assistant, {alpha}, {rate})\n```\n")
 
 
 def peak_memory(device: str) -> int:
