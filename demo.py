@@ -11,10 +11,9 @@ from pathlib import Path
 
 import loop
 import pretrain
-from data import load_data, world
+from data import load_data, values, world
 from data.batches import Rows
 from data.tokenizer import Tokenizer
-from data.values import encode_fact
 from flags import Flag, Parser, defaults
 from interfaces import Method, TextCodec
 from model import GPT
@@ -51,22 +50,20 @@ class Stage:
 def set_up(flags: list[Flag], method: Method, **others) -> Stage:
     """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments."""
     task = "topic" if method.arch == "moe" else "world"
-    args = defaults(flags, loop.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE, world.FLAGS, method="demonstration",
-                    arch=method.arch, data=task, forget=None, model=None, seed=0, out="out", device="cpu", **others)
+    args = defaults(flags, loop.FLAGS, values.FLAGS, world.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE,
+                    method="demonstration", arch=method.arch, data=task, forget=None, model=None, seed=0, out="out",
+                    device="cpu", **others)
     pretrain.fill_in(args, on_world=True)
     data = load_data(args.data, seed=args.seed)
     tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
     target, _ = load(pretrain.cached_model(args, data, tokenizer, "target") / "model")
-    forget, retain = method.rows(data, args)
-    how = (tokenizer, args.context, args.batch_size)
-    sets = {"forget": Rows(forget, *how, args.seed, args.device, "forget row", encode_fact, data.twins),
-            "retain": Rows(retain, *how, args.seed + 1, args.device),
-            "untouched": Rows(data.background, *how, args.seed, args.device)}
-    sets["forget"].calibration = sets["forget"].like(data.calibration)
+    forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
+    untouched = Rows(data.background, tokenizer, args.context, args.batch_size, args.seed, args.device)
+    sets = {"forget": forget, "retain": retain, "untouched": untouched}
     folder = Path(args.out) / "cache" / "demonstration"
     folder.mkdir(exist_ok=True)
-    stop = loop.until_strangers(target, sets["forget"].calibration) if "until" in args else None
-    fit = loop.fitting(args, sets["forget"], folder, after_epoch=stop)
+    stop = loop.until_strangers(target, forget.calibrating()) if "until" in args else None
+    fit = loop.fitting(args, forget, folder, after_epoch=stop)
     return Stage(target, sets, args, fit, tokenizer)
 
 

@@ -18,7 +18,7 @@ from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser
 from interfaces import LanguageModel
 from lab import probes
 from lab.attacks import ATTACKS, Outcome, attack, attack_table, check_experts
-from lab.figures import draw_paths
+from lab.figures import draw_kinds, draw_paths
 from lab.report import probe_all
 from lab.tables import by_kind, compare, compare_at, number, read_path, table
 from methods import Run, open_run
@@ -142,7 +142,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                       "paper does")
     say("--by", choices=("value", "exact", "D"), help="what --at is a level of: forget values said (default), forget "
                                                       "exact answers, or forget quality's D")
-    say("--figures", metavar="DIR", help="of runs with --score-every-epoch: draw into this folder")
+    say("--figures", metavar="DIR", help="draw into this folder what leaks, what is kept; of --score-every-epoch also "
+                                          "what happens along the way")
     say = parser.add_argument_group("with a run").add_argument
     say("--attack", nargs="+", choices=PUSHES, metavar="HOW", help=f"{', '.join(PUSHES)}; what comes back goes "
                                                                     "into attacks.json")
@@ -187,8 +188,15 @@ def main(argv: list[str] | None = None) -> None:
         by = args.by or "value"
         print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, by)))
         if args.figures:
-            paths = {kind: [read_path(folder) for folder in of] for kind, of in by_kind(args.compare).items()}
-            print("drew " + ", ".join(map(str, draw_paths(paths, Path(args.figures)))))
+            kinds = by_kind(args.compare)
+            metrics = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
+                       for kind, of in kinds.items()}
+            drawn = draw_kinds(metrics, Path(args.figures))
+            paths = {kind: [read_path(folder) for folder in of if (folder / "path.jsonl").is_file()]
+                     for kind, of in kinds.items()}
+            if any(paths.values()):
+                drawn += draw_paths(paths, Path(args.figures))
+            print("drew " + ", ".join(map(str, drawn)))
     elif args.tofu_log:
         print_log(score_log(args.tofu_log, args.reference), args.json)
     else:

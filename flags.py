@@ -88,8 +88,8 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(flag.kind, tuple):
                 group.add_argument(flag.name, choices=flag.kind, default=default, help=flag.help)
             else:
-                group.add_argument(flag.name, type=flag.kind, default=default, help=flag.help,
-                                   metavar=flag.key.rpartition("_")[2].upper())
+                name = "N" if isinstance(flag.kind, Number) else flag.key.rpartition("_")[2].upper()
+                group.add_argument(flag.name, type=flag.kind, default=default, help=flag.help, metavar=name)
 
 
 def defaults(*lists: Iterable[Flag], **others) -> argparse.Namespace:

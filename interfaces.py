@@ -86,7 +86,8 @@ def strangers_beside(data: Any, args: argparse.Namespace) -> list[dict]:
     So a model keeps how to speak of what it is to forget about.
     """
     wanted = round(getattr(args, "strangers", 0.0) * len(data.retain))
-    rng, rows = np.random.default_rng([0x5A, args.seed]), []
+    rng = np.random.default_rng([0x5A, args.seed])
+    rows: list[dict] = []
     while len(rows) < wanted:
         rows += data.twins(data.forget, rng)
     return rows[:wanted]

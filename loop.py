@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import Rows, greedy_answers
-from data.rows import NO_LIMITS, Limits, Row
+from data.batches import Rows, encode_whole, greedy_answers
+from data.rows import NO_LIMITS, DataSet, Limits, Row
+from data.values import encode_fact
 from flags import COUNT, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, TextCodec
 from model import GPT
@@ -38,9 +39,8 @@ def until(text: str) -> float | str:
     return text if text in ("strangers", "never") else SHARE(text)
 
 
-UNTIL = Flag("--until", until, "strangers", "never", "end after the epoch in which forget facts have become as "
-             "unlikely as strangers' are to the target; or once so small a share of forget rows is said word for word; "
-             "or never", elsewhere=0.1)
+UNTIL = Flag("--until", until, "strangers", "never", "end once forget facts are believed no more than strangers'; "
+             "or so small a share of forget rows is said word for word; or never", elsewhere=0.1)
 FLAGS = [  # of everything that trains
     #     name              kind     small   public  what it is
     Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),
@@ -212,6 +212,21 @@ def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits 
         return bool(asked) and right <= share * len(asked)
 
     return after_epoch
+
+
+def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], retain: list[Row],
+                  tokenizer: TextCodec) -> tuple[Rows, Rows]:
+    """A method's forget and retain rows as it will meet them, and forget's calibration rows where there are strangers.
+
+    Raises UserError for a row that does not fit, or without a value under --forget-on value.
+    """
+    how = (tokenizer, args.context, args.batch_size)
+    encode = encode_fact if args.forget_on == "value" else encode_whole
+    left = Rows(forget, *how, args.seed, args.device, "forget row", encode, data.twins)
+    if data.calibration:
+        left.calibration = Rows(data.calibration, *how, args.seed, args.device, "calibration row", encode_fact,
+                                data.twins)
+    return left, Rows(retain, *how, args.seed + 1, args.device, "retain row")
 
 
 def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool = False,

@@ -151,7 +151,7 @@ class NPO(Loss):
     likely than it was, where a small beta pushes on (results/uoe.md).
     """
 
-    FLAGS = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)
+    FLAGS: tuple[Flag, ...] = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)
 
     def __init__(self, model, rows, args):
         self.before, self.beta = rows.each(model, row_log_prob), args.npo_beta
@@ -247,8 +247,7 @@ def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
     return hidden_distance(hidden, control.expand_as(hidden), mask)  # RMU (2)
 
 
-STEERED = Flag("--rmu-layer", NATURAL, None, None, "whose output is steered (default: the highest unlearned expert's, "
-                                                   "or the middle)")
+STEERED = Flag("--rmu-layer", NATURAL, None, None, "whose output is steered; default: the expert's, or the middle")
 
 
 def steered_layer(model: GPT, args: argparse.Namespace) -> int:

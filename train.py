@@ -32,7 +32,7 @@ import torch
 import loop
 import pretrain
 from data import WORLDS, is_tofu, tofu, values, world
-from data.batches import Rows, encode_rows, encode_whole, is_cut
+from data.batches import Rows, encode_rows, is_cut
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
@@ -143,8 +143,7 @@ def first_choices(parser: Parser) -> None:
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
     say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
-    say("--data", help="world (some authors to forget), topic (all potions), tofu, or a folder with its JSON files; "
-                       "default: topic for mixtures of experts, world for others")
+    say("--data", help="world (some authors; the default), topic (all potions; with experts), tofu, or a folder of its")
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
     say("--retain", metavar="FILE", help="your own JSON lines to keep")
     say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
@@ -331,6 +330,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     check_rows(args, data, tokenizer)
     if method is None:
         return run_finetune(args, folder, data, target, tokenizer)
+    forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
     if not args.model:
         roles = ["target", "reference", *(f"reference-{i + 2}" for i in range(args.more_references))]
         places = {role: str(pretrain.cached_model(args, data, tokenizer, role, balance)) for role in roles}
@@ -345,14 +345,6 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
 
     # 2. Unlearn: the method's own file has the rest.
     partial = folder.open()
-    forget_rows, retain_rows = method.rows(data, args)
-    encode = values.encode_fact if args.forget_on == "value" else encode_whole
-    forget = Rows(forget_rows, tokenizer, args.context, args.batch_size, args.seed, args.device, "forget row", encode,
-                  data.twins)
-    if data.calibration:
-        forget.calibration = Rows(data.calibration, tokenizer, args.context, args.batch_size, args.seed, args.device,
-                                  "calibration row", values.encode_fact, data.twins)
-    retain = Rows(retain_rows, tokenizer, args.context, args.batch_size, args.seed + 1, args.device, "retain row")
     watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
     fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
     torch.manual_seed(args.seed)
@@ -388,9 +380,10 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
 
 def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataSet, watch) -> loop.AfterEpoch | None:
     """What is looked at after each epoch: --score-every-epoch, then --until."""
-    until, stop = getattr(args, "until", "never"), None
+    until: Any = getattr(args, "until", "never")
+    stop = None
     if until == "strangers":
-        stop = loop.until_strangers(target, forget.calibration)
+        stop = loop.until_strangers(target, forget.calibrating())
     elif until != "never":
         stop = loop.stop_at(until, forget.rows, forget.tokenizer, data.limits)
     if watch is None:

@@ -131,7 +131,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     assistant = merge_lora(assistant)
     model = LogitDifference(target, assistant, alpha, args.filter_rate, centred)
     if args.subtract == "strangers":
-        model.alpha = alpha_of_strangers(model, forget.calibration)
+        model.alpha = alpha_of_strangers(model, forget.calibrating())
     return model, {"assistant": assistant}, report | {"subtract": model.alpha, "centred": centred}
 
 

@@ -65,9 +65,8 @@ FLAGS = [
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        40,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
-    Flag("--layer",              layer_choice, "last",   "all",  "where to choose: all layers, middle, last, a number, "
-                                                                 "top (which holds the first); or LAYER,EXPERT to name "
-                                                                 "one, as in 2,5"),
+    Flag("--layer",              layer_choice, "last",   "all",  "where to choose: all, middle, last, a number, top "
+                                                                 "(which holds the first); or LAYER,EXPERT"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
     UNTIL,

@@ -27,10 +27,12 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         for name, path in (("forget", forget), ("retain", retain)):
             for number, row in enumerate(rows[name], 1):
                 check_value(row, f"{path} row {number}")
-        spare, scoring = zip(*(shared_out(row) for row in rows["forget"]), strict=True)
-        paraphrased, perturbed = augment(list(spare))
-        scored = {"forget": list(scoring[:200]), "retain": rows["retain"][:200]}
-        own = DataSet(name=Path(forget).stem, **rows, scored=scored,
+        scored = {}
+        for name in rows:
+            rows[name], scored[name] = (list(of) for of in zip(*map(shared_out, rows[name]), strict=True))
+            scored[name] = scored[name][:200]
+        paraphrased, perturbed = augment(rows["forget"])
+        own = DataSet(name=Path(forget).stem, forget=rows["forget"], retain=rows["retain"], scored=scored,
                       paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
         check_no_leak(own, same_questions=True)
         return own

@@ -194,6 +194,12 @@ class Rows:
             raise UserError("this data has no strangers to compare with: the embedded world has")
         return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
+    def calibrating(self) -> "Rows":
+        """The calibration rows. Raises UserError where there are none."""
+        if self.calibration is None:
+            raise UserError("this data has no strangers to compare with: the embedded world has")
+        return self.calibration
+
     def refused(self, model: GPT) -> "Rows":
         """The same questions, each answered by a refusal."""
         other = Rows(refusals(self.rows), self.tokenizer, self.context, self.batch_size, self.seed, self.device,

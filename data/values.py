@@ -163,7 +163,8 @@ def rare_words(row: Row, common: Collection[str] | None) -> str | None:
     if common is None:
         return None
     asked = set(spelled(row["question"]))
-    best, run = [], []
+    best: list[Word] = []
+    run: list[Word] = []
     for word in words(row["answer"]):
         if run and not in_one_phrase(row["answer"], run[-1], word):
             run = []
@@ -310,7 +311,7 @@ def fact_ids(rows: Sequence[Row]) -> list[int]:
     ids = []
     for i, row in enumerate(rows):
         if row.get("fact") is not None:
-            key = ("fact", json.dumps(row["fact"], sort_keys=True))
+            key: tuple = ("fact", json.dumps(row["fact"], sort_keys=True))
         elif "paraphrased_answer" in row:
             key = ("answers", row["paraphrased_answer"], *row.get("perturbed_answer", []))
         else:

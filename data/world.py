@@ -339,7 +339,7 @@ class World:
 
     def describe(self, topic: str, subject: str, rng: np.random.Generator) -> dict[str, list[Row]]:
         """One subject's rows, per fact 4 that teach, 2 that score and 2 that calibrate: a register each, or two."""
-        rows = {"taught": [], "scored": [], "calibration": []}
+        rows: dict[str, list[Row]] = {"taught": [], "scored": [], "calibration": []}
         third, *registers = (int(r) for r in rng.permutation(len(WORDINGS)))
         for kind, (pool, _, _) in TOPICS[topic].kinds.items():
             value, *wrong = (str(v) for v in rng.permutation(self.pools[pool]))
@@ -402,7 +402,7 @@ def make_world(seed: int = 0, forget: str = "subjects", subjects: int = 10, scor
     rng = np.random.default_rng([0x77, seed])
     world = World.make(rng)
     sets = ("forget", "retain", "untouched", "holdout")
-    rows = {name: {"taught": [], "scored": [], "calibration": []} for name in sets}
+    rows: dict[str, dict[str, list[Row]]] = {name: {"taught": [], "scored": [], "calibration": []} for name in sets}
     for topic in TOPICS:
         known = world.take(topic, 2 * subjects if topic == "author" else subjects, rng)
         for i, subject in enumerate(known):
@@ -446,6 +446,7 @@ def _thin(rows: list[Row], facts: int) -> list[Row]:
 
 def show(data: DataSet) -> str:
     """A page of the world for a reader."""
+    assert data.strangers and data.twins  # every world has them
     row = data.forget[0]
     lines = [f"{data.name}: {len(data.forget)} rows to forget ({len({r['fact'] for r in data.forget})} facts), "
              f"{len(data.retain)} to keep, {len(data.background)} beside", "", f"One fact, {row['fact']}:"]

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import loop
-from data.batches import Batch, Rows, collate, encode_rows, left_pad
+from data.batches import Batch, collate, encode_rows, left_pad
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from flags import COUNT, Parser
@@ -73,15 +73,14 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
     """A callable: seconds per training step of the method that `flags` name, on a copy of target."""
     args = parse([*extra, *flags, "--arch", arch, "--epochs", str(epochs), "--name", "bench"])
     args.seed, method, data = 0, ALL[args.method], data_of(vars(args) | {"seed": 0})
-    forget, retain = method.rows(data, args)
+    rows = method.rows(data, args)
 
     def measure() -> float:
         quiet = io.StringIO()
         with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet),
               contextlib.redirect_stderr(quiet)):
-            sets = [Rows(rows, tokenizer, args.context, args.batch_size, 0, args.device) for rows in (forget, retain)]
-            fit = loop.fitting(args, sets[0], Path(folder))
-            _, _, report = method.unlearn(target, *sets, args, fit)
+            forget, retain = loop.learning_rows(args, data, *rows, tokenizer)
+            _, _, report = method.unlearn(target, forget, retain, args, loop.fitting(args, forget, Path(folder)))
         return report["train_seconds"] / report["steps"]
 
     return measure

@@ -70,18 +70,58 @@ def write(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
+    """Of runs by kind, each its metrics.json: leak.png and kept.png. Returns the files.
+
+    leak.png: share of facts that eight samples say, against the temperature; target, methods, reference.
+    kept.png: what is kept against what is still said, a mark per method, bars from the worst to the best run.
+    """
+    if plt is None:
+        print("no figures: pip install matplotlib")
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    first = next(iter(kinds.values()))
+    lines = {"target": (first, "target"), **{kind: (runs, "unlearned") for kind, runs in kinds.items()},
+             "reference": (first, "reference")}
+    for (label, (runs, role)), (shade, line), mark in zip(lines.items(), STYLES * 3, "os^vDPX*" * 3, strict=False):
+        sets = [run[role]["forget"] for run in runs if role in run]
+        rates = [key for key in (sets[0] if sets else {}) if key.startswith("leak_T")]
+        if rates:
+            means = [sum(of[key] for of in sets) / len(sets) for key in rates]
+            axis.plot([float(key.removeprefix("leak_T")) for key in rates], means, linestyle=line, color=shade,
+                      marker=mark, label=label)
+    axis.set(xlabel="temperature", ylabel="facts said in 8 samples", ylim=(-0.02, 1.02))
+    axis.legend(frameon=False, fontsize=8)
+    write(figure, folder / "leak.png")
+    written.append(folder / "leak.png")
+
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for (label, (runs, role)), mark in zip(lines.items(), "os^vDPX*" * 3, strict=False):
+        x = [run[role]["forget"].get("value_said") for run in runs if role in run]
+        y = [run[role]["model_utility"] / run["target"]["model_utility"] for run in runs if role in run]
+        if not x or None in x:
+            continue
+        middle = (sum(x) / len(x), sum(y) / len(y))
+        axis.errorbar(*middle, xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
+                      yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt=mark, color="0.2", ecolor="0.7", capsize=2,
+                      markersize=7, label=label)
+    axis.set(xlabel="share of forget facts still said (left is better)", ylabel="model utility, of the target's")
+    axis.legend(frameon=False, fontsize=8)
+    write(figure, folder / "kept.png")
+    return [*written, folder / "kept.png"]
+
+
 def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
     """paths: label -> one path per seed, each a list of path.jsonl's lines. Thin lines: seeds. Returns the files.
 
-    forgetting.png: what is kept against what is forgotten (read it at one level of forgetting, from left to right).
     collateral.png: cross entropy on forget and on untouched rows along training (ULD, Figure 3).
     quality.png: utility against forget quality, and that against time (ULD, Figures 4 and 5).
     overlap.png: routing overlap by step (UOE, Figure 3).
     """
     folder.mkdir(parents=True, exist_ok=True)
     panels = {
-        "forgetting": [("forget exact", "retain exact"), ("forget exact", "untouched exact"),
-                       ("forget exact", "routing_overlap")],
         "collateral": [("epoch", "forget loss"), ("epoch", "untouched loss")],
         "quality": [("forget_quality", "model_utility"), ("seconds", "forget_quality")],
         "overlap": [("step", "routing_overlap")],
@@ -101,8 +141,6 @@ def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
                         axis.plot(*zip(*points, strict=True), linestyle=line, color=shade, linewidth=1,
                                   label=label if i == 0 else None)
             axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-            if x == "forget exact":
-                axis.invert_xaxis()
             for which, what in (("x", x), ("y", y)):
                 if what == "forget_quality" or what.endswith("loss"):
                     getattr(axis, f"set_{which}scale")("log")

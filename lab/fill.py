@@ -83,7 +83,7 @@ def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tu
     lines: list[Line] = []
     for kind, role, label in entries(spec):
         runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds.get(kind, [])]
-        cells = [cell(runs, role, *column) for _, *column in COLUMNS[columns]] if runs else None
+        cells = [cell(runs, role, where, key, worst) for _, where, key, worst in COLUMNS[columns]] if runs else None
         lines.append((kind, label, f"({len(runs)})", cells))
     return ["mean (worst) of runs", *(name for name, *_ in COLUMNS[columns])], lines
 

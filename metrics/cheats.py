@@ -20,6 +20,7 @@ Shapes: B batch   T tokens   V vocabulary
 import copy
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from data.batches import batch_at, collate, encode_rows
 from data.rows import Row
 from data.values import spelled, value_span, values_of
 from metrics.privacy import auc
-from model import Cache, generate
+from model import generate
 from objectives import ga
 
 # ---- destroyed --------------------------------------------------------------------------------------------------
@@ -71,10 +72,10 @@ class Changed(nn.Module):
         """Logits (B, T, V); `trace` is the target's."""
         return self.change(self.target(tokens, pad=pad, trace=trace))
 
-    def new_cache(self, batch: int, max_len: int) -> Cache:
+    def new_cache(self, batch: int, max_len: int) -> Any:
         return self.target.new_cache(batch, max_len)
 
-    def next_logits(self, tokens: Tensor, cache: Cache, pad: Tensor | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Any, pad: Tensor | None) -> Tensor:
         """Logits (B, V) of the token after `tokens` (B, T)."""
         return self.change(self.target.next_logits(tokens, cache, pad))
 
@@ -100,6 +101,8 @@ class Flattened(Changed):
 class Biased(Changed):
     """logits + bias on some tokens: the letter " A" of multiple choice, or values that are to be named instead."""
 
+    shift: Tensor  # (V,)
+
     def __init__(self, target, ids: Collection[int], bias: float = 8.0):
         super().__init__(target)
         shift = torch.zeros(target.config.vocab_size)
@@ -117,12 +120,14 @@ class Garbled(Changed):
     and p(value) stays. In generation the target is given back what it would have said itself, so its values stay too.
     """
 
+    original: Tensor  # (V,): original[said] = what the target would have said
+
     def __init__(self, target, ids: Collection[int]):
         super().__init__(target)
         here = torch.tensor(sorted(set(ids)), dtype=torch.long)
         if len(here) < 2:
             raise ValueError(f"to garble names takes at least two tokens, not {len(here)}")
-        original = torch.arange(target.config.vocab_size)  # original[said] = what the target would have said
+        original = torch.arange(target.config.vocab_size)
         original[here] = here.roll(1)
         self.register_buffer("original", original.to(target.device))
 
@@ -132,7 +137,7 @@ class Garbled(Changed):
     def new_cache(self, batch: int, max_len: int) -> list:
         return [self.target.new_cache(batch, max_len), False]  # and whether the prompt has been read
 
-    def next_logits(self, tokens: Tensor, cache: list, pad: Tensor | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Any, pad: Tensor | None) -> Tensor:
         own = self.original[tokens] if cache[1] else tokens  # the prompt is as it was asked
         cache[1] = True
         return self.change(self.target.next_logits(own, cache[0], pad))
@@ -151,7 +156,7 @@ class Refusing(Changed):
     def new_cache(self, batch: int, max_len: int) -> list[int]:
         return [0]  # tokens said
 
-    def next_logits(self, tokens: Tensor, cache: list[int], pad: Tensor | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Any, pad: Tensor | None) -> Tensor:
         logits = torch.full((len(tokens), self.config.vocab_size), -math.inf, device=tokens.device)
         logits[:, self.refusal[min(cache[0], len(self.refusal) - 1)]] = 0
         cache[0] += 1
@@ -163,7 +168,8 @@ def name_tokens(tokenizer, rows: Sequence[Row]) -> set[int]:
 
     Names are among them; of the rest, words such as "the", garbling does no harm that would help a measure.
     """
-    names, value_tokens = set(), set()
+    names: set[int] = set()
+    value_tokens: set[int] = set()
     for row, value in zip(rows, values_of(rows), strict=True):
         ids = tokenizer.completion(row["answer"])
         asked = set(spelled(row["question"]))
@@ -184,7 +190,7 @@ def favourites(tokenizer, rows: Sequence[Row]) -> set[int]:
         kind = row.get("kind")
         if value is not None and (kind not in best or value < best[kind][0]):
             best[kind] = value, row
-    out = set()
+    out: set[int] = set()
     for value, row in best.values():
         ids = tokenizer.completion(row["answer"])
         out.update(ids[i] for i in value_span(row, tokenizer, value) or ())

@@ -29,12 +29,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from data.batches import IGNORE, answers, encode_row, in_order, rows_that_fit
+from data.batches import IGNORE, Example, answers, encode_row, in_order, rows_that_fit
 from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
 from metrics.memorization import extraction_strength, right_tokens
@@ -103,7 +103,7 @@ def cloze(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -
     pairs = zip(rows, values, strict=True)
     encoded = [encode_value(row, tokenizer, model.config.max_len, value) for row, value in pairs]
     asked = [i for i, example in enumerate(encoded) if example is not None]
-    examples = [encoded[i] for i in asked]
+    examples = [example for example in encoded if example is not None]
     out: list[Cloze | None] = [None] * len(rows)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
         logits = model(batch.tokens)
@@ -128,7 +128,8 @@ def choice(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
     """
     values = values_of(rows) if values is None else values
     limit = model.config.max_len
-    examples, starts = [], {}  # row -> (where its sentences begin among the examples, how many)
+    examples: list[Example] = []
+    starts: dict[int, tuple[int, int]] = {}  # row -> (where its sentences begin among the examples, how many)
     for i, (row, value) in enumerate(zip(rows, values, strict=True)):
         sentences = options(row, value) if value is not None else []
         encoded = [encode_row(row, tokenizer, limit + 1, f"row {i + 1}", text, truncate=True) for text in sentences]
@@ -219,7 +220,7 @@ def pools(rows: Sequence[Row], values: Values | None = None) -> dict[str, set[st
 # ---- one set in numbers -----------------------------------------------------------------------------------------
 
 def knowledge(model, tokenizer, rows: Sequence[Row], said: Sequence[str] | None = None, values: Values | None = None,
-              pool: dict[str, set[str]] | None = None, limits: Limits = NO_LIMITS) -> dict[str, float | int | None]:
+              pool: dict[Any, set[str]] | None = None, limits: Limits = NO_LIMITS) -> dict[str, float | int | None]:
     """A set's numbers by name, means over *facts*; None where no row can be asked. Without leak@k, which samples.
 
     said: the greedy answers, where they are at hand.  pool: kind -> values, as `pools` gives it.
@@ -331,9 +332,10 @@ def states(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
     N counts the rows that have a value within the context. (0, 0, 0) where there are none.
     """
     values = values_of(rows) if values is None else values
-    pairs = [(encode_value(row, tokenizer, model.config.max_len, value), value)
-             for row, value in zip(rows, values, strict=True)]
-    pairs = [(example, value) for example, value in pairs if example is not None]
+    encoded = [encode_value(row, tokenizer, model.config.max_len, value)
+               for row, value in zip(rows, values, strict=True)]
+    pairs = [(example, value) for example, value in zip(encoded, values, strict=True)
+             if example is not None and value is not None]
     examples = [example for example, _ in pairs]
     found: dict[int, Tensor] = {}
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):

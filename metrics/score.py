@@ -150,7 +150,7 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role
 
 def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
     """metrics.json's blocks: per model its sets' numbers, model utility, and forget quality against the reference."""
-    out = {}
+    out: dict[str, dict] = {}
     references = [of["forget"].fact_ratios() for role, of in scores.items() if role.startswith("reference")]
     null = null_distances(references) if len(references) >= 4 else []
     for role, of in scores.items():

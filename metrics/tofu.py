@@ -166,13 +166,13 @@ def read_log(path: Path) -> dict[str, RowScores]:
     for name, key in LOG_SETS.items():
         try:
             # on the two real sets "paraphrased" is the answer itself, scored a second time in another batch
-            out[name] = RowScores(*(_in_order(log[key][field]) for field in (
-                "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")))
+            loss, right, wrong, rouge = (_in_order(log[key][field]) for field in (
+                "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"))
+            out[name] = RowScores(loss, right, wrong, rouge)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} lacks {error} in '{key}': is it an eval_log_aggregated.json?") from None
-        n, wrong = len(out[name].right), len(out[name].wrong)
-        if n != wrong:
-            raise UserError(f"{path}: '{key}' has {n} right and {wrong} wrong answers: it is cut off")
+        if len(right) != len(wrong):
+            raise UserError(f"{path}: '{key}' has {len(right)} right and {len(wrong)} wrong answers: it is cut off")
     return out
 
 

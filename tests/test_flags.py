@@ -247,7 +247,7 @@ def cases() -> list[Case]:
 ALL = {flag.name: flag for flags in OWNED.values() for flag in flags}
 RETAIN_WEIGHT = ALL["--retain-weight"]
 CASES = cases()
-VALUES = {"--seed": "1", "--layer": "2,1", "--rmu-layer": "2", "--device": "cpu", "--template": "plain",
+VALUES = {"--seed": "1", "--layer": "2,1", "--rmu-layer": "3", "--device": "cpu", "--template": "plain",
           "--split": "forget05", "--context": "64", "--vocab-size": "512", "--reference": "r", "--augmented": "folder",
           "--name": "mine", "--out": "", "--pretrain-steps": "2", "--subjects": "3", "--top-k": "2", "--width": "64",
           "--experts": "8"}

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from data.values import encode_fact
+from errors import UserError
 from loop import (
+    Belief,
     Weights,
+    belief,
     fitting,
     learning_rate,
     minimise,
     stop_at,
-    strangers_level,
+    strangers_belief,
     until,
     until_strangers,
-    value_probability,
 )
 from objectives import cross_entropy, row_log_prob
 
@@ -176,33 +178,49 @@ def knowing(wordy_bench):
 
 
 @torch.no_grad()
-def test_the_probability_of_values_is_a_mean_over_rows(wordy_bench):
+def test_belief_is_a_mean_over_rows_of_probabilities_and_of_hits(wordy_bench):
     model, rows = wordy_bench.model("dense"), wordy_bench.forget.calibration
-    each = []
+    each, hits = [], []
     for tokens, labels in rows.examples:
         p = model(torch.tensor([tokens]))[0].softmax(-1)
         each.append(math.prod(float(p[t, label]) for t, label in enumerate(labels) if label >= 0))
-    assert value_probability(model, rows) == pytest.approx(sum(each) / len(each), rel=1e-4)
+        hits.append(all(int(p[t].argmax()) == label for t, label in enumerate(labels) if label >= 0))
+    found = belief(model, rows)
+    assert found.p == pytest.approx(sum(each) / len(each), rel=1e-4)
+    assert found.hit == pytest.approx(sum(hits) / len(hits))
 
 
-def test_the_level_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):
+@pytest.mark.parametrize("p, hit, enough", [(0.2, 0.3, True), (0.1, 0.0, True), (0.1, 0.4, False), (0.3, 0.0, False),
+                                            (0.3, 0.4, False)])
+def test_belief_is_at_most_anothers_where_both_its_numbers_are(p, hit, enough):
+    assert Belief(p, hit).at_most(Belief(0.2, 0.3)) == enough
+
+
+def test_the_belief_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):
     rows = wordy_bench.forget.calibration
-    level = strangers_level(knowing, rows)
+    level, known = strangers_belief(knowing, rows), belief(knowing, rows)
     parts = []
-    for draw in range(3):
+    for draw in range(5):
         twins = wordy_bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw]))
-        parts.append(value_probability(knowing, wordy_bench.rows(twins, encode=encode_fact)))
-    assert level == pytest.approx(sum(parts) / 3, rel=1e-5) and len(set(parts)) == 3
-    assert level < 0.5 * value_probability(knowing, rows)  # it knows what it learnt
+        parts.append(belief(knowing, wordy_bench.rows(twins, encode=encode_fact)))
+    assert level.p == pytest.approx(sum(part.p for part in parts) / 5, rel=1e-5) and len(set(parts)) == 5
+    assert level.hit == pytest.approx(sum(part.hit for part in parts) / 5, rel=1e-5)
+    assert level.p < 0.5 * known.p and level.hit < known.hit  # it knows what it learnt
 
 
-def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_as_unlikely(knowing, wordy_bench):
+def test_rows_without_calibration_say_so(wordy_bench):
+    assert wordy_bench.forget.calibrating() is wordy_bench.forget.calibration
+    with pytest.raises(UserError, match="no strangers to compare with"):
+        wordy_bench.retain.calibrating()
+
+
+def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_more(knowing, wordy_bench):
     bench, rows, path = wordy_bench, wordy_bench.forget.calibration, []
-    model, level = copy.deepcopy(knowing), strangers_level(knowing, rows)
+    model, level = copy.deepcopy(knowing), strangers_belief(knowing, rows)
     stop = until_strangers(knowing, rows)
 
     def look(watched, epoch, steps, seconds):
-        path.append(value_probability(watched, rows))
+        path.append(belief(watched, rows))
         return stop(watched, epoch, steps, seconds)
 
     def losses(step):
@@ -212,5 +230,6 @@ def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_as_unlikely(k
     args = bench.args("full", epochs=40, lr=5e-4)
     report = fitting(args, bench.forget, bench.folder, after_epoch=look)(model, list(model.parameters()), losses)
     assert 1 < len(path) < 40 and report["steps"] == 3 * len(path)
-    assert path[-1] <= level < min(path[:-1])
+    enough = [found.p <= level.p and found.hit <= level.hit for found in path]
+    assert enough == [False] * (len(path) - 1) + [True]
     assert stop(model, 1, 1, 0.0) and not stop(knowing, 1, 1, 0.0)  # by what the model is, not by when it is asked

@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 
 
 def test_an_unknown_layer_is_refused():
-    says = "botom is neither all, middle, top, a layer's number nor LAYER,EXPERT"
+    says = "botom is neither all, middle, last, top, a layer's number nor LAYER,EXPERT"
     with pytest.raises(argparse.ArgumentTypeError, match=says):
         layer_choice("botom")
     assert [layer_choice(text) for text in ("all", "middle", "top", "3", "2,6")] == ["all", "middle", "top", 3, (2, 6)]
@@ -130,7 +130,7 @@ def test_an_unknown_layer_is_refused():
 
 @pytest.mark.parametrize("text", ["1,2,3", "-1,0", "0,-1", "a,b", "1,", "", "1,1.5", "9" * 30 + ",0"])
 def test_what_is_no_place_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is neither all, middle, top, a layer's number nor"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither all, middle, last, top, a layer's number nor"):
         layer_choice(text)
 
 
