@@ -117,7 +117,9 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
         yield f"--forget-loss {first.forget_loss}", list(forget.FLAGS)
         yield f"--retain-loss {first.retain_loss}", [flag for flag in retain.FLAGS if flag not in forget.FLAGS]
         if first.retain_loss != "none":
-            yield "a retain loss", [Flag("--retain-weight", WEIGHT, *forget.RETAIN_WEIGHT, "lambda")]
+            small, public = forget.RETAIN_WEIGHT
+            small = METHODS[first.method].retain_weight or small
+            yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, public, "lambda")]
 
 
 def all_readers() -> Iterator[tuple[str, list[Flag]]]:

@@ -366,9 +366,9 @@ def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_figures_of_paths_are_drawn_for_runs_that_have_one(runs, tmp_path, capsys):
+def test_figures_of_kinds_and_of_paths_are_drawn(runs, tmp_path, capsys):
     scoring.main(["--compare", *map(str, runs), "--figures", str(tmp_path / "f")])
-    assert {p.name for p in (tmp_path / "f").iterdir()} >= {"forgetting.png", "collateral.png", "overlap.png"}
+    assert {p.name for p in (tmp_path / "f").iterdir()} >= {"leak.png", "kept.png", "collateral.png", "overlap.png"}
 
 
 def test_a_path_of_a_dense_model_has_no_overlap(tmp_path):
