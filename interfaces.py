@@ -114,7 +114,7 @@ class Method(NamedTuple):
     flags: list[Flag]
     arch: str  # of the small model it is tried on: gpt or moe
     needs_experts: bool = False
-    retain_weight: float | None = None  # lambda of the small models, where it is not what the forget loss has
+    retain_weight: float | None = None  # lambda of the small models beside losses without one of their own
     losses: tuple[str, str] | None = None  # what it forgets and keeps by; None: any of objectives.FORGET and RETAIN
     rows: Callable[..., tuple[list[dict], list[dict]]] = forget_and_retain
     check: Callable[[argparse.Namespace, Config], None] = nothing_to_check  # UserError, before anything is trained

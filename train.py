@@ -45,7 +45,7 @@ from lab.tables import compare
 from methods import METHODS
 from metrics.score import Scores, evaluate, path_writer, scores_of
 from model import GPT, count_parameters
-from objectives import FORGET, RETAIN
+from objectives import FORGET, RETAIN, Loss
 from pretrained import load, save
 from runs import RunFolder, data_of, revision, weights_of
 from uoe import check_layer
@@ -118,7 +118,8 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
         yield f"--retain-loss {first.retain_loss}", [flag for flag in retain.FLAGS if flag not in forget.FLAGS]
         if first.retain_loss != "none":
             small, public = forget.RETAIN_WEIGHT
-            small = METHODS[first.method].retain_weight or small
+            if forget.RETAIN_WEIGHT == Loss.RETAIN_WEIGHT:
+                small = METHODS[first.method].retain_weight or small
             yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, public, "lambda")]
 
 
