@@ -28,8 +28,8 @@ def test_ci_runs_the_test_command_of_the_readme_word_for_word():
 
 
 def test_the_readme_is_short():
-    prose = re.sub(r"<!-- \w+ -->.*?<!-- end -->", "", README, flags=re.DOTALL)
-    assert len(README.split()) <= 1700 and len(prose.split()) <= 1500
+    words = [word for word in README.split() if re.search(r"\w", word)]  # a table's bars are no words
+    assert len(words) <= 1500
 
 
 def test_each_equation_points_at_the_statement_that_carries_its_marker():
