@@ -156,9 +156,6 @@ EQUATIONS = {  # marker at the end of a statement -> what it says
     "UOE Fig. 3": "overlap of selected experts with the original model",
     "NPO (3)": "-(2/β) log σ(-β log p/p_ref)",
     "RMU (2)": "hidden states towards one random direction",
-    "RMU (3)": "hidden states of retain rows stay",
-    "TOFU 4.2, GA": "gradient ascent",
-    "TOFU 4.2, KL": "stay near the original model on retain rows",
     "TOFU (1)": "truth ratio, wrong over right",
     "TOFU 2.2.2": "forget quality: KS test against the reference",
 }
