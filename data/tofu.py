@@ -11,6 +11,8 @@ import ast
 import csv
 from pathlib import Path
 
+import huggingface_hub
+
 from data.rows import DataSet, Limits, Row, check_no_leak, read_rows
 from errors import UserError
 from flags import Flag, Number
@@ -86,9 +88,7 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
 def download() -> Path:
     """TOFU's folder from the hub's cache, fetched once."""
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns="*.json"))
+        return Path(huggingface_hub.snapshot_download(HUB, repo_type="dataset", allow_patterns="*.json"))
     except Exception as error:  # no network, no such name: many kinds, one way out
         raise UserError(f"--data tofu: could not fetch {HUB} ({type(error).__name__}); "
                         "download its JSON files and pass the folder as --data DIR") from None

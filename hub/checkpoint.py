@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -254,9 +255,7 @@ def find_folder(name: str | Path) -> Path:
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise UserError(f"{name} is neither a folder nor a hub name (owner/model): give one of the two")
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(name), allow_patterns=list(WRITTEN)))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(WRITTEN)))
     except Exception as error:  # no network, no such name, no permission: many kinds, one way out
         raise UserError(f"{name} is no folder here, and the hub did not give it ({type(error).__name__}): check "
                         "the name, `hf auth login` if it is gated, or download it and give the folder") from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from errors import UserError
 
@@ -207,8 +208,6 @@ def choose(files: dict[str, bytes], folder: Path, tokens: dict[str, str | None])
 
 def read_off(chat: str, tokens: dict[str, str | None]) -> Template:
     """A checkpoint's chat template (jinja) as a Template, by rendering one question and one answer with it."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     def refuse(message: str):
         raise ValueError(message)
 
