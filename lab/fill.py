@@ -62,10 +62,16 @@ def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -
     if worst == "each":
         return ", ".join("-" if value is None else f"{value:.2g}" for value in values)
     known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "-" if not known else f"{short(statistics.mean(known))}, {len(values) - len(known)} destroyed"
+    withheld = sum(bool(run.get(role, {}).get("destroyed")) for run in runs) if key.startswith("forget_quality") else 0
+    if len(known) + withheld < len(values) or not values:
+        return "-"  # a run lacks it
+    broken = f"{withheld} destroyed" if withheld else ""
+    if not known:
+        return broken
     mean = short(statistics.mean(known))
-    return mean if len(known) == 1 else f"{mean} ({short(max(known) if worst == 'max' else min(known))})"
+    if len(known) > 1:
+        mean += f" ({short(max(known) if worst == 'max' else min(known))})"
+    return f"{mean}, {broken}" if broken else mean
 
 
 def short(value: float) -> str:
