@@ -40,11 +40,22 @@ def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
 
 
+def test_of_destroyed_runs_forget_quality_is_told_apart_from_what_was_not_measured():
+    def run(D: float | None, destroyed: bool) -> dict:
+        return {"unlearned": {"forget_quality_D": D, "destroyed": destroyed}}
+
+    def cell(*runs: dict) -> str:
+        return fill.cell(list(runs), "unlearned", None, "forget_quality_D", "max")
+
+    assert cell(run(0.1, False), run(0.3, False), run(None, True)) == "0.20 (0.30), 1 destroyed"
+    assert cell(run(None, True)) == "1 destroyed" and cell(run(0.1, False), run(None, False)) == "-"
+
+
 @pytest.mark.parametrize("values, worst, expected", [
     ([0.1, 0.3], "max", "0.20 (0.30)"), ([0.1, 0.3], "min", "0.20 (0.10)"), ([0.25], "max", "0.25"),
     ([12.4], "max", "12"),
     ([0.0, 0.2, 0.0], "count", "1 of 3"), ([1e-9, None], "each", "1e-09, -"), ([None, None], "max", "-"),
-    ([0.1, None], "max", "0.10, 1 destroyed"), ([], "count", "-"),
+    ([0.1, None], "max", "-"), ([], "count", "-"),
 ])
 def test_a_cell_is_the_mean_and_the_worst_of_its_runs(values, worst, expected):
     """Destroyed runs have no forget quality."""
