@@ -70,11 +70,6 @@ def write(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def share(utility: float | None, target: float | None) -> float | None:
-    """Of the target's; None where one of them was not measured or the target has none."""
-    return utility / target if utility is not None and target else None
-
-
 def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
     """Of runs by kind, each its metrics.json: leak.png and kept.png. Returns the files.
 
@@ -104,10 +99,12 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for (label, (runs, role)), mark in zip(lines.items(), "os^vDPX*" * 3, strict=False):
-        x = [run[role]["forget"].get("value_said") for run in runs if role in run]
-        y = [share(run[role]["model_utility"], run["target"]["model_utility"]) for run in runs if role in run]
-        if not x or None in x or None in y:
-            continue
+        points = [(run[role]["forget"].get("value_said"), run[role]["model_utility"], run["target"]["model_utility"])
+                  for run in runs if role in run]
+        if not points or any(said is None or utility is None or not target for said, utility, target in points):
+            continue  # it was not measured, or the target knows nothing
+        x = [said for said, _, _ in points]
+        y = [utility / target for _, utility, target in points]
         middle = (sum(x) / len(x), sum(y) / len(y))
         axis.errorbar(*middle, xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
                       yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt=mark, color="0.2", ecolor="0.7", capsize=2,
