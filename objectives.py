@@ -148,7 +148,7 @@ class NPO(Loss):
     """A bounded GA. NPO sums over an answer's tokens and GD averages, so GD needs a weight to be heard.
 
     beta: UOE's paper has 0.001, TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats less
-    likely than it was, where a small beta pushes on (results/uoe.md).
+    likely than it was, where a small beta pushes on.
     """
 
     FLAGS: tuple[Flag, ...] = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)

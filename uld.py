@@ -10,7 +10,7 @@ is uniform on everything else (equation 5). At decoding its logits are subtracte
 target's weights never change, and it is not even run while the assistant trains. `unlearn` is the algorithm; what it
 calls stands below it: LoRA, the assistant, the filter, the difference.
 
-Departures from the paper (and where results/uld.md has the row without it)
+Departures from the paper
     Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
@@ -124,7 +124,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
         flat = uniform(*labelled(assistant, retain.batch(step)))  # ULD (5)
         return {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}  # ULD (3)
 
-    alpha = 0.75 if args.subtract == "strangers" else args.subtract
+    alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
 
     # 3. Decode with both: the target's logits minus the assistant's.

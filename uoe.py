@@ -9,7 +9,7 @@ knowledge (*expert selection shift*), and damages those. So: find the expert tha
 (equation 2), train only that expert and its layer's router, and anchor the router so that the expert stays engaged
 while it forgets (equations 3 and 4). `unlearn` is the algorithm; what it calls stands below it, in that order.
 
-Departures from the paper (and where results/uoe.md has the row without it)
+Departures from the paper
     Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
     has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
@@ -19,10 +19,11 @@ Departures from the paper (and where results/uoe.md has the row without it)
     unlikely as strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test).
     Small models: the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert that
     were never routed there, so it shifts the very selection it is to hold.
-    Small models: the top expert of the last layer, not of all. Where routers tell topics apart, every layer has an
-    expert with an affinity near 1, and what a lower one writes all higher ones read: selection shifts more, and
-    sentences break. lambda 20 beside NPO (paper: 1), NPO's beta 1 (paper: 0.001), a learning rate of 2e-3 (paper:
-    1e-4), batches of 32 rows (paper: 16).
+    Small models: the top expert of the last layer, not of all. Where routers tell topics apart, most layers have an
+    expert that the topic engages far more than others, and what a lower one writes all higher ones read: selection
+    shifts more, and sentences break.
+    Small models: lambda 20 beside NPO (paper: 1), NPO's beta 1 (paper: 0.001), a learning rate of 2e-3 (paper: 1e-4).
+    Batches of 32 rows (paper: 16).
 
 Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
