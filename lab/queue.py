@@ -1,11 +1,11 @@
 """Long runs in a row: a file of commands, so many at a time, one thread each; can be stopped, and goes on.
 
     python -m lab.queue lab/runs.txt                 # what results/ was made from; finished lines are skipped
-    python -m lab.queue lab/runs.txt --workers 2
+    python -m lab.queue lab/runs.txt --workers 2 --seeds 0,1 --threads 2
 
-A line is what stands behind `python` on the command line; # begins a comment. Each line's output goes to
-out/queue/NUMBER.log, and a line that ended well is written to out/queue/done.txt. A line that was cut off goes on with
---resume where it left a cut-off run.
+A line is what stands behind `python` on the command line; # begins a comment. A line with the word SEED is done once
+for each of --seeds. Each command's output goes to out/queue/NUMBER.log, and one that ended well is written to
+out/queue/done.txt. What was cut off goes on with --resume where it left a cut-off run.
 """
 
 import os
@@ -19,17 +19,18 @@ from tqdm import tqdm
 
 from errors import UserError, one_line_errors
 from flags import COUNT, Parser
+from train import seeds
 
 
-def read_lines(path: Path) -> list[str]:
-    """The commands of a file. Raises UserError where it is missing or empty."""
+def read_lines(path: Path, seeds: list[int]) -> list[str]:
+    """The commands of a file, SEED in them replaced by each seed. Raises UserError where it is missing or empty."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a file with a command on each line")
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} holds no command: one on each line, without `python`")
-    return lines
+    return [line.replace("SEED", str(seed)) for line in lines for seed in (seeds if "SEED" in line else seeds[:1])]
 
 
 def cut_off(line: str, out: Path) -> bool:
@@ -41,23 +42,25 @@ def cut_off(line: str, out: Path) -> bool:
     return any(out.glob(f"{name}*.partial/asked.json"))
 
 
-def run_line(number: int, line: str, out: Path) -> int:
-    """One command in a process of its own with one thread; returns its exit status."""
+def run_line(number: int, line: str, out: Path, threads: int) -> int:
+    """One command in a process of its own; returns its exit status."""
     words = shlex.split(line) + (["--resume"] if cut_off(line, out) else [])
-    threads = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with open(out / "queue" / f"{number}.log", "w") as log:
         return subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT,
-                              env=os.environ | threads, check=False).returncode
+                              env=os.environ | environment, check=False).returncode
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="run a file of commands, one thread each")
+    parser = Parser(description="run a file of commands, each in a process of its own")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--workers", type=COUNT, default=1)
+    parser.add_argument("--workers", type=COUNT, default=1, help="commands at a time")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of each")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2, 3, 4, 5], help="for lines that hold SEED")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the runs go, as in the commands")
     args = parser.parse_args(argv)
-    lines = read_lines(args.file)
+    lines = read_lines(args.file, args.seeds)
     (args.out / "queue").mkdir(parents=True, exist_ok=True)
     done_file = args.out / "queue" / "done.txt"
     done = done_file.read_text().splitlines() if done_file.is_file() else []
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     failed = []
     with tqdm(total=len(lines), initial=len(lines) - len(waiting), desc="queue") as bar:
         def one(item: tuple[int, str]) -> None:
-            status = run_line(*item, args.out)
+            status = run_line(*item, args.out, args.threads)
             if status:
                 failed.append(item)
                 tqdm.write(f"line {item[0]} ended with {status}: {item[1]} (its output is in "

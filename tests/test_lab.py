@@ -9,10 +9,12 @@ from conftest import WORLD, tiny
 
 import train
 from data.batches import IGNORE, Example, in_order
+from errors import UserError
 from lab import distill
 from lab.ablations import main as ablate
 from lab.ablations import uniform_on_all
 from lab.grip import repair_routers, with_repair
+from lab.queue import read_lines
 from lab.trace import WEIGHTED, Weighted, balanced_weights, weighted_mean, with_trace
 from methods import open_run
 from model import Trace
@@ -221,3 +223,17 @@ def test_a_row_that_is_not_there_is_one_line_and_exit_2(capsys):
             ablate(words)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "--list prints them" in error and error.count("\n") == 1
+
+
+# ---- the queue --------------------------------------------------------------------------------------------------
+
+def test_a_line_with_seed_is_done_for_each(tmp_path):
+    file = tmp_path / "runs.txt"
+    file.write_text("# nothing\ntrain.py --seed SEED --name a-SEED  # why\n\ntrain.py --name b\n")
+    assert read_lines(file, [3, 5]) == ["train.py --seed 3 --name a-3", "train.py --seed 5 --name a-5",
+                                        "train.py --name b"]
+    with pytest.raises(UserError, match="holds no command"):
+        file.write_text("# only words\n")
+        read_lines(file, [0])
+    with pytest.raises(UserError, match="does not exist"):
+        read_lines(tmp_path / "absent", [0])
