@@ -68,7 +68,7 @@ def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path, bad, says):
 
 
 @pytest.mark.parametrize("content, says", [(b"", "is empty"), (b"\n \n", "is empty"),
-                                           (b'{"text": "caf\xe9"}', "is not UTF-8 text")])
+                                           (b'{"text": "caf\xe9"}', "line 1 is not JSON .not UTF-8 text")])
 def test_a_file_without_rows_or_not_in_utf_8_is_named(tmp_path, content, says):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
