@@ -20,13 +20,14 @@ from lab import probes
 from lab.attacks import ATTACKS, Outcome, attack, attack_table, check_experts
 from lab.figures import draw_kinds, draw_paths
 from lab.report import probe_all
-from lab.tables import by_kind, compare, compare_at, number, read_path, table
+from lab.tables import SCORED, by_kind, compare, compare_at, number, read_metrics, read_path, table
 from methods import Run, open_run
 from metrics import choice
 from metrics.score import evaluate, scores_of, summarise
-from metrics.tofu import forget_quality, read_log, utility_of
+from metrics.tofu import check_comparable, forget_quality, read_log, utility_of
 from pretrained import load
 from runs import weights_of
+from schema import ANY_NUMBER, read_json
 from uld import LogitDifference
 
 
@@ -40,9 +41,10 @@ def score_log(log: str, reference: str | None) -> dict:
         other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
         out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
     if reference:
-        theirs = read_log(Path(reference))["forget"].truth_ratios()
+        theirs = read_log(Path(reference))["forget"]
+        check_comparable(scores["forget"], theirs, f"{log} against {reference}")
         try:
-            quality = forget_quality(scores["forget"].truth_ratios(), theirs)
+            quality = forget_quality(scores["forget"].truth_ratios(), theirs.truth_ratios())
         except ValueError as error:
             raise UserError(f"{log} against {reference}: {error}") from None
         out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
@@ -59,7 +61,9 @@ def models_of(run: Run) -> dict[str, LanguageModel]:
 
 def score_again(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Score a run anew and print its table; --save keeps the new metrics.json elsewhere."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_metrics(folder, SCORED)
+    if lost := [role for role in metrics if role not in ("run", "unlearned") and role not in run.config]:
+        raise UserError(f"{folder / 'metrics.json'} has a {lost[0]} that config.json does not name: run train.py again")
     models = models_of(run)
     scores = {role: evaluate(models[role], run.tokenizer, run.data, role) if role in ("target", "unlearned") else
               scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
@@ -107,7 +111,8 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
             for role, model in models.items():
                 outcomes[name][role] = attack(name, model, run.tokenizer, run.data, run.target, **how)
                 bar.update()
-    before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
+    file = folder / "attacks.json"
+    before = read_json(file, ATTACKED, "remove it") if file.is_file() else {}
     kept = before.get("outcomes", {}) if before.get("decoding", {}) == decoding else {}
     if "relearn" in kept and "relearn" not in args.attack:
         how = before["relearn"]  # of the outcome that stays
@@ -123,6 +128,7 @@ def must_not(args: argparse.Namespace, flags: list[str], where: str) -> None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing {where}: leave it out")
 
 
+ATTACKED = {"relearn": dict, "decoding": dict, "outcomes": {str: {str: {str: (ANY_NUMBER, None)}}}}  # attacks.json
 PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
 OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
@@ -189,8 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, by)))
         if args.figures:
             kinds = by_kind(args.compare)
-            metrics = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
-                       for kind, of in kinds.items()}
+            metrics = {kind: [read_metrics(folder) for folder in of] for kind, of in kinds.items()}
             drawn = draw_kinds(metrics, Path(args.figures))
             paths = {kind: [read_path(folder) for folder in of if (folder / "path.jsonl").is_file()]
                      for kind, of in kinds.items()}

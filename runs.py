@@ -24,9 +24,11 @@ from data import load_data
 from data.batches import Batch, encode_rows, in_order
 from data.rows import DataSet
 from errors import UserError
+from flags import NATURAL, SHARE, WEIGHT, Number
 from interfaces import TextCodec
 from model import GPT
 from pretrained import load
+from schema import read_json
 
 # ---- writing one ------------------------------------------------------------------------------------------------
 
@@ -64,14 +66,14 @@ class RunFolder:
         """Resume the cut-off run of this name. Raises UserError where there is none or it was asked for otherwise."""
         if not self.cut_off():
             raise UserError(f"--resume: {self.partial} holds no cut-off run; start it without --resume")
-        if json.loads((self.partial / "asked.json").read_text()) != self.asked:
+        if read_json(self.partial / "asked.json") != self.asked:
             raise UserError(f"--resume: {self.partial} was started with other options; give the same, or leave "
                             "--resume out")
         self.resume = True
 
     def check_same(self) -> None:
         """Raises UserError unless the finished run of this name was asked for alike."""
-        was = json.loads((self.final / "asked.json").read_text())
+        was = read_json(self.final / "asked.json")
         for key in sorted(set(was) & set(self.asked) - ANYHOW):
             if was[key] != self.asked[key]:
                 raise UserError(f"{self.final} is a run with --{key.replace('_', '-')} {was[key]}, not "
@@ -99,6 +101,14 @@ class RunFolder:
 
 # ---- opening one ------------------------------------------------------------------------------------------------
 
+TEXT = (str, None)
+RUN = {"method": str, "model": TEXT, "target": str, "kept": [str], "dtype": ("float32", "bfloat16", "float16"),
+       "seed": Number(0, 2**32 - 1, whole=True), "data": str, "score_rows": NATURAL, "forget": TEXT, "retain": TEXT,
+       "template?": TEXT, "reference?": TEXT, "split?": str, "protocol?": str, "augmented?": TEXT,
+       "authors?": NATURAL, "subjects?": NATURAL, "subtract?": WEIGHT, "filter_rate?": SHARE, "centred?": bool,
+       "offset_alpha?": WEIGHT, "unlearned_experts?": [[NATURAL]]}  # of config.json, what is read again
+
+
 @dataclass
 class Opened:
     """A finished run's folder, read. A fine-tuned run has its model as target and nothing else."""
@@ -121,11 +131,9 @@ def read_run(folder: str | Path, device: str = "cpu") -> Opened:
     if not (folder / "config.json").is_file() or not (folder / "metrics.json").is_file():
         raise UserError(f"{folder} is not a run folder (no config.json and metrics.json): give one that train.py "
                         "wrote, such as out/uoe")
-    config = json.loads((folder / "config.json").read_text())
-    if "kept" not in config:
-        raise UserError(f"{folder} was written by an older version of this code: run train.py again")
+    config = read_json(folder / "config.json", RUN, "it was written by other code, or changed: run train.py again")
     for part in config["kept"]:
-        if not (folder / part).is_dir():
+        if Path(part).name != part or not (folder / part).is_dir():
             raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
     if not config["model"] and not (Path(config["target"]) / "model").is_dir():
         raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 20
 MEMORY = 2**32  # bytes
 LONGEST = 20_000  # characters of a rendered conversation: longer than any context that is taught here
-PROBE = ("Where was Ana Vell born? In Orsk, on 12 March 1934; \"it's said\" (twice).\n\n\tÜnïcode — naïve café ☕ 日本語 "
+PROBE = ("Where was Ana Vell born? In Orsk, on 12 March 1934; \"it's said\" (twice).\n\n\tÜnïcode — naïve café ☕ 日本 "
          "the quick brown fox jumps over the lazy dog " + 200 * "a" + 50 * " " + 50 * "1" + 50 * "a!")
 
 

@@ -1,6 +1,5 @@
 """metrics.json files as tables: of one run, over seeds, and along the way at one level of forgetting."""
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -8,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from errors import UserError
+from flags import WEIGHT, Number
 from metrics.score import WATCHED
+from schema import ANY_NUMBER, read_json, read_json_lines
 
 MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
             ("leak", "worst leak@8"), ("in_frame", "in frame"), ("exact", "exact answers"),
@@ -25,13 +26,36 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
            ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))  # of a model
 
 
+WHOLE, SOME = Number(0, 2**53, whole=True), (ANY_NUMBER, None)
+BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": SOME, "forget?": {str: SOME},
+         str: (SOME, bool, list, {str: SOME})}  # of a model: its sets' numbers, and its own
+METRICS = {"target": BLOCK, "run?": dict, str: BLOCK}
+SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
+                            "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE}}
+PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, str: SOME}  # a line of path.jsonl
+
+
+def read_metrics(folder: str | Path, schema: dict = METRICS) -> dict:
+    """A run's metrics.json; schema: SCORED where its table is to be printed.
+
+    Raises UserError where it is missing or was not written by this code.
+    """
+    return read_json(Path(folder) / "metrics.json", schema, "run train.py again")
+
+
 def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
     """(label, one number or None per role) for each line of the table."""
     sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
-    rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
+
+    def of(role: str, name: str) -> dict:
+        found = metrics[role].get(name)
+        return found if isinstance(found, dict) else {}
+
+    rows = [(f"{name:<13}{label}", [of(role, name).get(key) for role in roles])
             for name in sets for key, label in MEASURES]
     for key, label in SINGLES:
-        rows.append((label, [metrics[role].get(key) for role in roles]))
+        found = [metrics[role].get(key) for role in roles]
+        rows.append((label, [value if isinstance(value, int | float) else None for value in found]))
     return [(label, values) for label, values in rows if any(v is not None for v in values)]
 
 
@@ -80,7 +104,7 @@ def by_kind(folders: Sequence[str | Path]) -> dict[str, list[Path]]:
 
 def compare(folders: Sequence[str | Path]) -> str:
     """Mean +- standard deviation of every measure over runs of a kind."""
-    kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
+    kinds = {kind: [read_metrics(folder) for folder in of]
              for kind, of in by_kind(folders).items()}
     lines = []
     for kind, runs in kinds.items():
@@ -131,11 +155,11 @@ def read_path(folder: Path) -> list[dict]:
     file = Path(folder) / "path.jsonl"
     if not file.is_file():
         raise UserError(f"{file} is missing: run train.py with --score-every-epoch")
-    target = json.loads((Path(folder) / "metrics.json").read_text())["target"]
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    target = read_metrics(folder)["target"]
+    lines = read_json_lines(file, PATH)
     start = {"epoch": 0, "step": 0, "seconds": 0.0,
              **({"routing_overlap": 1.0} if any("routing_overlap" in line for line in lines) else {}),
-             **{key: target[key] for key in ("model_utility", "forget_quality", "forget_quality_D")}}
+             **{key: target.get(key) for key in ("model_utility", "forget_quality", "forget_quality_D")}}
     for name, of in target.items():
         if isinstance(of, dict):
             start |= {f"{name} {key}": of.get(key) for key in WATCHED}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.batches import encode_row, greedy_answers, in_order, rows_that_fit
 from data.rows import DataSet, Row
 from data.values import fact_ids, values_of
+from errors import UserError
 from interfaces import LanguageModel, TextCodec
 from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
 from metrics.routing import routing_overlap
@@ -28,8 +29,12 @@ from model import GPT
 from objectives import token_log_probs
 from pretrained import load
 from runs import forget_batches, weights_of
+from schema import ANY_NUMBER, read_json
 
 Scores = dict[str, RowScores]
+NUMBERS = [ANY_NUMBER]
+STORED = {"loss": NUMBERS, "right": NUMBERS, "wrong": [NUMBERS], "rougeL": NUMBERS, "exact": [bool], "said": [str],
+          "facts": NUMBERS, "known": {str: (ANY_NUMBER, None)}, "answers": [str]}  # RowScores on disk
 WATCHED = ("value_said", "leak", "in_frame", "exact", "rougeL_recall", "loss")  # of a set, after every epoch
 
 
@@ -123,8 +128,9 @@ def stored_scores(folder: Path, data: DataSet, how: str) -> Scores | None:
     path = Path(folder) / "scores.json"
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text())
-    if stored["key"] != scores_key(data, how):
+    try:
+        stored = read_json(path, {"key": scores_key(data, how), "scores": {str: STORED}})
+    except UserError:  # of other rows or code, or damaged: what it holds is found anew
         return None
     return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
 
@@ -136,7 +142,11 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role
     model: the same, where it is in memory already.
     """
     if Path(path).is_file():
-        return read_log(Path(path))
+        log, rows = read_log(Path(path)), data.scored["forget"]
+        if len(log["forget"].right) != len(rows):
+            raise UserError(f"--{role} {path} is the log of {len(log['forget'].right)} forget rows, and {len(rows)} "
+                            "are scored here: give a log of the same rows (see --protocol, --score-rows)")
+        return log
     dtype = getattr(torch, config["dtype"])
     how = as_read(dtype, tokenizer)
     scores = stored_scores(Path(path), data, how)

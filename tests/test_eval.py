@@ -388,7 +388,7 @@ def test_a_published_log_with_a_nan_or_of_unequal_lengths_is_refused(tmp_path, c
     for name, of in (("good", log([1.0, 2.0], [[2.0], [3.0]])), ("nan", log([1.0, math.nan], [[2.0], [3.0]])),
                      ("short", log([1.0, 2.0], [[2.0]]))):
         (tmp_path / name).write_text(json.dumps(of))
-    for name, says in (("nan", "none of them NaN"), ("short", "2 right and 1 wrong answers")):
+    for name, says in (("nan", "is NaN, not a number"), ("short", "2 right and 1 wrong answers")):
         with pytest.raises(SystemExit) as stop:
             scoring.main(["--tofu-log", str(tmp_path / name), "--reference", str(tmp_path / "good")])
         assert stop.value.code == 2 and says in capsys.readouterr().err

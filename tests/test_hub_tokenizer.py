@@ -204,7 +204,8 @@ HANGS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
     ("{{ 'x' * 10**10 }}", "MemoryError"), ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     ("{% for m in messages %}{{ m.nothing.there }}{% endfor %}", "has no attribute"),
     ("{{", "unexpected"), ("the same for all", "question 0 times"),
-    ("{{ messages[0].content * 2 }}", "question 2 times"), ([{"nome": "default"}], "lacks 'name'"), (3, "is 3, not a text"),
+    ("{{ messages[0].content * 2 }}", "question 2 times"), ([{"nome": "default"}], "lacks 'name'"),
+    (3, "is 3, not a text"),
 ])
 def test_a_chat_template_that_fails_hangs_or_grows_is_stopped_in_one_line(tmp_path, monkeypatch, chat, says):
     monkeypatch.setattr(sandbox, "SECONDS", 1.5)
