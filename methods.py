@@ -20,9 +20,9 @@ class Run(Opened):
     model: LanguageModel
 
 
-def open_run(folder: str | Path, device: str = "cpu") -> Run:
+def open_run(folder: str | Path, device: str = "cpu", check: bool = True) -> Run:
     """Raises UserError as runs.read_run does."""
-    run = read_run(folder, device)
+    run = read_run(folder, device, check)
     if run.config["method"] == "finetune":
         return Run(**vars(run), model=run.target)
     try:

@@ -114,7 +114,7 @@ def misfit(value: Any, schema: Any) -> str:
         return ""
     if schema in (dict, list):
         return f"is not {TOLD[schema]}"
-    return f"is {shortened(json.dumps(value))}, not {TOLD.get(schema) or schema}"
+    return f"is {shortened(json.dumps(value, default=repr, skipkeys=True))}, not {TOLD.get(schema) or schema}"
 
 
 def first_misfit(parts) -> str:

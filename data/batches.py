@@ -249,6 +249,7 @@ def answers(model: LanguageModel, tokenizer: TextCodec, questions: Sequence[str]
     model's device. The same generator state and batch_size give the same answers.
     Raises UserError for a prompt that leaves no room for an answer.
     """
+    batch_size = min(batch_size, limits.rows or batch_size)
     prompts = [tokenizer.prompt(question) for question in questions]
     out: list[list[str]] = [[] for _ in prompts]
     context = min(model.config.max_len, limits.total or model.config.max_len)

@@ -19,10 +19,11 @@ Row = dict
 
 
 class Limits(NamedTuple):
-    """How long a greedy answer may get. None: no limit but the model's context."""
+    """How long a greedy answer may get, and how many are made at once. None: no limit but the model's context."""
 
     total: int | None = None  # tokens of prompt and answer together
     new: int | None = None  # tokens of the answer
+    rows: int | None = None  # at most so many at once, in scoring: memory, not outcome
 
 
 NO_LIMITS = Limits()

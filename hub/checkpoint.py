@@ -37,6 +37,7 @@ import hub.tokenizer as hub_tokenizer
 from data import tokenizer as small_tokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
+from files import MARK, check_ours, sync, write_json
 from flags import Number
 from hub.tokenizer import HubTokenizer, NoTokenizer
 from model import GPT, Config
@@ -45,7 +46,7 @@ from schema import read_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-WRITTEN = ("config.json", "model*.safetensors", INDEX, small_tokenizer.FILE, *hub_tokenizer.FILES)
+WRITTEN = ("config.json", "model*.safetensors", INDEX, small_tokenizer.FILE, *hub_tokenizer.FILES, MARK)
 
 # ---- names ------------------------------------------------------------------------------------------------------
 
@@ -388,14 +389,17 @@ def save(model: GPT, tokenizer, folder: str | Path, shard_bytes: int = 5_000_000
     config = hub_config(model.config, model.embed.weight.dtype, tokenizer)
     if folder.exists() and (not folder.is_dir() or any(not any(p.match(w) for w in WRITTEN) for p in folder.iterdir())):
         raise UserError(f"{folder} exists and holds other things than a model: give another name")
+    check_ours(folder, "name")
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(partial / MARK, {"weights": "saved by nanounlearn"})
+        write_json(partial / "config.json", config)
         if tokenizer is not None:
             tokenizer.save(partial)
         write_tensors(partial, hub_tensors(model), shard_bytes)
+        sync(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from data import WORLDS
 from errors import UserError
 from flags import WEIGHT, Number
 from metrics.score import WATCHED
+from runs import ANYHOW
 from schema import ANY_NUMBER, read_json, read_json_lines
 
 MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
@@ -29,7 +31,8 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
 WHOLE, SOME = Number(0, 2**53, whole=True), (ANY_NUMBER, None)
 BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": SOME, "forget?": {str: SOME},
          str: (SOME, bool, list, {str: SOME})}  # of a model: its sets' numbers, and its own
-METRICS = {"target": BLOCK, "run?": dict, str: BLOCK}
+METRICS = {"target": BLOCK, str: BLOCK, "run?": {"seed?": WHOLE, "diverged?": bool,
+                                                 "made_of?": {"rows": dict, "vocabulary": (str, None)}}}
 SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
                             "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE}}
 PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, str: SOME}  # a line of path.jsonl
@@ -99,7 +102,39 @@ def by_kind(folders: Sequence[str | Path]) -> dict[str, list[Path]]:
         if not (folder / "metrics.json").is_file():
             raise UserError(f"{folder / 'metrics.json'} is missing: --compare takes finished run folders")
         kinds.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(folder)
+    for of in kinds.values():
+        check_alike(of)
     return kinds
+
+
+def check_alike(folders: list[Path]) -> None:
+    """Raises UserError for runs of a kind whose mean would mean nothing: of one seed, diverged, or not asked for alike.
+
+    Alike are the options but for the seed and, where they do not depend on the seed, vocabulary and rows. A run of an
+    older version tells less, and less is asked of it.
+    """
+    first: dict = {}
+    seeds: dict[int, Path] = {}
+    for folder in folders:
+        run = read_metrics(folder).get("run", {})
+        if run.get("diverged") and len(folders) > 1:
+            raise UserError(f"{folder} diverged, so a mean with it means nothing: leave it out")
+        if "made_of" not in run:
+            continue
+        if run["seed"] in seeds:
+            raise UserError(f"{seeds[run['seed']]} and {folder} are both of seed {run['seed']}: give each seed once")
+        seeds[run["seed"]] = folder
+        asked = read_json(folder / "asked.json", {"data": str, "forget": (str, None)}, "run train.py again")
+        told = {f"--{key.replace('_', '-')}": value for key, value in asked.items()
+                if key not in ANYHOW | {"seed", "name", "model", "reference"}}
+        if asked["data"] not in WORLDS or asked["forget"]:
+            told["vocabulary"] = run["made_of"]["vocabulary"]
+            told |= {f"{name} rows": value for name, value in run["made_of"]["rows"].items()}
+        first = first or told
+        for key in sorted(first.keys() | told.keys()):
+            if first.get(key) != told.get(key):
+                raise UserError(f"{folder} is of {key} {told.get(key)} and {folders[0]} of {first.get(key)}, so a mean "
+                                "means nothing: compare runs that differ in their seed alone")
 
 
 def compare(folders: Sequence[str | Path]) -> str:
