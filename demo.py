@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Stage:
     args: argparse.Namespace
     fit: loop.Fit
     tokenizer: TextCodec
+    scratch: tempfile.TemporaryDirectory  # where the loop keeps its state; goes with this
 
 
 def set_up(flags: list[Flag], method: Method, **others) -> Stage:
@@ -60,11 +62,10 @@ def set_up(flags: list[Flag], method: Method, **others) -> Stage:
     forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
     untouched = Rows(data.background, tokenizer, args.context, args.batch_size, args.seed, args.device)
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
-    folder = Path(args.out) / "cache" / "demonstration"
-    folder.mkdir(exist_ok=True)
     stop = loop.until_strangers(target, forget.calibrating()) if "until" in args else None
-    fit = loop.fitting(args, forget, folder, after_epoch=stop)
-    return Stage(target, sets, args, fit, tokenizer)
+    scratch = tempfile.TemporaryDirectory()
+    fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
+    return Stage(target, sets, args, fit, tokenizer, scratch)
 
 
 class Finished(Opened):

@@ -3,30 +3,34 @@
     python eval.py out/uoe                                  # score that run again and print its table
     python eval.py --compare out/uoe out/uoe-seed1 ...      # mean and spread over seeds of runs of one kind
     python eval.py out/uoe --attack relearn int8 paraphrase # what comes back?
+    python eval.py --verify out/uoe                         # does all that it claims hold?
     python eval.py --tofu-log LOG.json --reference REF.json --json
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from errors import UserError, one_line_errors
+from files import alone, write_json
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser
 from interfaces import LanguageModel
 from lab import probes
 from lab.attacks import ATTACKS, Outcome, attack, attack_table, check_experts
 from lab.figures import draw_kinds, draw_paths
 from lab.report import probe_all
-from lab.tables import by_kind, compare, compare_at, number, read_path, table
+from lab.tables import SCORED, by_kind, compare, compare_at, number, read_metrics, read_path, table
 from methods import Run, open_run
 from metrics import choice
 from metrics.score import evaluate, scores_of, summarise
-from metrics.tofu import forget_quality, read_log, utility_of
+from metrics.tofu import check_comparable, forget_quality, read_log, utility_of
 from pretrained import load
-from runs import weights_of
+from runs import MUST_FIT, changes, differences, made_of, weights_of
+from schema import ANY_NUMBER, read_json
 from uld import LogitDifference
 
 
@@ -40,9 +44,10 @@ def score_log(log: str, reference: str | None) -> dict:
         other = {name: s.summary(name, "probabilities") for name, s in scores.items()}
         out["model_utility_mean_of_probabilities"] = utility_of(other, sets)
     if reference:
-        theirs = read_log(Path(reference))["forget"].truth_ratios()
+        theirs = read_log(Path(reference))["forget"]
+        check_comparable(scores["forget"], theirs, f"{log} against {reference}")
         try:
-            quality = forget_quality(scores["forget"].truth_ratios(), theirs)
+            quality = forget_quality(scores["forget"].truth_ratios(), theirs.truth_ratios())
         except ValueError as error:
             raise UserError(f"{log} against {reference}: {error}") from None
         out |= {"forget_quality": quality.p, "forget_quality_D": quality.D, "forget_quality_n": quality.n}
@@ -57,21 +62,70 @@ def models_of(run: Run) -> dict[str, LanguageModel]:
     return models
 
 
-def score_again(folder: Path, run: Run, args: argparse.Namespace) -> None:
-    """Score a run anew and print its table; --save keeps the new metrics.json elsewhere."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
+    """metrics.json as it comes out now. trust: take references' scores from beside their weights."""
+    metrics = read_metrics(folder, SCORED)
+    if lost := [role for role in metrics if role not in ("run", "unlearned") and role not in run.config]:
+        raise UserError(f"{folder / 'metrics.json'} has a {lost[0]} that config.json does not name: run train.py again")
     models = models_of(run)
-    scores = {role: evaluate(models[role], run.tokenizer, run.data, role) if role in ("target", "unlearned") else
-              scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
-              for role in metrics if role != "run"}
+    scores = {}
+    for role in metrics:
+        if role in models and (role in ("target", "unlearned") or not trust):
+            scores[role] = evaluate(models[role], run.tokenizer, run.data, role)
+        elif role != "run":
+            scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
     fresh = summarise(scores, run.data)
     for role, block in probe_all(models, run.tokenizer, run.data, scores).items():
         fresh[role] |= block
     fresh["run"] = metrics["run"]
+    return fresh
+
+
+def score_again(folder: Path, run: Run, args: argparse.Namespace) -> None:
+    """Score a run anew and print its table; --save keeps the new metrics.json elsewhere."""
+    fresh = fresh_metrics(folder, run)
     if args.save:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-        (Path(args.save) / "metrics.json").write_text(json.dumps(fresh, indent=1))
+        write_json(Path(args.save) / "metrics.json", fresh)
     print(json.dumps(fresh, indent=1) if args.json else table(fresh))
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Every number, word and None of nested dicts and lists by its path."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for part, of in items for key, leaf in flat(of, f"{name} {part}".strip()).items()}
+
+
+def verify(folder: Path) -> None:
+    """Everything that a run's files claim, computed anew: what it was made of, how long it trained, every score.
+
+    Prints a line for each claim that does not hold; raises UserError where there is one.
+    """
+    run = open_run(folder, check=False)
+    metrics = read_metrics(folder, SCORED)
+    if "made_of" not in run.config:
+        raise UserError(f"{folder} was written by an older version, which noted no hashes: run train.py again")
+    wrong = [f"{name}: not what the run was made of" for name in differences(folder, run.config, run.data)]
+    claimed, found = flat(metrics), flat(fresh_metrics(folder, run, trust=False))
+    claimed |= {f"run {key}": run.config[key] for key in ("made_of", "diverged")} | {"run steps": run.config["steps"]}
+    found |= {f"run {key}": metrics["run"][key] for key in ("made_of", "diverged")}
+    found["run steps"] = len((folder / "log.jsonl").read_text().splitlines())
+    for key in sorted(claimed.keys() | found.keys()):
+        ours, theirs = found.get(key), claimed.get(key)
+        same = ours == theirs
+        if isinstance(ours, float | int) and isinstance(theirs, float | int):
+            same = math.isclose(ours, theirs, rel_tol=1e-6, abs_tol=1e-9)
+        if not same:
+            wrong.append(f"{key}: {theirs} is claimed, {ours} comes out")
+    was = run.config["made_of"]
+    if other := changes(was, made_of(run.data, run.tokenizer.vocab_size, {}, "cpu"), ("code", "versions", "threads",
+                                                                                        "processor")):
+        print(f"computed anew with other {', '.join(other)}")
+    print("\n".join(wrong) or f"all {len(claimed)} claims of {folder} hold")
+    if wrong:
+        raise UserError(f"{len(wrong)} claims of {folder} do not hold")
 
 
 def choices_table(run: Run, path: str) -> str:
@@ -107,12 +161,14 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
             for role, model in models.items():
                 outcomes[name][role] = attack(name, model, run.tokenizer, run.data, run.target, **how)
                 bar.update()
-    before = json.loads((folder / "attacks.json").read_text()) if (folder / "attacks.json").is_file() else {}
-    kept = before.get("outcomes", {}) if before.get("decoding", {}) == decoding else {}
+    file = folder / "attacks.json"
+    before = read_json(file, ATTACKED, "remove it") if file.is_file() else {}
+    of = {key: run.config.get("made_of", {}).get(key) for key in MUST_FIT}
+    kept = before.get("outcomes", {}) if (before.get("decoding", {}), before.get("made_of")) == (decoding, of) else {}
     if "relearn" in kept and "relearn" not in args.attack:
         how = before["relearn"]  # of the outcome that stays
-    (folder / "attacks.json").write_text(json.dumps(
-        {"relearn": how, "decoding": decoding, "outcomes": kept | outcomes}, indent=1))
+    write_json(folder / "attacks.json", {"relearn": how, "decoding": decoding, "made_of": of,
+                                         "outcomes": kept | outcomes})
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
 
 
@@ -123,6 +179,7 @@ def must_not(args: argparse.Namespace, flags: list[str], where: str) -> None:
             raise UserError(f"--{flag.replace('_', '-')} does nothing {where}: leave it out")
 
 
+ATTACKED = {"relearn": dict, "decoding": dict, "outcomes": {str: {str: {str: (ANY_NUMBER, None)}}}}  # attacks.json
 PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
 OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
@@ -134,6 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("run", nargs="?", help="a run folder to score again")
     say("--json", action="store_true", help="print numbers as JSON, in full")
     say("--compare", nargs="+", metavar="RUN", help="print mean and spread over runs")
+    say("--verify", metavar="RUN", help="compute all that a run claims anew, and say what differs")
     say("--tofu-log", metavar="LOG", help="an eval_log_aggregated.json to score")
     say("--reference", metavar="LOG", help="with --tofu-log: the retain-only model's log")
     say = parser.add_argument_group("with --compare").add_argument
@@ -157,14 +215,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("--filter-rate", type=SHARE, help="of a run of ULD: another filter")
     say("--save", metavar="DIR", help="write its new metrics.json there")
     args = parser.parse_args(argv)
-    if (args.run is not None) + bool(args.compare) + bool(args.tofu_log) != 1:
-        raise UserError("give one thing to score: a run folder, --compare RUN..., or --tofu-log LOG")
+    if (args.run is not None) + bool(args.compare) + bool(args.tofu_log) + (args.verify is not None) != 1:
+        raise UserError("give one thing to score: a run folder, --compare RUN..., --verify RUN, or --tofu-log LOG")
     if not args.compare:
         must_not(args, OF_COMPARE, "without --compare")
     if not args.tofu_log:
         must_not(args, OF_LOG, "without --tofu-log")
-    if args.compare or args.choices:
-        must_not(args, ["json"], "beside --compare or --choices")
+    if args.compare or args.choices or args.verify:
+        must_not(args, ["json"], "beside --compare, --verify or --choices")
     if args.run is None:
         must_not(args, OF_RUN, "without a run folder")
     if "relearn" not in (args.attack or []):
@@ -189,14 +247,15 @@ def main(argv: list[str] | None = None) -> None:
         print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, by)))
         if args.figures:
             kinds = by_kind(args.compare)
-            metrics = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
-                       for kind, of in kinds.items()}
+            metrics = {kind: [read_metrics(folder) for folder in of] for kind, of in kinds.items()}
             drawn = draw_kinds(metrics, Path(args.figures))
             paths = {kind: [read_path(folder) for folder in of if (folder / "path.jsonl").is_file()]
                      for kind, of in kinds.items()}
             if any(paths.values()):
                 drawn += draw_paths(paths, Path(args.figures))
             print("drew " + ", ".join(map(str, drawn)))
+    elif args.verify:
+        verify(Path(args.verify))
     elif args.tofu_log:
         print_log(score_log(args.tofu_log, args.reference), args.json)
     else:
@@ -209,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--{flag.replace('_', '-')} is for runs of --method uld")
             setattr(run.model, name, value)
         if args.attack:
-            attack_run(Path(args.run), run, args)
+            with alone(Path(args.run)):
+                attack_run(Path(args.run), run, args)
         elif args.choices:
             print(choices_table(run, args.choices))
         else:

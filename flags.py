@@ -38,7 +38,7 @@ class Flag(NamedTuple):
 
 
 class Number:
-    """A kind of flag: a number from `low` to `high`; nan, inf and what no machine holds are refused."""
+    """A kind of flag, or of a file's entry: a number from `low` to `high`, so neither nan nor what no machine holds."""
 
     def __init__(self, low: float, high: float, whole: bool = False, above: bool = False):
         self.low, self.high, self.whole, self.above = low, high, whole, above
@@ -48,12 +48,18 @@ class Number:
             value = int(text) if self.whole else float(text)
         except ValueError:
             value = math.nan
-        too_low = value <= self.low if self.above else value < self.low
-        if math.isnan(value) or too_low or value > self.high:
-            what = "a whole number" if self.whole else "a number"
-            least = f"above {self.low:g}" if self.above else f"from {self.low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {least} to {self.high:g}")
+        if not self.holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {self}")
         return value
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies within the bounds; what is read from files is held to them too (schema.py)."""
+        enough = value > self.low if self.above else value >= self.low  # false for NaN
+        return enough and value <= self.high and not (self.whole and isinstance(value, float))
+
+    def __str__(self) -> str:
+        least = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+        return f"{'a whole number' if self.whole else 'a number'} {least} to {self.high:g}"
 
 
 COUNT = Number(1, 1_000_000, whole=True)

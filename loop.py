@@ -23,10 +23,13 @@ from tqdm import tqdm
 from data.batches import Rows, encode_whole, greedy_answers
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from data.values import encode_fact
-from flags import COUNT, SHARE, WEIGHT, Flag
+from errors import Stopped, UserError, held
+from files import whole, write
+from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, TextCodec
 from model import GPT
 from objectives import all_right, row_log_prob
+from schema import ANY_NUMBER, misfit, parse_json_lines
 
 Losses = Callable[[int], dict[str, Tensor]]  # of a step: named terms, "loss" the one that is minimised
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
@@ -90,11 +93,13 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
              slow_factor: float = 1.0) -> dict:
     """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
 
-    Logs each step to folder/log.jsonl; every save_every steps keeps folder/state.pt, from which `resume` goes on.
+    Logs each step to folder/log.jsonl; every save_every steps, when it is told to stop and at the end keeps
+    folder/state.pt, from which `resume` goes on. Whoever has saved the weights may remove it.
     A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
     enough(steps done, seconds trained), asked after each step, with the state as it is. Parameters in `slow` learn
     at slow_factor * lr.
-    Returns {"steps", "train_seconds", "diverged"}.
+    Returns {"steps", "train_seconds", "diverged"}, and where it went on "resumed_seconds", those trained before.
+    Raises UserError for a state that is damaged or of other weights, errors.Stopped after Ctrl-C or SIGTERM.
     """
     weights = Weights(parameters)
     slowly = [any(p is q for q in slow) for p in parameters]
@@ -103,29 +108,36 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     state_file, log_file = folder / "state.pt", folder / "log.jsonl"
-    start, seconds, log = 0, 0.0, ""
+    start, seconds, log, ended = 0, 0.0, "", None
 
-    def keep(step: int) -> None:
-        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log,
-                 "parameters": [w.detach() for w in weights.full], "optimizer": optimizer.state_dict()}
-        torch.save(state, folder / "state.tmp")
-        (folder / "state.tmp").replace(state_file)
+    def keep(step: int, report: dict | None = None) -> None:
+        state = {"step": step, "seconds": seconds + time.perf_counter() - began, "log": log, "report": report,
+                 "parameters": [w.detach() for w in weights.full]}
+        if report is None:  # once training has ended nothing goes on from the optimiser
+            state["optimizer"] = optimizer.state_dict()
+        with whole(state_file) as file:
+            torch.save(state, file)
 
-    def bring_back() -> tuple[int, float, str]:
-        state = torch.load(state_file, weights_only=True, map_location=parameters[0].device)
+    def bring_back() -> tuple[int, float, str, dict | None]:
+        state = read_state(state_file, weights.full, optimizer)
         with torch.no_grad():
             for w, kept in zip(weights.full, state["parameters"], strict=True):
                 w.copy_(kept)
         weights.give_back()
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["seconds"], state["log"]
+        if state["report"] is None:
+            optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["seconds"], state["log"], state["report"]
 
     if resume and state_file.is_file():
-        start, seconds, log = bring_back()
-    began, diverged = time.perf_counter(), False
+        start, seconds, log, ended = bring_back()
+        if ended is not None:
+            write(log_file, log)
+            return ended | {"resumed_seconds": seconds}
+    began, diverged, before = time.perf_counter(), False, seconds
     if not start:
         keep(0)
-    with tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5, leave=True) as bar:
+    with (held() as stops, tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5,
+                                leave=True) as bar):
         for step in bar:
             torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
             for group in optimizer.param_groups:
@@ -138,7 +150,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
             norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
             if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
                 diverged = True
-                kept, _, log = bring_back()  # the time was spent all the same
+                kept, _, log, _ = bring_back()  # the time was spent all the same
                 tqdm.write(f"{what}: the loss is no longer finite at step {step}; "
                            f"going back to step {kept} and stopping there (a lower --lr may hold)")
                 steps = kept
@@ -154,12 +166,58 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
             if stop:
                 steps = step + 1
                 break
-            if (step + 1) % save_every == 0 and step + 1 < steps:
+            if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
                 keep(step + 1)
-    seconds += time.perf_counter() - began
-    log_file.write_text(log)
-    state_file.unlink(missing_ok=True)
-    return {"steps": steps, "train_seconds": seconds, "diverged": diverged}
+                if stops:
+                    raise Stopped(stops[0], f"{what} stopped after step {step + 1} of {steps}, and that is kept")
+        seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
+        report = {"steps": steps, "train_seconds": seconds, "diverged": diverged}
+        keep(steps, report)
+        write(log_file, log)
+        if stops:
+            raise Stopped(stops[0], f"{what} stopped after its last step, and that is kept")
+    return report | ({"resumed_seconds": before} if start else {})
+
+
+STATE = {"step": NATURAL, "seconds": WEIGHT, "log": str, "parameters": list,  # state.pt
+         "report": ({"steps": NATURAL, "train_seconds": WEIGHT, "diverged": bool}, None),
+         "optimizer?": {"state": dict, "param_groups": [dict]}}
+
+
+def read_state(path: Path, weights: list[Tensor], optimizer: torch.optim.Optimizer) -> dict:
+    """A state.pt of minimise's. Raises UserError where it is damaged or of other weights than these."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=weights[0].device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception:  # a file that is cut or changed: many kinds
+        state = None
+    way_out = f"remove {path.parent} and start again"
+    if misfit(state, STATE) or not is_of(state, weights, optimizer):
+        raise UserError(f"{path} is damaged, or the state of another model: {way_out}")
+    lines = parse_json_lines(state["log"].encode(), {"step": NATURAL, str: ANY_NUMBER}, str(path), way_out)
+    if state["report"] is None and len(lines) != state["step"]:
+        raise UserError(f"{path} has a log of {len(lines)} steps and was kept after {state['step']}: {way_out}")
+    return state
+
+
+def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what was kept is of just these weights and this optimiser, with no infinity or NaN in it."""
+    if len(state["parameters"]) != len(weights):
+        return False
+    pairs = list(zip(state["parameters"], weights, strict=True))
+    if state["report"] is None:
+        kept = state.get("optimizer", {"state": {}, "param_groups": []})
+        groups = optimizer.state_dict()["param_groups"]
+        if [group | {"lr": 0.0} for group in kept["param_groups"]] != [group | {"lr": 0.0} for group in groups]:
+            return False
+        order = dict(enumerate(w for group in optimizer.param_groups for w in group["params"]))
+        for i, of in kept["state"].items():  # of weights that had a gradient
+            if i not in order or misfit(of, {"step": Tensor, "exp_avg": Tensor, "exp_avg_sq": Tensor}):
+                return False
+            pairs += [(of["exp_avg"], order[i]), (of["exp_avg_sq"], order[i]), (of["step"], torch.zeros(()))]
+    return all(isinstance(found, Tensor) and found.shape == w.shape and found.dtype == w.dtype
+               and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
 class Belief(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 import baselines
 import uld
 import uoe
+from errors import UserError
 from interfaces import LanguageModel, Method
 from runs import Opened, read_run
 
@@ -19,10 +20,14 @@ class Run(Opened):
     model: LanguageModel
 
 
-def open_run(folder: str | Path, device: str = "cpu") -> Run:
+def open_run(folder: str | Path, device: str = "cpu", check: bool = True) -> Run:
     """Raises UserError as runs.read_run does."""
-    run = read_run(folder, device)
+    run = read_run(folder, device, check)
     if run.config["method"] == "finetune":
         return Run(**vars(run), model=run.target)
-    reopen = METHODS[run.config["method"]].reopen
-    return Run(**vars(run), model=reopen(run.target, run.parts, run.config))
+    try:
+        reopen = METHODS[run.config["method"]].reopen
+        return Run(**vars(run), model=reopen(run.target, run.parts, run.config))
+    except KeyError as error:  # of a method that is none, or without what its own has
+        raise UserError(f"{folder}/config.json lacks {error}: it was written by other code, or changed: run train.py "
+                        "again") from None

@@ -9,7 +9,6 @@ Shapes: B batch   T tokens   V vocabulary   E experts
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -24,7 +23,9 @@ from data.batches import IGNORE, Rows, collate, encode_rows
 from data.rows import DataSet, Row
 from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
+from files import MARK, alone, check_ours, digest_of, publish, write_json
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
+from hub.checkpoint import read_json
 from interfaces import TextCodec
 from loop import minimise
 from model import GPT, Config, Trace
@@ -153,16 +154,17 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
     config = small_config(args, tokenizer.vocab_size)
     key = key_of(config, args, balance, seed, rows, topics, data.texts(), base)
     stem = "world" if role == "base" else Path(args.forget or args.data).resolve().stem
+    stem = stem.encode()[:100].decode(errors="ignore")  # a file's name may be as long as file systems take
     folder = Path(args.out) / "cache" / f"{args.arch}-{stem}-{role}-{key}"
     partial = folder.with_name(folder.name + ".partial")
-    if folder.is_dir():
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be training the very same model: wait for it
+    with alone(folder, wait=True):  # another process may be training the very same model
+        for one in (folder, partial):
+            check_ours(one, "--out")
         if folder.is_dir():
-            return folder
+            return unchanged(folder)
         partial.mkdir(exist_ok=True)
+        write_json(partial / MARK, {"key": key})
         model = small_model(config, seed, args.device) if base is None else load(base / "model", device=args.device)[0]
         known = Rows(rows, tokenizer, args.context, BATCH - (NEW if base else 0), seed, args.device)
         steps, lr, new = args.pretrain_steps or (700 if base else 8 * known.per_epoch), args.pretrain_lr, NEW
@@ -173,7 +175,17 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
         if report["diverged"]:
             raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")
-        partial.rename(folder)
+        write_json(partial / MARK, {"key": key, "weights": digest_of(partial / "model")})
+        (partial / "state.pt").unlink(missing_ok=True)
+        publish(partial, folder)
+    return folder
+
+
+def unchanged(folder: Path) -> Path:
+    """A cached model's folder. Raises UserError where its weights are not those that were trained."""
+    if read_json(folder / MARK).get("weights") != digest_of(folder / "model"):
+        raise UserError(f"{folder / 'model'} was damaged or edited since it was trained: remove {folder}, and it is "
+                        "trained again")
     return folder
 
 

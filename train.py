@@ -12,15 +12,14 @@
 
 Without --model, target (saw everything) and reference (never saw the forget set) are trained once and kept in
 out/cache. A run is a folder out/<name> (runs.py), written under <name>.partial and renamed when whole; --resume goes
-on with a run that was cut off, and on CPU ends with the very same bits.
+on with a run that was cut off, from its last kept step, its saved weights or its scores, and on CPU ends with the very
+same bits. Ctrl-C and SIGTERM finish the step and keep it.
 """
 
 import argparse
 import copy
-import hashlib
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from data.batches import Rows, encode_rows, is_cut
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
+from files import digest, remove, write
 from flags import NATURAL, WEIGHT, Flag, Parser
 from hub.checkpoint import find_folder, load_tokenizer, read_config
 from hub.tokenizer import NoTokenizer
@@ -43,11 +43,11 @@ from interfaces import LanguageModel, Method, TextCodec
 from lab.report import finish_report
 from lab.tables import compare
 from methods import METHODS
-from metrics.score import Scores, evaluate, path_writer, scores_of
+from metrics.score import Scores, as_read, evaluate, kept_scores, path_writer, scores_of
 from model import GPT, count_parameters
 from objectives import FORGET, RETAIN, Loss
 from pretrained import load, save
-from runs import RunFolder, data_of, revision, weights_of
+from runs import ANYHOW, RunFolder, check_source, data_of, made_of, weights_of
 from uoe import check_layer
 
 
@@ -69,8 +69,10 @@ RUN = [  # every run
     Flag("--name",      str,     None,   None,   "of the run folder; default: what was chosen"),
     Flag("--out",       str,     "out",  "out",  "where run folders and the cache go"),
     Flag("--resume",    bool,    False,  False,  "go on with the cut-off run of this name"),
+    Flag("--restart",   bool,    False,  False,  "discard the cut-off run of this name"),
     Flag("--device",    str,     DEVICE, DEVICE, "cpu, cuda, cuda:1"),
     Flag("--score-rows", NATURAL, 0,     0,      "score at most so many rows of each set; 0: the protocol's"),
+    Flag("--score-batch", NATURAL, 0,    0,      "most questions and answers at once in scoring; 0: 256 and 64"),
 ]
 WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl; eval.py --compare draws it, --at reads it")]
 PUBLIC = [  # with --model
@@ -82,9 +84,10 @@ PUBLIC = [  # with --model
 REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
 # Flags that a run's name has words for already, or that leave its outcome alone.
+LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
-           "out", "resume", "device", "score_every_epoch", "save_every", "checkpointing", "reference",
-           "more_references", "augmented"}
+           "out", "resume", "restart", "score_batch", "device", "score_every_epoch", "save_every", "checkpointing",
+           "reference", "more_references", "augmented"}
 
 
 # ---- the command line -------------------------------------------------------------------------------------------
@@ -175,11 +178,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for key, value in vars(first).items():
         setattr(args, key, value)
     finish(args, on_world)
-    args.named = bool(args.name)
-    args.name = args.name or name_of(args, given)
-    if Path(args.name).name != args.name or args.name in ("..", "cache"):
-        raise UserError(f"--name {args.name} is not a plain folder name of its own: --out says where it goes")
+    args.named = args.name is not None
+    args.name = args.name if args.named else name_of(args, given)
+    check_name(args.name)
+    if args.resume and args.restart:
+        raise UserError("--resume goes on with a cut-off run and --restart discards it: give one of the two")
     return args
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for what is no folder name, is one of ours for something else, or has no room for a suffix."""
+    if not name or Path(name).name != name or name == "cache" or name.startswith((".", "-")) or name.endswith(".partial"):
+        raise UserError(f"--name {name} is not a plain folder name of its own: --out says where it goes")
+    if not name.isprintable() or len(name.encode()) > LONGEST:
+        raise UserError(f"--name {name[:40]!r}... is not one line of at most {LONGEST} bytes: shorten it")
 
 
 def settle(first: argparse.Namespace) -> None:
@@ -275,14 +287,15 @@ def name_of(args: argparse.Namespace, given: dict) -> str:
             told = ".".join(map(str, value)) if isinstance(value, tuple) else told
             parts.append(key.replace("_", "-") + told)
     name = "-".join(parts)
-    if len(name) > 150:  # file systems have names of up to 255 bytes
-        name = name[:140] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    if len(name.encode()) > LONGEST:
+        name = name.encode()[: LONGEST - 17].decode(errors="ignore") + "-" + digest(name)
     return name
 
 
 def settings(args: argparse.Namespace) -> str:
     """One line: what this run does, every value that something reads."""
-    quiet = ("named", "resume", "out", "name")
+    quiet = ("named", "resume", "restart", "out", "name")
     told = [f"{key.replace('_', '-')} {value}" for key, value in vars(args).items()
             if key not in quiet and value is not None and value is not False]
     return "settings: " + ", ".join(told)
@@ -300,23 +313,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: float = pretrain.BALANCE) -> list[Path]:
     """A run per seed of args.seed. method: instead of the one that args names (lab/ablations.py)."""
-    folders = []
+    runs = []
     for seed in args.seed:
         this = copy.copy(args)
         this.seed = seed
         if len(args.seed) > 1 or (seed and not args.named):
             this.name = f"{args.name}-seed{seed}"
-        folder = RunFolder(this)
-        if args.resume and folder.finished() and len(args.seed) > 1:  # before the cut
-            folder.check_same()
-            folders.append(folder.final)
+        runs.append(RunFolder(this))  # what is in the way of the last is said before the first is trained
+    if args.resume and len(runs) == 1 and not runs[0].cut_off():
+        raise UserError(f"--resume: {runs[0].partial} holds no cut-off run; start it without --resume")
+    for folder in runs:
+        if args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off():  # before the cut
+            folder.check_same(folder.final, ANYHOW, "give the same options, or another --name")
             continue
-        if args.resume and (folder.cut_off() or len(args.seed) == 1):
-            folder.go_on()
-        this.resume = folder.resume
-        print(settings(this))
-        folders.append(run(this, folder, method or METHODS.get(args.method), balance))
-    return folders
+        with folder:
+            print(settings(folder.args))
+            run(folder.args, folder, method or METHODS.get(args.method), balance)
+    return [folder.final for folder in runs]
 
 
 def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, balance: float = pretrain.BALANCE) -> Path:
@@ -340,42 +353,54 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         target, _ = load(weights_of(places["target"]), device=args.device)
     elif "reference" in places and not Path(args.reference).is_file():
         check_tokens(args, tokenizer, data)
-    config = {**vars(args), "torch": torch.__version__, "revision": revision(), **places}
+    for flag in ("model", "reference"):
+        if getattr(args, flag, None):
+            check_source(flag, getattr(args, flag), data)
+    of = made_of(data, tokenizer.vocab_size, places, args.device)
+    partial = folder.open(of)
+    config = {**vars(args), "made_of": of, **places}
     scores = {}
     for role, place in places.items():
         loaded = target if role == "target" else None
-        scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded)
+        scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded, partial)
 
-    # 2. Unlearn: the method's own file has the rest.
-    partial = folder.open()
-    watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
-    fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
-    torch.manual_seed(args.seed)
-    began = time.perf_counter()
-    model, kept, report = method.unlearn(target, forget, retain, args, fit)
-    report["setup_seconds"] = time.perf_counter() - began - report["train_seconds"]  # before training and after
+    # 2. Unlearn: the method's own file has the rest. A run that was cut off after this point goes on after it.
+    dtype = target.embed.weight.dtype
+    if saved := folder.saved():
+        config = saved
+        parts = {part: load(partial / part, dtype, args.device)[0] for part in config["kept"]}
+        model = method.reopen(target, parts, config)
+    else:
+        watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
+        fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
+        torch.manual_seed(args.seed)
+        began = time.perf_counter()
+        model, kept, report = method.unlearn(target, forget, retain, args, fit)
+        spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
+        config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)} | report
+        config |= {"setup_seconds": spent - report["train_seconds"],  # before training and after
+                   "peak_memory_bytes": peak_memory(args.device)}
+        for name, part in kept.items():
+            remove(partial / name)  # of a run that was cut off after this point
+            save(part, tokenizer, partial / name)
+        if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
+            lines = (partial / "path.jsonl").read_text().splitlines(keepends=True)
+            write(partial / "path.jsonl", "".join(x for x in lines if json.loads(x)["step"] <= report["steps"]))
+        if "assistant" in kept and args.method == "uld":
+            write(partial / "assistant" / "README.md", decoding_note(config, places["target"]))
+        folder.save(config)
 
-    # 3. Keep, score, draw.
-    config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)}
-    config |= report
-    memory = peak_memory(args.device)
-    for name, part in kept.items():
-        shutil.rmtree(partial / name, ignore_errors=True)  # of a run that was cut off after this point
-        save(part, tokenizer, partial / name)
-    if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
-        lines = (partial / "path.jsonl").read_text().splitlines(keepends=True)
-        (partial / "path.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] <= report["steps"]))
-    if "assistant" in kept and args.method == "uld":
-        (partial / "assistant" / "README.md").write_text(decoding_note(config, places["target"]))
-    scores["unlearned"] = evaluate(model, tokenizer, data, "unlearned")
+    # 3. Score, draw.
+    how = as_read(dtype, tokenizer, *(partial / part for part in config["kept"]))
+    scores["unlearned"] = kept_scores(partial / "scores.json", data, how,
+                                      lambda: evaluate(model, tokenizer, data, "unlearned"))
     told = ("method", "forget_loss", "retain_loss", "seed", "trainable_parameters", "total_parameters", "steps",
-            "train_seconds", "setup_seconds", "diverged")
-    outcome = {key: config[key] for key in told} | {"peak_memory_bytes": memory}
+            "train_seconds", "setup_seconds", "diverged", "peak_memory_bytes", "made_of")
+    outcome = {key: config[key] for key in told}
     outcome["seconds"] = config["train_seconds"] + config["setup_seconds"]
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
     models: dict[str, LanguageModel] = {"target": target}
     if "reference" in places and not Path(places["reference"]).is_file():
-        models["reference"] = load(weights_of(places["reference"]), target.embed.weight.dtype, args.device,
+        models["reference"] = load(weights_of(places["reference"]), dtype, args.device,
                                    getattr(args, "template", None))[0]
     finish_report(partial, outcome, data, tokenizer, scores, models | {"unlearned": model})
     return folder.close()
@@ -401,16 +426,26 @@ def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataS
 
 def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer: TextCodec) -> Path:
     """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
-    partial = folder.open()
-    report = pretrain.finetune(args, model, tokenizer, data, partial)
-    memory = peak_memory(args.device)
-    save(model, tokenizer, partial / "model")
-    scores: dict[str, Scores] = {"target": evaluate(model, tokenizer, data, "fine-tuned")}
+    check_source("model", args.model, data)
+    of = made_of(data, tokenizer.vocab_size, {"target": args.model}, args.device)
+    partial = folder.open(of)
+    if saved := folder.saved():
+        config = saved
+        model, _ = load(partial / "model", model.embed.weight.dtype, args.device, args.template)
+    else:
+        report = pretrain.finetune(args, model, tokenizer, data, partial)
+        report.pop("resumed_seconds", None)
+        save(model, tokenizer, partial / "model")
+        config = {**vars(args), "made_of": of, "target": args.model, "kept": ["model"], **report,
+                  "peak_memory_bytes": peak_memory(args.device)}
+        folder.save(config)
+    how = as_read(model.embed.weight.dtype, tokenizer, partial / "model")
+    scores: dict[str, Scores] = {"target": kept_scores(partial / "scores.json", data, how,
+                                                       lambda: evaluate(model, tokenizer, data, "fine-tuned"))}
     size = count_parameters(model)
+    told = ("seed", "steps", "train_seconds", "diverged", "peak_memory_bytes", "made_of")
     outcome = {"method": "finetune", "forget_loss": None, "retain_loss": None, "trainable_parameters": size,
-               "total_parameters": size, "seed": args.seed} | report | {"peak_memory_bytes": memory}
-    config = {**vars(args), "torch": torch.__version__, "revision": revision(), "target": args.model, "kept": ["model"]}
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
+               "total_parameters": size, **{key: config[key] for key in told}}
     finish_report(partial, outcome, data, tokenizer, scores, {"target": model})
     return folder.close()
 

@@ -6,6 +6,7 @@ have had.
 Shapes: B batch   T longest row of the batch   D model width   V vocabulary
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,9 +112,10 @@ def left_pad(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
     return tokens.to(device), pad.to(device)
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of 0..n-1 for one epoch: depends on (seed, epoch) alone."""
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+@functools.lru_cache(maxsize=4)  # drawn once an epoch, not once a step: forget and retain rows take turns
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of 0..n-1 for one epoch, (n,): depends on (seed, epoch) alone. Not to be changed."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def batches_per_epoch(n: int, batch_size: int) -> int:
@@ -124,7 +126,7 @@ def batches_per_epoch(n: int, batch_size: int) -> int:
 def batch_at(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Rows of batch number `step` in an endless run of shuffled epochs over n rows; the last of an epoch is short."""
     epoch, i = divmod(step, batches_per_epoch(n, batch_size))
-    return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+    return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size].tolist()
 
 
 def rows_that_fit(examples: list[Example], vocab_size: int, at_most: int = 64) -> int:
@@ -247,6 +249,7 @@ def answers(model: LanguageModel, tokenizer: TextCodec, questions: Sequence[str]
     model's device. The same generator state and batch_size give the same answers.
     Raises UserError for a prompt that leaves no room for an answer.
     """
+    batch_size = min(batch_size, limits.rows or batch_size)
     prompts = [tokenizer.prompt(question) for question in questions]
     out: list[list[str]] = [[] for _ in prompts]
     context = min(model.config.max_len, limits.total or model.config.max_len)

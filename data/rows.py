@@ -13,15 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import UserError
+from schema import parse_json
 
 Row = dict
 
 
 class Limits(NamedTuple):
-    """How long a greedy answer may get. None: no limit but the model's context."""
+    """How long a greedy answer may get, and how many are made at once. None: no limit but the model's context."""
 
     total: int | None = None  # tokens of prompt and answer together
     new: int | None = None  # tokens of the answer
+    rows: int | None = None  # at most so many at once, in scoring: memory, not outcome
 
 
 NO_LIMITS = Limits()
@@ -71,22 +73,11 @@ def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a file of JSON lines with {needs}")
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a string
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): one object per line") from None
-        try:
-            json.dumps(row, ensure_ascii=False).encode()  # JSON may spell half a surrogate pair, UTF-8 may not
-        except UnicodeEncodeError:
-            raise UserError(f"{path} line {number} holds half a character (a cut emoji, say): write it whole") from None
-        rows.append(check(row, f"{path} line {number}"))
+    with path.open("rb") as file:  # lines end in a line feed alone: JSON may hold other ends of lines inside a string
+        for number, line in enumerate(file, 1):
+            where = f"{path} line {number}"
+            if line.strip():
+                rows.append(check(parse_json(line, object, where, "one object per line, in UTF-8"), where))
     if not rows:
         raise UserError(f"{path} is empty: it needs at least one JSON line with {needs}")
     return rows

@@ -16,6 +16,7 @@ import huggingface_hub
 from data.rows import DataSet, Limits, Row, check_no_leak, read_rows
 from errors import UserError
 from flags import Flag, Number
+from schema import read_bytes
 
 RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 HUB = "locuslab/TOFU"
@@ -114,27 +115,28 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                              (folder / f"{split}_perturb.csv", perturbed, wrong)):
         if not path.is_file():
             raise UserError(f"--augmented: {path} does not exist")
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for number, cells in enumerate(csv.reader(file), 1):
-                try:
-                    question, answer, third, fourth = cells
-                    answers = distinct(fourth)
-                    # the perturb file has the question itself here, the paraphrase file a list
-                    reworded = distinct(third) if into is paraphrased else []
-                except (ValueError, SyntaxError):
-                    raise UserError(f"{path} row {number} is not question, answer, list, list") from None
+        number = 1
+        try:
+            for cells in csv.reader(read_bytes(path).decode("utf-8-sig").splitlines(True)):
+                question, answer, third, fourth = cells
+                answers = distinct(fourth)
+                # the perturb file has the question itself here, the paraphrase file a list
+                reworded = distinct(third) if into is paraphrased else []
                 answers = [a for a in answers if a != answer]
                 asked = [q for q in reworded if q != question] if into is paraphrased else [question]
                 if question in questions:
                     into += [{"question": q, "answer": a} for q in asked for a in answers][:keep]
                 elif into is perturbed:
                     others[question] = answers
+                number += 1
+        except (ValueError, SyntaxError, csv.Error, RecursionError, MemoryError):  # the last two: nested too deep
+            raise UserError(f"{path} row {number} is not question, answer, list, list in UTF-8") from None
     return paraphrased, perturbed, others
 
 
 def distinct(cell: str) -> list[str]:
-    """A printed Python list of strings, without duplicates, in its order. Raises ValueError for anything else."""
+    """A printed Python list of texts, none empty, without duplicates, in its order. Raises ValueError for others."""
     value = ast.literal_eval(cell)
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("not a list of strings")
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError("not a list of texts")
     return list(dict.fromkeys(value))

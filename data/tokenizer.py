@@ -9,6 +9,7 @@ On disk: `tokenizer.tiktoken`, one `base64(bytes) rank` line per token, tiktoken
 """
 
 import base64
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
@@ -39,16 +40,23 @@ def train_ranks(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for pair in pairwise(ids):
             pair_count[pair] += count
             where[pair].add(i)
-    while len(tokens) < vocab_size and pair_count:
-        best = max(pair_count, key=lambda p: (pair_count[p], -p[0], -p[1]))
-        if pair_count[best] < 2:
+    # The heap holds every pair with its present count, and older counts too: those are skipped when they come up.
+    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size and heap:
+        count, best = heapq.heappop(heap)
+        if -count != pair_count[best]:
+            continue
+        if -count < 2:
             break
         new = len(tokens)
         tokens.append(tokens[best[0]] + tokens[best[1]])
+        changed = set()
         for i in where.pop(best):
             ids, count = spelled[i]
             for pair in pairwise(ids):
                 pair_count[pair] -= count
+                changed.add(pair)
             merged, j = [], 0
             while j < len(ids):
                 if j + 1 < len(ids) and (ids[j], ids[j + 1]) == best:
@@ -61,6 +69,9 @@ def train_ranks(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             for pair in pairwise(merged):
                 pair_count[pair] += count
                 where[pair].add(i)
+                changed.add(pair)
+        for pair in changed - {best}:
+            heapq.heappush(heap, (-pair_count[pair], pair))
         del pair_count[best]
     return {token: rank for rank, token in enumerate(tokens)}
 

@@ -37,13 +37,16 @@ import hub.tokenizer as hub_tokenizer
 from data import tokenizer as small_tokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
+from files import MARK, check_ours, sync, write_json
+from flags import Number
 from hub.tokenizer import HubTokenizer, NoTokenizer
 from model import GPT, Config
 from moe import MoE
+from schema import read_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-WRITTEN = ("config.json", "model*.safetensors", INDEX, small_tokenizer.FILE, *hub_tokenizer.FILES)
+WRITTEN = ("config.json", "model*.safetensors", INDEX, small_tokenizer.FILE, *hub_tokenizer.FILES, MARK)
 
 # ---- names ------------------------------------------------------------------------------------------------------
 
@@ -151,24 +154,29 @@ def hub_config(config: Config, dtype: torch.dtype, tokenizer) -> dict:
             "pad_token_id": None}
 
 
-def read_json(path: Path) -> dict:
-    """Raises UserError naming a file that is missing or not a JSON object."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {path.parent} is no checkpoint; give a folder with config.json and "
-                        "model.safetensors, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct")
-    try:
-        out = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not UTF-8, or not JSON
-        out = None
-    if not isinstance(out, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return out
+# What config.json may hold: wide enough for every published model, too narrow for what no machine holds.
+SIZE, HEADS = Number(1, 2**24, whole=True), Number(1, 4096, whole=True)
+FACTOR = Number(0, 1e12, above=True)
+ROPE = {"rope_type?": str, "type?": str, "rope_theta?": FACTOR, "factor?": FACTOR, "low_freq_factor?": FACTOR,
+        "high_freq_factor?": FACTOR, "original_max_position_embeddings?": SIZE, "partial_rotary_factor?": FACTOR}
+CONFIG: dict = {"model_type?": str, "vocab_size?": SIZE, "num_hidden_layers?": HEADS, "num_attention_heads?": HEADS,
+                "num_key_value_heads?": HEADS, "hidden_size?": SIZE, "head_dim?": SIZE, "rms_norm_eps?": Number(0, 1),
+                "max_position_embeddings?": Number(1, 2**31, whole=True), "rope_theta?": FACTOR,
+                "tie_word_embeddings?": bool, "intermediate_size?": SIZE, "moe_intermediate_size?": SIZE,
+                "num_experts?": HEADS, "num_local_experts?": HEADS, "num_experts_per_tok?": HEADS,
+                "norm_topk_prob?": bool, "shared_expert_intermediate_size?": Number(0, 2**24, whole=True),
+                "qkv_bias?": bool, "use_sliding_window?": bool,
+                "sliding_window?": Number(0, 2**31, whole=True), "rope_parameters?": ROPE, "rope_scaling?": ROPE}
+CONFIG = {key: (kind, None) for key, kind in CONFIG.items()}  # null: as if it were not there
 
 
 def read_config(folder: Path) -> Config:
     """The Config of a checkpoint. Raises UserError naming the key of config.json that this model cannot follow."""
     path = folder / "config.json"
-    raw = read_json(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {folder} is no checkpoint; give a folder with config.json and "
+                        "model.safetensors, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct")
+    raw = read_json(path, CONFIG)
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported; these are: {', '.join(FAMILIES)}")
@@ -188,6 +196,9 @@ def read_config(folder: Path) -> Config:
         wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if missing := [key for key in wanted if key not in rope]:
             raise UserError(f"{path}: rope_scaling lacks {', '.join(missing)}: download it again")
+        if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+            raise UserError(f"{path}: rope_scaling has a high_freq_factor no higher than low_freq_factor: "
+                            "download it again")
         raw["rope_scaling"] = {"rope_type": "llama3", **{key: rope[key] for key in wanted}}
     raw.setdefault("head_dim", 0)  # 0: width / heads
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
@@ -217,6 +228,9 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, devic
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config, template)
     files = find_tensors(folder)
+    if config.n_layer > len(files):  # seen before a model of so many layers is made
+        raise UserError(f"{folder}: config.json asks for {config.n_layer} layers and the weights are {len(files)} "
+                        "tensors: they do not belong together")
     with torch.device("meta"):
         wanted = hub_tensors(GPT(config))
     check_tensors(folder, config, files, {name: list(tensor.shape) for name, tensor in wanted.items()})
@@ -270,7 +284,8 @@ def load_tokenizer(folder: Path, config: Config, template: str | None) -> Tokeni
         tokenizer = HubTokenizer.load(folder, template)
     else:
         return NoTokenizer(folder)  # weights alone are of use too; whoever needs the tokenizer is told
-    if tokenizer.vocab_size > config.vocab_size:  # fewer is usual: embeddings are padded to round sizes
+    # fewer is usual, embeddings are padded to round sizes; of half of them nobody would speak
+    if not config.vocab_size // 2 <= tokenizer.vocab_size <= config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size} "
                         "(vocab_size in config.json): they do not belong together")
     return tokenizer
@@ -282,10 +297,9 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(tensor_shapes(single), single)
     if (folder / INDEX).is_file():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict):
-            raise UserError(f"{folder / INDEX} has no weight_map: download it again")
+        where = read_json(folder / INDEX, {"weight_map": {str: str}})["weight_map"]
         for name in sorted(set(where.values())):
+            check_inside(folder, name)
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing, though {INDEX} lists it: download that shard")
         return {name: folder / file for name, file in where.items()}
@@ -295,6 +309,15 @@ def find_tensors(folder: Path) -> dict[str, Path]:
                         f"M.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\"")
     raise UserError(f"{folder} has neither model.safetensors nor {INDEX}: the weights are missing "
                     "(where the hub has only .bin files, convert them with transformers' save_pretrained)")
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Raises UserError for a shard outside its folder, unless it is a link that the hub's cache made."""
+    place = (folder / name).resolve().parent
+    blobs = folder.resolve().parent.parent / "blobs"  # the cache keeps models--o--n/snapshots/REVISION and .../blobs
+    cached = folder.resolve().parent.name == "snapshots" and place == blobs
+    if Path(name).name != name or not (place == folder.resolve() or cached):
+        raise UserError(f"{folder / INDEX} lists the shard {name}, which lies outside {folder}: download it again")
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
@@ -366,14 +389,17 @@ def save(model: GPT, tokenizer, folder: str | Path, shard_bytes: int = 5_000_000
     config = hub_config(model.config, model.embed.weight.dtype, tokenizer)
     if folder.exists() and (not folder.is_dir() or any(not any(p.match(w) for w in WRITTEN) for p in folder.iterdir())):
         raise UserError(f"{folder} exists and holds other things than a model: give another name")
+    check_ours(folder, "name")
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(partial / MARK, {"weights": "saved by nanounlearn"})
+        write_json(partial / "config.json", config)
         if tokenizer is not None:
             tokenizer.save(partial)
         write_tensors(partial, hub_tensors(model), shard_bytes)
+        sync(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:

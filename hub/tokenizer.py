@@ -11,7 +11,8 @@ Which template, in this order: the one asked for; the one a folder saved by this
 and Llama-3.x-Instruct, told by their chat template's markers; the checkpoint's own chat template, read off by
 rendering it once; without one, that of the end-of-turn token; else `plain`.
 
-Special tokens spelled out in a row's text become special tokens, as in transformers; data/tokenizer.py never does so.
+Special tokens spelled out in a row's text are text and nothing else, as with data/tokenizer.py (transformers would take
+them for special tokens, and a row could end its own answer).
 """
 
 import json
@@ -19,15 +20,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from errors import UserError
+from flags import Number
+from hub.sandbox import check_tokenizer, render
+from schema import parse_json, read_bytes, read_json
 
 # What is kept beside the weights, so that a saved folder tokenizes as the original did.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
          "generation_config.json")
 OURS = "nanounlearn_template"  # key in tokenizer_config.json: the template a model was trained with, where asked for
+TOKEN = (str, {"content": str}, None)
+IDS = (Number(0, 2**31, whole=True), [Number(0, 2**31, whole=True)], None)
+NAMED = {"bos_token?": TOKEN, "eos_token?": TOKEN, OURS + "?": str,
+         "chat_template?": (str, [{"name": str, "template": str}], None)}
+NUMBERED = {"bos_token_id?": IDS, "eos_token_id?": IDS}
 
 
 class Template(NamedTuple):
@@ -66,23 +75,26 @@ class HubTokenizer:
         self.backend, self.files, self.template = backend, files, template
         self.begin, self.end, self.stops = begin, end, stops | {end}  # chat models may have several ends
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self.between = self.encode(template.between)
+        special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        self.special = regex.compile("|".join(map(regex.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.between = self.encode(template.between, special=True)
+        # what the tokenizer itself puts in front of running text: a beginning-of-text token, or nothing
+        self.front = [begin] if begin is not None and backend.encode("a").ids[0] == begin else []
         first = backend.token_to_id(template.begin) if template.begin else None
-        if template.begin is None and begin is not None and backend.encode("a").ids[0] == begin:
-            first = begin
-        self.before = [] if first is None else [first]
+        self.before = self.front if template.begin is None else [] if first is None else [first]
 
     @classmethod
     def load(cls, folder: Path, template: str | None = None) -> "HubTokenizer":
         """Raises UserError for a damaged file, an unknown template, or one whose tokens this vocabulary lacks."""
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files = {name: read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
             raise UserError(f"{folder / 'tokenizer.json'} is missing")
         try:
-            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exception
+            check_tokenizer(files["tokenizer.json"])
+        except ValueError as error:
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from None
+        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         backend.no_padding()
         backend.no_truncation()
         if template is not None:
@@ -106,8 +118,23 @@ class HubTokenizer:
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text, in which special tokens are spelled like other words; special: they are tokens."""
+        self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_inside(self, before: str, text: str, after: str) -> list[int]:
+        """Ids of a row's text between two pieces of a template, whose special tokens are tokens.
+
+        As one text, so that words may merge across the seams; a text that spells special tokens is encoded apart from
+        them, beginning and ending where the template's own special tokens do.
+        """
+        if not self.special.search(text):
+            return self.encode(before + text + after, special=True)
+        first = max((found.end() for found in self.special.finditer(before)), default=0)
+        last = min((found.start() for found in self.special.finditer(after)), default=len(after))
+        return [*self.encode(before[:first], special=True), *self.encode(before[first:] + text + after[:last]),
+                *self.encode(after[last:], special=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first token that ends a turn or text; special tokens are left out."""
@@ -122,18 +149,19 @@ class HubTokenizer:
         """Ids up to where the answer begins: what the model is given."""
         t = self.template
         question = question.strip() if t.strip else question
-        return [*self.before, *self.encode(t.before + question + t.between)]
+        return [*self.before, *self.encode_inside(t.before, question, t.between)]
 
     def completion(self, answer: str) -> list[int]:
         """Ids of the answer and the end token: what it is to say."""
         t = self.template
         answer = t.lead + (answer.strip() if t.strip else answer)
-        ids = self.encode(t.between + answer)
+        ids = self.encode_inside(t.between, answer, "")
         joined = ids[: len(self.between)] == self.between  # false where the two would merge into one token
         return [*(ids[len(self.between):] if joined else self.encode(answer)), self.end]
 
     def passage(self, text: str) -> list[int]:
         """Ids of running text: no template, and in front only what the tokenizer itself puts there."""
+        self.backend.encode_special_tokens = True
         return self.backend.encode(text).ids
 
 
@@ -154,20 +182,15 @@ class NoTokenizer:
 
 
 def parse(files: dict[str, bytes], name: str, folder: Path) -> dict:
-    """One of a checkpoint's JSON files, {} where absent. Raises UserError where it is not a JSON object."""
-    try:
-        out = json.loads(files.get(name, b"{}"))
-    except ValueError:
-        out = None
-    if not isinstance(out, dict):
-        raise UserError(f"{folder / name} is not a JSON object: download it again")
-    return out
+    """One of a checkpoint's JSON files, {} where absent. Raises UserError where it holds something else."""
+    schema = NUMBERED if name == "generation_config.json" else NAMED
+    return parse_json(files.get(name, b"{}"), schema, str(folder / name), "download it again")
 
 
 def special_tokens(files: dict[str, bytes], folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str | None]:
     """bos_token and eos_token as texts, from whichever of the checkpoint's files names them; None where none does."""
     named = parse(files, "special_tokens_map.json", folder) | parse(files, "tokenizer_config.json", folder)
-    ids = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    ids = read_json(folder / "config.json", NUMBERED) if (folder / "config.json").is_file() else {}
     ids |= parse(files, "generation_config.json", folder)
     out = {}
     for kind in ("bos_token", "eos_token"):
@@ -190,7 +213,7 @@ def choose(files: dict[str, bytes], folder: Path, tokens: dict[str, str | None])
     chat = settings.get("chat_template")
     if isinstance(chat, list):  # several by name
         chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
-    chat = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else chat
+    chat = files["chat_template.jinja"].decode(errors="replace") if "chat_template.jinja" in files else chat
     if chat is None:
         # no base model ends its texts so
         of_end: dict[str | None, str] = {"<|im_end|>": "smollm2", "<|eot_id|>": "llama3"}
@@ -201,27 +224,30 @@ def choose(files: dict[str, bytes], folder: Path, tokens: dict[str, str | None])
         return TEMPLATES["llama2"]
     try:
         return read_off(chat, tokens)
-    except Exception as error:  # a template is a program: many kinds
+    except ValueError as error:
         raise UserError(f"{folder}: its chat template cannot be followed ({error}): choose one of "
                         f"{', '.join(TEMPLATES)}") from None
 
 
 def read_off(chat: str, tokens: dict[str, str | None]) -> Template:
     """A checkpoint's chat template (jinja) as a Template, by rendering one question and one answer with it."""
-    def refuse(message: str):
-        raise ValueError(message)
-
-    page = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat)
     marks = {"user": " QUESTION ", "assistant": " ANSWER "}
     turns = [{"role": role, "content": mark} for role, mark in marks.items()]
-    names = {**{name: text or "" for name, text in tokens.items()}, "raise_exception": refuse}
-    prompt = page.render(messages=turns[:1], add_generation_prompt=True, **names)
-    whole = page.render(messages=turns, add_generation_prompt=False, **names)
+    prompt, whole = render(chat, json.dumps({"messages": turns, **{name: text or "" for name, text in tokens.items()}}))
     strip = marks["user"] not in prompt
-    before, between = prompt.split(marks["user"].strip() if strip else marks["user"])
+    before, between = around(marks["user"].strip() if strip else marks["user"], prompt, "question")
     if not whole.startswith(prompt):
         raise ValueError("a conversation does not begin with its prompt")
     said = whole[len(prompt):]
-    lead, after = said.split(marks["assistant"] if marks["assistant"] in said else marks["assistant"].strip())
+    mark = marks["assistant"] if marks["assistant"] in said else marks["assistant"].strip()
+    lead, after = around(mark, said, "answer")
     end = after.strip().split("\n")[0]  # ChatML goes on with a new line
     return Template(before, between, end or None, lead, strip=strip)
+
+
+def around(mark: str, text: str, what: str) -> tuple[str, str]:
+    """What stands before and behind a mark. Raises ValueError unless it stands there once."""
+    if text.count(mark) != 1:
+        raise ValueError(f"it gives the {what} {text.count(mark)} times")
+    before, _, after = text.partition(mark)
+    return before, after

@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 from metrics.tofu import RowScores
@@ -86,8 +87,9 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
     lines = {"target": (first, "target"), **{kind: (runs, "unlearned") for kind, runs in kinds.items()},
              "reference": (first, "reference")}
     for (label, (runs, role)), (shade, line), mark in zip(lines.items(), STYLES * 3, "os^vDPX*" * 3, strict=False):
-        sets = [run[role]["forget"] for run in runs if role in run]
-        rates = [key for key in (sets[0] if sets else {}) if key.startswith("leak_T")]
+        sets = [run[role].get("forget", {}) for run in runs if role in run]
+        rates = [key for key in (sets[0] if sets else {}) if re.fullmatch(r"leak_T[\d.]+", key)
+                 and None not in [of.get(key) for of in sets]]
         if rates:
             means = [sum(of[key] for of in sets) / len(sets) for key in rates]
             axis.plot([float(key.removeprefix("leak_T")) for key in rates], means, linestyle=line, color=shade,
@@ -99,8 +101,8 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for (label, (runs, role)), mark in zip(lines.items(), "os^vDPX*" * 3, strict=False):
-        points = [(run[role]["forget"].get("value_said"), run[role]["model_utility"], run["target"]["model_utility"])
-                  for run in runs if role in run]
+        points = [(run[role].get("forget", {}).get("value_said"), run[role].get("model_utility"),
+                   run["target"].get("model_utility")) for run in runs if role in run]
         if not points or any(said is None or utility is None or not target for said, utility, target in points):
             continue  # it was not measured, or the target knows nothing
         x = [said for said, _, _ in points]

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from errors import UserError, one_line_errors
-from lab.tables import LEVELS, by_kind, heads_at, rows_at, spread
+from lab.tables import LEVELS, by_kind, heads_at, read_metrics, rows_at, spread
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
@@ -93,7 +93,7 @@ def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tu
         raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
     lines: list[Line] = []
     for kind, role, label in entries(spec):
-        runs = [json.loads((folder / "metrics.json").read_text()) for folder in kinds.get(kind, [])]
+        runs = [read_metrics(folder) for folder in kinds.get(kind, [])]
         cells = [cell(runs, role, where, key, worst) for _, where, key, worst in COLUMNS[columns]] if runs else None
         lines.append((kind, label, f"({len(runs)})", cells))
     return ["mean (worst) of runs", *(name for name, *_ in COLUMNS[columns])], lines

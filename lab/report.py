@@ -1,17 +1,17 @@
 """What a run ends in: metrics.json, figures, a table, three questions with each model's answer."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 from data.batches import greedy_answers
 from data.rows import DataSet, Limits
+from files import write_json
 from interfaces import LanguageModel, TextCodec
 from lab import probes
 from lab.figures import draw
 from lab.tables import table
 from metrics.routing import expert_shares, routing_overlap
-from metrics.score import Scores, as_read, save_scores, summarise
+from metrics.score import Scores, summarise
 from model import GPT
 from runs import forget_batches
 from uoe import expert_attribution
@@ -34,9 +34,7 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer: TextCodec, 
         experts = {"share": {role: expert_shares(m, batches) for role, m in of.items()},
                    "affinity": {role: expert_attribution(m, batches).tolist() for role, m in of.items()}}
     metrics["run"] = run
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    last = "unlearned" if "unlearned" in scores else "target"
-    save_scores(folder, data, scores[last], as_read(target.embed.weight.dtype, tokenizer))
+    write_json(folder / "metrics.json", metrics)
     draw(folder, scores, experts)
     print("\n" + table(metrics) + "\n")
     print(three_questions(data, tokenizer, models))

@@ -1,14 +1,17 @@
 """metrics.json files as tables: of one run, over seeds, and along the way at one level of forgetting."""
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from data import WORLDS
 from errors import UserError
+from flags import WEIGHT, Number
 from metrics.score import WATCHED
+from runs import ANYHOW
+from schema import ANY_NUMBER, read_json, read_json_lines
 
 MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
             ("leak", "worst leak@8"), ("in_frame", "in frame"), ("exact", "exact answers"),
@@ -25,13 +28,37 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
            ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))  # of a model
 
 
+WHOLE, SOME = Number(0, 2**53, whole=True), (ANY_NUMBER, None)
+BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": SOME, "forget?": {str: SOME},
+         str: (SOME, bool, list, {str: SOME})}  # of a model: its sets' numbers, and its own
+METRICS = {"target": BLOCK, str: BLOCK, "run?": {"seed?": WHOLE, "diverged?": bool,
+                                                 "made_of?": {"rows": dict, "vocabulary": (str, None)}}}
+SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
+                            "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE}}
+PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, str: SOME}  # a line of path.jsonl
+
+
+def read_metrics(folder: str | Path, schema: dict = METRICS) -> dict:
+    """A run's metrics.json; schema: SCORED where its table is to be printed.
+
+    Raises UserError where it is missing or was not written by this code.
+    """
+    return read_json(Path(folder) / "metrics.json", schema, "run train.py again")
+
+
 def rows_of(metrics: dict, roles: list[str]) -> list[tuple[str, list]]:
     """(label, one number or None per role) for each line of the table."""
     sets = [name for name, value in metrics["target"].items() if isinstance(value, dict)]
-    rows = [(f"{name:<13}{label}", [metrics[role].get(name, {}).get(key) for role in roles])
+
+    def of(role: str, name: str) -> dict:
+        found = metrics[role].get(name)
+        return found if isinstance(found, dict) else {}
+
+    rows = [(f"{name:<13}{label}", [of(role, name).get(key) for role in roles])
             for name in sets for key, label in MEASURES]
     for key, label in SINGLES:
-        rows.append((label, [metrics[role].get(key) for role in roles]))
+        found = [metrics[role].get(key) for role in roles]
+        rows.append((label, [value if isinstance(value, int | float) else None for value in found]))
     return [(label, values) for label, values in rows if any(v is not None for v in values)]
 
 
@@ -75,12 +102,44 @@ def by_kind(folders: Sequence[str | Path]) -> dict[str, list[Path]]:
         if not (folder / "metrics.json").is_file():
             raise UserError(f"{folder / 'metrics.json'} is missing: --compare takes finished run folders")
         kinds.setdefault(re.sub(r"-seed\d+$", "", folder.name), []).append(folder)
+    for of in kinds.values():
+        check_alike(of)
     return kinds
+
+
+def check_alike(folders: list[Path]) -> None:
+    """Raises UserError for runs of a kind whose mean would mean nothing: of one seed, diverged, or not asked for alike.
+
+    Alike are the options but for the seed and, where they do not depend on the seed, vocabulary and rows. A run of an
+    older version tells less, and less is asked of it.
+    """
+    first: dict = {}
+    seeds: dict[int, Path] = {}
+    for folder in folders:
+        run = read_metrics(folder).get("run", {})
+        if run.get("diverged") and len(folders) > 1:
+            raise UserError(f"{folder} diverged, so a mean with it means nothing: leave it out")
+        if "made_of" not in run:
+            continue
+        if run["seed"] in seeds:
+            raise UserError(f"{seeds[run['seed']]} and {folder} are both of seed {run['seed']}: give each seed once")
+        seeds[run["seed"]] = folder
+        asked = read_json(folder / "asked.json", {"data": str, "forget": (str, None)}, "run train.py again")
+        told = {f"--{key.replace('_', '-')}": value for key, value in asked.items()
+                if key not in ANYHOW | {"seed", "name", "model", "reference"}}
+        if asked["data"] not in WORLDS or asked["forget"]:
+            told["vocabulary"] = run["made_of"]["vocabulary"]
+            told |= {f"{name} rows": value for name, value in run["made_of"]["rows"].items()}
+        first = first or told
+        for key in sorted(first.keys() | told.keys()):
+            if first.get(key) != told.get(key):
+                raise UserError(f"{folder} is of {key} {told.get(key)} and {folders[0]} of {first.get(key)}, so a mean "
+                                "means nothing: compare runs that differ in their seed alone")
 
 
 def compare(folders: Sequence[str | Path]) -> str:
     """Mean +- standard deviation of every measure over runs of a kind."""
-    kinds = {kind: [json.loads((folder / "metrics.json").read_text()) for folder in of]
+    kinds = {kind: [read_metrics(folder) for folder in of]
              for kind, of in by_kind(folders).items()}
     lines = []
     for kind, runs in kinds.items():
@@ -131,11 +190,11 @@ def read_path(folder: Path) -> list[dict]:
     file = Path(folder) / "path.jsonl"
     if not file.is_file():
         raise UserError(f"{file} is missing: run train.py with --score-every-epoch")
-    target = json.loads((Path(folder) / "metrics.json").read_text())["target"]
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    target = read_metrics(folder)["target"]
+    lines = read_json_lines(file, PATH)
     start = {"epoch": 0, "step": 0, "seconds": 0.0,
              **({"routing_overlap": 1.0} if any("routing_overlap" in line for line in lines) else {}),
-             **{key: target[key] for key in ("model_utility", "forget_quality", "forget_quality_D")}}
+             **{key: target.get(key) for key in ("model_utility", "forget_quality", "forget_quality_D")}}
     for name, of in target.items():
         if isinstance(of, dict):
             start |= {f"{name} {key}": of.get(key) for key in WATCHED}

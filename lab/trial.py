@@ -30,6 +30,7 @@ from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from data.world import make_world
 from errors import one_line_errors
+from files import write_json
 from flags import COUNT, NATURAL, Flag, Number, Parser, defaults
 from lab import probes
 from metrics.cheats import (
@@ -160,8 +161,7 @@ def try_all(args: argparse.Namespace) -> dict[str, list[dict]]:
                 kept = json.loads(file.read_text()) if file.is_file() else {}
                 if kept.get("key") != key:
                     kept = {"key": key, "scores": score(make(), tokenizer, data, f"{kind} {shape.seed}")}
-                    file.with_suffix(".tmp").write_text(json.dumps(kept))
-                    file.with_suffix(".tmp").replace(file)
+                    write_json(file, kept)
                 out[kind].append(kept["scores"])
                 bar.update()
     return out

@@ -7,7 +7,6 @@ Shapes: B batch   T tokens   V vocabulary
 
 import contextlib
 import copy
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +19,8 @@ from tqdm import tqdm
 from data.batches import encode_row, greedy_answers, in_order, rows_that_fit
 from data.rows import DataSet, Row
 from data.values import fact_ids, values_of
+from errors import UserError
+from files import digest, digest_of, write
 from interfaces import LanguageModel, TextCodec
 from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
 from metrics.routing import routing_overlap
@@ -27,21 +28,25 @@ from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_r
 from model import GPT
 from objectives import token_log_probs
 from pretrained import load
-from runs import forget_batches, weights_of
+from runs import forget_batches, local, weights_of
+from schema import ANY_NUMBER, read_json
 
 Scores = dict[str, RowScores]
+NUMBERS = [ANY_NUMBER]
+STORED = {"loss": NUMBERS, "right": NUMBERS, "wrong": [NUMBERS], "rougeL": NUMBERS, "exact": [bool], "said": [str],
+          "facts": NUMBERS, "known": {str: (ANY_NUMBER, None)}, "answers": [str]}  # RowScores on disk
 WATCHED = ("value_said", "leak", "in_frame", "exact", "rougeL_recall", "loss")  # of a set, after every epoch
 
 
 @torch.no_grad()
 def answer_losses(model: LanguageModel, tokenizer: TextCodec, pairs: list[tuple[Row, str]], bar: tqdm | None = None,
-                  where: str = "row") -> list[float]:
-    """Mean negative log-likelihood per answer token of each (row, answer), in nats."""
+                  where: str = "row", at_most: int = 64) -> list[float]:
+    """Mean negative log-likelihood per answer token of each (row, answer), in nats. at_most: rows at once."""
     limit = model.config.max_len
     examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
                 for i, (row, answer) in enumerate(pairs, 1)]
     losses = [0.0] * len(examples)
-    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
+    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size, at_most), model.device):
         log_p = token_log_probs(model(batch.tokens), batch.labels)
         count = (batch.labels >= 0).sum(1).clamp_min(1)
         for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
@@ -65,7 +70,8 @@ def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: st
             pairs += [(rows[i], answer) for i, answer in reworded.items()]
             wrong = [row.get("perturbed_answer", []) for row in rows]
             pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
-            losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row")
+            losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row",
+                                   at_most=data.limits.rows or 64)
             n, rest = len(rows), iter(losses[len(rows):])
             bar.update(n - len(reworded))
             paraphrased = losses[:n]
@@ -97,9 +103,9 @@ def known(model: LanguageModel, tokenizer: TextCodec, data: DataSet, name: str, 
     return out
 
 
-def as_read(dtype: torch.dtype, tokenizer: TextCodec) -> str:
-    """What scores depend on beside the weights on disk: their dtype in memory, and the template of prompts."""
-    return f"{dtype} {getattr(tokenizer, 'template', None)}"
+def as_read(dtype: torch.dtype, tokenizer: TextCodec, *weights: Path) -> str:
+    """What scores depend on beside rows and code: folders of weights, their dtype in memory, the prompts' template."""
+    return digest(str(dtype), getattr(tokenizer, "template", None), [digest_of(folder) for folder in weights])
 
 
 def scores_key(data: DataSet, how: str) -> str:
@@ -107,45 +113,46 @@ def scores_key(data: DataSet, how: str) -> str:
     here = Path(__file__).parents[1]
     sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "objectives.py",
                "uld.py", "metrics/tofu.py", "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
-    made_of = [data.scored, data.limits, how, *((here / name).read_text() for name in sources)]
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(data.scored, data.limits[:2], how, [(here / name).read_text() for name in sources])
 
 
-def save_scores(folder: Path, data: DataSet, scores: Scores, how: str) -> None:
-    """Into folder/scores.json, with the key of what was scored."""
-    text = json.dumps({"key": scores_key(data, how), "scores": {name: asdict(s) for name, s in scores.items()}})
-    (folder / "scores.tmp").write_text(text)
-    (folder / "scores.tmp").replace(folder / "scores.json")
+def kept_scores(file: Path | None, data: DataSet, how: str, score: Callable[[], Scores]) -> Scores:
+    """What `file` keeps, where it is of the same rows, code, weights and template; else what score() finds, kept there.
 
-
-def stored_scores(folder: Path, data: DataSet, how: str) -> Scores | None:
-    """What save_scores wrote, if it was for the same rows and code."""
-    path = Path(folder) / "scores.json"
-    if not path.is_file():
-        return None
-    stored = json.loads(path.read_text())
-    if stored["key"] != scores_key(data, how):
-        return None
-    return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
+    how: as_read's answer. None: nothing is kept.
+    """
+    key = scores_key(data, how)
+    if file is not None:
+        with contextlib.suppress(UserError):  # absent, damaged, or of something else: once more
+            stored = read_json(file, {"key": key, "scores": {str: STORED}})
+            return {name: RowScores(**fields) for name, fields in stored["scores"].items()}
+    scores = score()
+    if file is not None:
+        write(file, json.dumps({"key": key, "scores": {name: asdict(s) for name, s in scores.items()}}))
+    return scores
 
 
 def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role: str, device: str = "cpu",
-              model: GPT | None = None) -> Scores:
+              model: GPT | None = None, keep: Path | None = None) -> Scores:
     """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours.
 
-    model: the same, where it is in memory already.
+    model: the same, where it is in memory already.  keep: folder for the scores of all others.
     """
     if Path(path).is_file():
-        return read_log(Path(path))
+        log, rows = read_log(Path(path)), data.scored["forget"]
+        if len(log["forget"].right) != len(rows):
+            raise UserError(f"--{role} {path} is the log of {len(log['forget'].right)} forget rows, and {len(rows)} "
+                            "are scored here: give a log of the same rows (see --protocol, --score-rows)")
+        return log
+    ours = (Path(path) / "model").is_dir()
+    file = Path(path) / "scores.json" if ours else keep / f"scores-{role}.json" if keep else None
     dtype = getattr(torch, config["dtype"])
-    how = as_read(dtype, tokenizer)
-    scores = stored_scores(Path(path), data, how)
-    if scores is None:
-        model = model or load(weights_of(path), dtype, device, config.get("template"))[0]
-        scores = evaluate(model, tokenizer, data, role)
-        if (Path(path) / "model").is_dir():
-            save_scores(Path(path), data, scores, how)
-    return scores
+
+    def score() -> Scores:
+        loaded = model or load(weights_of(path), dtype, device, config.get("template"))[0]
+        return evaluate(loaded, tokenizer, data, role)
+
+    return kept_scores(file, data, as_read(dtype, tokenizer, local(path)), score)
 
 
 def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
@@ -196,7 +203,6 @@ def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[
         if batches and isinstance(model, GPT):
             layers = routing_overlap(target, model, batches)
             line["routing_overlap"] = sum(layers) / len(layers)
-        file.with_suffix(".tmp").write_text("\n".join([*lines, json.dumps(line)]) + "\n")
-        file.with_suffix(".tmp").replace(file)
+        write(file, "\n".join([*lines, json.dumps(line)]) + "\n")
 
     return watch

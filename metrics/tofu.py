@@ -9,7 +9,6 @@ Two definitions of the truth ratio circulate; published tables use the first, an
 Both are wrong over right: near 0 where the model knows better, 1 where it cannot tell.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from rouge_score import rouge_scorer
 from scipy.stats import ks_2samp
 
 from errors import UserError
+from flags import Number
+from schema import misfit, read_json
 
 DEFINITIONS = ("losses", "probabilities")
 OPTIONS = ("real_authors", "world_facts")  # sets whose probability is normalised over the options
@@ -46,6 +47,7 @@ class RowScores:
     said: list[str] = field(default_factory=list)  # the greedy answers
     facts: list[int] = field(default_factory=list)  # which fact each row is about (data/values.py); empty: its own
     known: dict[str, float | int | None] = field(default_factory=dict)  # metrics/knowledge.py's numbers of the set
+    answers: list[str] = field(default_factory=list)  # the right answers: whether two models were asked the same
 
     def truth_ratios(self, definition: str = "losses") -> list[float]:
         """Of every row that has wrong answers."""
@@ -145,6 +147,15 @@ def rouge_l_recall(answers: Sequence[str], generations: Sequence[str]) -> list[f
 
 LOG_SETS = {"retain": "eval_log.json", "forget": "eval_log_forget.json",
             "real_authors": "eval_real_author_wo_options.json", "world_facts": "eval_real_world_wo_options.json"}
+LOSS, SHARE = Number(0, 1e9), Number(0, 1)  # nats per token
+LOG_SET = {"avg_gt_loss": ([LOSS], {str: LOSS}), "avg_paraphrased_loss": ([LOSS], {str: LOSS}),
+           "average_perturb_loss": ([[LOSS]], {str: [LOSS]}), "rougeL_recall": ([SHARE], {str: SHARE}),
+           "generated_text?": ([[str]], {str: [str]})}  # prompt, generation, right answer
+LOG = {key: LOG_SET for key in LOG_SETS.values()}
+BY_INDEX = {"value_by_index": {str: {"avg_loss?": (LOSS, [LOSS]), "rougeL_recall?": SHARE}}}
+OPEN_SETS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+OPEN_LOG = {f"{short}_Q_A_{what}?": BY_INDEX for short in OPEN_SETS.values()
+            for what in ("Prob", "PARA_Prob", "PERT_Prob", "ROUGE")}
 
 
 def read_log(path: Path) -> dict[str, RowScores]:
@@ -152,57 +163,72 @@ def read_log(path: Path) -> dict[str, RowScores]:
 
     Raises UserError naming the file and what is wrong.
     """
-    path = Path(path)
+    way_out = "give an eval_log_aggregated.json or a TOFU_EVAL.json"
+    log = read_json(path, dict, way_out)
+    is_open = any("Q_A_" in key for key in log)
+    if fault := misfit(log, OPEN_LOG if is_open else LOG):
+        raise UserError(f"{path} {fault}: {way_out}")
     try:
-        log = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        fault = "cannot be read" if path.exists() else "does not exist"
-        raise UserError(f"{path} {fault}: give an eval_log_aggregated.json") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON: give an eval_log_aggregated.json") from None
-    if isinstance(log, dict) and any("Q_A_" in key for key in log):
-        return _read_open_unlearning(path, log)
-    out = {}
-    for name, key in LOG_SETS.items():
-        try:
-            # on the two real sets "paraphrased" is the answer itself, scored a second time in another batch
-            loss, right, wrong, rouge = (_in_order(log[key][field]) for field in (
-                "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"))
-            out[name] = RowScores(loss, right, wrong, rouge)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} lacks {error} in '{key}': is it an eval_log_aggregated.json?") from None
-        if len(right) != len(wrong):
-            raise UserError(f"{path}: '{key}' has {len(right)} right and {len(wrong)} wrong answers: it is cut off")
+        out = _open_sets(log) if is_open else _sets(log)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: {error}: {way_out}") from None
+    for name, scores in out.items():
+        lengths = {len(scores.right), len(scores.wrong)}
+        lengths |= {len(of) for of in (scores.loss, scores.rougeL, scores.answers) if of}
+        if len(lengths) != 1 or not all(scores.wrong):
+            raise UserError(f"{path}: '{name}' has {len(scores.right)} right and {len(scores.wrong)} wrong answers, "
+                            f"{len(scores.loss)} losses and {len(scores.rougeL)} answers given, and each row "
+                            "needs one: it is cut off")
     return out
 
 
+def check_comparable(ours: RowScores, theirs: RowScores, what: str) -> None:
+    """Raises UserError, beginning with `what`, for scores of other rows, or of one model with themselves."""
+    if len(ours.right) != len(theirs.right):
+        raise UserError(f"{what}: {len(ours.right)} forget rows against {len(theirs.right)}: give logs of the same "
+                        "rows")
+    if ours.answers and theirs.answers and ours.answers != theirs.answers:
+        place = next(i for i, (a, b) in enumerate(zip(ours.answers, theirs.answers, strict=True)) if a != b)
+        raise UserError(f"{what}: forget row {place + 1} is another in each: give logs of the same rows")
+    if (ours.right, ours.wrong) == (theirs.right, theirs.wrong):
+        raise UserError(f"{what}: the very same losses, so one model is compared with itself: give another's")
+
+
 def _in_order(values: dict | list) -> list:
-    """Some logs hold {"0": ..., "1": ...} where others hold a list."""
-    return [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else list(values)
+    """Some logs hold {"0": ..., "1": ...} where others hold a list. Raises ValueError for a key that is no number."""
+    return [values[key] for key in sorted(values, key=int)] if isinstance(values, dict) else values
 
 
-def _read_open_unlearning(path: Path, log: dict) -> dict[str, RowScores]:
+def _sets(log: dict) -> dict[str, RowScores]:
+    """Of an eval_log_aggregated.json."""
+    out = {}
+    for name, key in LOG_SETS.items():
+        # on the two real sets "paraphrased" is the answer itself, scored a second time in another batch
+        loss, right, wrong, rouge = (_in_order(log[key][field]) for field in (
+            "avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall"))
+        answers = [texts[-1] for texts in _in_order(log[key].get("generated_text", [])) if texts]
+        out[name] = RowScores(loss, right, wrong, rouge, answers=answers)
+    return out
+
+
+def _open_sets(log: dict) -> dict[str, RowScores]:
     """TOFU_EVAL.json: per measure {"value_by_index": {"0": {"avg_loss": ...}}}; sets that it lacks are left out."""
     def values(name: str, key: str) -> list:
-        rows = log[name]["value_by_index"]
-        return [rows[i][key] for i in sorted(rows, key=int)]
+        if name not in log:
+            raise KeyError(f"it lacks {name}")
+        return [row[key] for row in _in_order(log[name]["value_by_index"])]
 
     def plain(losses: list) -> list[float]:  # one paraphrase per row, as itself or as a list of one
         return [float(np.mean(loss)) for loss in losses]
 
     out = {}
-    for name, short in {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}.items():
+    for name, short in OPEN_SETS.items():
         right = f"{short}_Q_A_Prob" if name in OPTIONS else f"{short}_Q_A_PARA_Prob"
         if name != "forget" and not {right, f"{short}_Q_A_PERT_Prob", f"{short}_Q_A_Prob"} <= log.keys():
             continue
-        try:
-            rights = plain(values(right, "avg_loss"))
-            wrong = [list(np.atleast_1d(loss)) for loss in values(f"{short}_Q_A_PERT_Prob", "avg_loss")]
-            loss = plain(values(f"{short}_Q_A_Prob", "avg_loss")) if f"{short}_Q_A_Prob" in log else []
-            rouge = values(f"{short}_Q_A_ROUGE", "rougeL_recall") if f"{short}_Q_A_ROUGE" in log else []
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} lacks {error} of the set '{name}': is it a TOFU_EVAL.json?") from None
-        if len(rights) != len(wrong):
-            raise UserError(f"{path}: '{name}' has {len(rights)} right and {len(wrong)} wrong answers: it is cut off")
+        rights = plain(values(right, "avg_loss"))
+        wrong = [list(np.atleast_1d(loss)) for loss in values(f"{short}_Q_A_PERT_Prob", "avg_loss")]
+        loss = plain(values(f"{short}_Q_A_Prob", "avg_loss")) if f"{short}_Q_A_Prob" in log else []
+        rouge = values(f"{short}_Q_A_ROUGE", "rougeL_recall") if f"{short}_Q_A_ROUGE" in log else []
         out[name] = RowScores(loss, rights, wrong, rouge)
     return out

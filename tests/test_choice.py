@@ -78,7 +78,7 @@ def test_a_file_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"mine\.jsonl is empty"):
         read_choices(write(tmp_path, "", " "))
     (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(UserError, match=r"bytes\.jsonl is not UTF-8 text \(byte 14\)"):
+    with pytest.raises(UserError, match=r"bytes\.jsonl line 1 is not JSON \(not UTF-8 text\)"):
         read_choices(tmp_path / "bytes.jsonl")
 
 

@@ -19,7 +19,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import WORLDS, DataSet, load_data, shared_out
-from data.batches import IGNORE, Example, batch_at, collate, encode_row, encode_rows, in_order, left_pad, rows_that_fit
+from data.batches import (
+    IGNORE,
+    Example,
+    batch_at,
+    collate,
+    encode_row,
+    encode_rows,
+    epoch_order,
+    in_order,
+    left_pad,
+    rows_that_fit,
+)
 from data.rows import augment, check_no_leak, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
@@ -57,7 +68,7 @@ def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path, bad, says):
 
 
 @pytest.mark.parametrize("content, says", [(b"", "is empty"), (b"\n \n", "is empty"),
-                                           (b'{"text": "caf\xe9"}', "is not UTF-8 text")])
+                                           (b'{"text": "caf\xe9"}', "line 1 is not JSON .not UTF-8 text")])
 def test_a_file_without_rows_or_not_in_utf_8_is_named(tmp_path, content, says):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
@@ -299,6 +310,14 @@ def test_every_row_comes_once_an_epoch_whatever_else_is_random(n, size, seed, ep
     assert [len(b) for b in batches[:-1]] == [size] * (per_epoch - 1)
     np.random.seed(seed + 1)
     assert [batch_at(n, size, seed, step) for step in reversed(steps)] == batches[::-1]  # order of calls: no matter
+
+
+def test_an_epochs_order_is_drawn_once_and_not_once_a_step():
+    epoch_order.cache_clear()
+    for step in range(20):  # forget and retain rows in turn, two epochs of each
+        batch_at(30, 3, 0, step)
+        batch_at(50, 5, 1, step)
+    assert epoch_order.cache_info().misses == 4
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():

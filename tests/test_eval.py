@@ -278,7 +278,7 @@ def test_flags_that_something_reads_are_taken(arguments):
 
 def test_every_flag_says_what_reads_it():
     """A new flag that is in no list would be taken everywhere."""
-    flags = set(vars(scoring.parse(RUN))) - {"run", "compare", "tofu_log", "json"}
+    flags = set(vars(scoring.parse(RUN))) - {"run", "compare", "verify", "tofu_log", "json"}
     lists = [scoring.OF_COMPARE, scoring.OF_LOG, scoring.OF_RUN]
     assert flags == {flag for of in lists for flag in of} and len(flags) == sum(map(len, lists))
 
@@ -388,7 +388,7 @@ def test_a_published_log_with_a_nan_or_of_unequal_lengths_is_refused(tmp_path, c
     for name, of in (("good", log([1.0, 2.0], [[2.0], [3.0]])), ("nan", log([1.0, math.nan], [[2.0], [3.0]])),
                      ("short", log([1.0, 2.0], [[2.0]]))):
         (tmp_path / name).write_text(json.dumps(of))
-    for name, says in (("nan", "none of them NaN"), ("short", "2 right and 1 wrong answers")):
+    for name, says in (("nan", "is NaN, not a number"), ("short", "2 right and 1 wrong answers")):
         with pytest.raises(SystemExit) as stop:
             scoring.main(["--tofu-log", str(tmp_path / name), "--reference", str(tmp_path / "good")])
         assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from errors import UserError
+from hub import sandbox
 from hub.tokenizer import TEMPLATES, HubTokenizer
 
 TEXTS = ["Where was Ana Vell born?", "Ana Vell was born in Orsk in 1934.",
@@ -174,6 +175,70 @@ def test_saved_folder_keeps_files_and_template(tmp_path):
     assert again.decode([*again.encode("one"), 9, *again.encode("two")]) == "one"  # any of the ends ends
 
 
+@pytest.mark.parametrize("template", ["llama2", "llama3", "smollm2", "plain"])
+@pytest.mark.parametrize("backend", [byte_level(), byte_level("<s>"), sentence_piece()], ids=["gpt2", "bos", "llama"])
+def test_a_special_token_spelled_in_a_row_is_text(tmp_path, backend, template):
+    """Prompt and answer hold the template's own special tokens and no other, and decode to what was written."""
+    folder = write(tmp_path, backend, bos_token="<s>", eos_token="</s>")
+    try:
+        tok = HubTokenizer.load(folder, template=template)
+    except UserError:
+        pytest.skip("this vocabulary lacks the template's tokens")
+    special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special
+               and not added.content.startswith("<0x")}  # bytes of any text
+    for text in ("</s>", "Who is <|im_end|><|eot_id|> </s>?", "a <s>b</s> <|end_of_text|>"):
+        plain, spelled = tok.prompt("Who?"), tok.prompt(text)
+        assert [i for i in spelled if i in special] == [i for i in plain if i in special]
+        ids = tok.completion(text)
+        assert [i for i in ids if i in special] == [tok.end] and ids[-1] == tok.end
+        assert backend.decode(ids[:-1], skip_special_tokens=False).strip() == text
+        passage = tok.passage(text)
+        assert [i for i in passage if i in special] == tok.front
+
+
+HANGS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("chat, says", [
+    ("{{ 'x' * 30000 }}", "makes 30000 characters"), ("{{ 9**(9**9) }}", "takes more than"), (HANGS, "takes more than"),
+    ("{{ 'x' * 10**10 }}", "MemoryError"), ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+    ("{% for m in messages %}{{ m.nothing.there }}{% endfor %}", "has no attribute"),
+    ("{{", "unexpected"), ("the same for all", "question 0 times"),
+    ("{{ messages[0].content * 2 }}", "question 2 times"), ([{"nome": "default"}], "lacks 'name'"),
+    (3, "is 3, not a text"),
+])
+def test_a_chat_template_that_fails_hangs_or_grows_is_stopped_in_one_line(tmp_path, monkeypatch, chat, says):
+    monkeypatch.setattr(sandbox, "SECONDS", 1.5)
+    folder = write(tmp_path, byte_level(), bos_token="<s>", eos_token="</s>", chat_template=chat)
+    with pytest.raises(UserError, match=says) as told:
+        HubTokenizer.load(folder)
+    assert "\n" not in str(told.value)
+
+
+def blows_up() -> dict:
+    out = json.loads(byte_level().to_str())
+    out["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"} for _ in range(40)]}
+    return out
+
+
+def knows_nothing() -> dict:
+    out = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    out.pre_tokenizer = pre_tokenizers.Whitespace()
+    return json.loads(out.to_str())
+
+
+@pytest.mark.parametrize("content", [blows_up(), knows_nothing(), {}, {"model": {}}, [], json.loads(
+    byte_level().to_str()) | {"model": {"type": "BPE", "vocab": {}, "merges": []}}])
+def test_a_tokenizer_that_blows_up_or_reads_nothing_is_stopped_in_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(sandbox, "SECONDS", 5)
+    folder = write(tmp_path, byte_level(), bos_token="<s>", eos_token="</s>")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read") as told:
+        HubTokenizer.load(folder)
+    assert "\n" not in str(told.value)
+
+
 def test_errors_are_one_line_that_names_the_way_out(tmp_path):
     folder = write(tmp_path, sentence_piece(), bos_token="<s>", eos_token="</s>")
     with pytest.raises(UserError, match="'nope' is unknown: choose one of llama2"):
@@ -184,7 +249,7 @@ def test_errors_are_one_line_that_names_the_way_out(tmp_path):
     with pytest.raises(UserError, match=r"chat template cannot be followed .no."):
         HubTokenizer.load(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json is not a JSON object"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not JSON"):
         HubTokenizer.load(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):

@@ -14,7 +14,9 @@ from scipy.stats import ks_2samp
 from errors import UserError
 from metrics.routing import expert_count, overlap
 from metrics.tofu import (
+    LOG_SETS,
     RowScores,
+    check_comparable,
     forget_quality,
     mean,
     model_utility,
@@ -222,8 +224,10 @@ def test_rows_of_a_log_are_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [(None, "does not exist"), (b"{", "is not JSON"), (b"\xff", "is not JSON"),
-                                           (b"{}", r"lacks 'eval_log\.json'"), (b"[]", r"eval_log\.json"),
-                                           (b'{"eval_log.json": {}}', "lacks 'avg_gt_loss'")])
+                                           (b"{}", r"lacks 'eval_log\.json'"), (b"[]", "is not a JSON object"),
+                                           (b'{"eval_log.json": {}}', "lacks 'eval_log_forget.json'"),
+                                           (json.dumps({key: {} for key in LOG_SETS.values()}).encode(),
+                                            "'eval_log.json' lacks 'avg_gt_loss'")])
 def test_a_log_that_is_none_is_named(tmp_path, content, says):
     path = tmp_path / "mine.json"
     if content is not None:
@@ -252,16 +256,16 @@ def test_expert_count_by_hand():
     assert expert_count(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
 
 
-def write_open_unlearning(path, sets=("forget",), **change):
+def write_open_unlearning(path, sets=("forget",), n=12, **change):
     def by_index(values):
         return {"agg_value": 0.0, "value_by_index": {str(i): v for i, v in reversed(list(enumerate(values)))}}
 
     log = {"model_utility": {"agg_value": 0.5}}
     for short in sets:
-        log |= {f"{short}_Q_A_Prob": by_index([{"prob": 0.5, "avg_loss": 0.1 * i} for i in range(12)]),
-                f"{short}_Q_A_PARA_Prob": by_index([{"avg_loss": [1.0 + i]} for i in range(12)]),
-                f"{short}_Q_A_PERT_Prob": by_index([{"avg_loss": [2.0, 4.0 + i]} for i in range(12)]),
-                f"{short}_Q_A_ROUGE": by_index([{"rougeL_recall": i / 12} for i in range(12)])}
+        log |= {f"{short}_Q_A_Prob": by_index([{"prob": 0.5, "avg_loss": 0.1 * i} for i in range(n)]),
+                f"{short}_Q_A_PARA_Prob": by_index([{"avg_loss": [1.0 + i]} for i in range(n)]),
+                f"{short}_Q_A_PERT_Prob": by_index([{"avg_loss": [2.0, 4.0 + i]} for i in range(n)]),
+                f"{short}_Q_A_ROUGE": by_index([{"rougeL_recall": i / 12} for i in range(n)])}
     path.write_text(json.dumps(log | change))
     return path
 
@@ -281,5 +285,32 @@ def test_an_open_unlearning_log_that_is_cut_off_is_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.json: 'forget' has 12 right and 0 wrong"):
         read_log(path)
     path = write_open_unlearning(tmp_path / "b.json", forget_Q_A_PERT_Prob={})
-    with pytest.raises(UserError, match=r"b\.json lacks 'value_by_index'"):
+    with pytest.raises(UserError, match=r"b\.json 'forget_Q_A_PERT_Prob' lacks 'value_by_index'"):
         read_log(path)
+
+
+@pytest.mark.parametrize("field, value, says", [
+    ("avg_gt_loss", [0.0, -1.0, 2.0], "'1' is -1.0, not a number from 0"), ("avg_gt_loss", [0.0, 1.0], "it is cut off"),
+    ("avg_paraphrased_loss", [1.0, math.nan, 1.0], "'1' is NaN"), ("avg_gt_loss", {"a": 1, "b": 2, "c": 3}, "invalid"),
+    ("rougeL_recall", [1, 1, 2], "'2' is 2, not a number from 0 to 1"), ("rougeL_recall", None, "is not a list"),
+    ("average_perturb_loss", [[1.0], [], [1.0]], "each row needs one"), ("average_perturb_loss", [1.0], "'0' is not"),
+    ("average_perturb_loss", [[1.0], [math.inf], [1.0]], "Infinity"), ("avg_gt_loss", [True, 1, 1], "is true, not"),
+])
+def test_a_log_with_numbers_that_mean_nothing_is_refused(tmp_path, field, value, says):
+    log = tiny_log()
+    log["eval_log_forget.json"] = log["eval_log_forget.json"] | {field: value}
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    with pytest.raises(UserError, match=rf"log\.json.*{says}"):
+        read_log(tmp_path / "log.json")
+
+
+def test_logs_of_other_rows_or_of_one_model_do_not_compare():
+    ours, theirs = RowScores([], [1.0, 2.0], [[3.0], [4.0]]), RowScores([], [1.5, 2.0], [[3.0], [4.0]])
+    check_comparable(ours, theirs, "a against b")
+    with pytest.raises(UserError, match=r"^a against b: the very same losses"):
+        check_comparable(ours, RowScores([], [1.0, 2.0], [[3.0], [4.0]]), "a against b")
+    with pytest.raises(UserError, match=r"2 forget rows against 1: give logs of the same rows"):
+        check_comparable(ours, RowScores([], [1.0], [[3.0]]), "a against b")
+    ours.answers, theirs.answers = ["Orsk.", "Ulm."], ["Orsk.", "Bor."]
+    with pytest.raises(UserError, match=r"forget row 2 is another in each"):
+        check_comparable(ours, theirs, "a against b")

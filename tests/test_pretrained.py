@@ -300,7 +300,7 @@ def test_missing_and_damaged_files(checkpoint, monkeypatch):
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80")
     refused(checkpoint, r"pytorch_model.bin, a pickle.*convert it: python -c .*save_pretrained")
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({}))
-    refused(checkpoint, "has no weight_map")
+    refused(checkpoint, "index.json lacks .weight_map.")
     (checkpoint / "config.json").write_text("[1]")
     refused(checkpoint, "config.json is not a JSON object")
     (checkpoint / "config.json").unlink()

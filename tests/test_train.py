@@ -287,7 +287,7 @@ def test_a_folder_that_is_no_run_is_never_overwritten(out, capsys):
     (out / "diary" / "monday.txt").write_text("dear diary")
     with pytest.raises(SystemExit):
         run(out, "--method", "uoe", name="diary")
-    assert "diary exists and is no run" in capsys.readouterr().err
+    assert "diary exists and is no run or model that this program wrote" in capsys.readouterr().err
     assert (out / "diary" / "monday.txt").read_text() == "dear diary"
     with pytest.raises(SystemExit):
         train.main([*TINY, *WORLD, "--out", str(out / "diary" / "monday.txt")])
