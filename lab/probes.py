@@ -168,7 +168,7 @@ def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, f
     examples = [encode_value(row, tokenizer, limit, value) or encode_row(row, tokenizer, limit, truncate=True)
                 for row, value in zip(rows, values_of(rows), strict=True)]
     out = {}
-    for how, one in (("free", model), ("forced", Forced(target, model, range(model.config.n_layer)))):
+    for how, one in (("free", model), ("forced", Forced(target, model, model.config.moe_layers))):
         known, probability = [0.0] * len(rows), [0.0] * len(rows)
         for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
             logits = one(batch.tokens)

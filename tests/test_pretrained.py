@@ -29,6 +29,12 @@ from pretrained import load, save
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 0.707, "mscale_all_dim": 0.707}
+DEEPSEEK = dict(intermediate_size=72, moe_intermediate_size=24, n_routed_experts=6, num_experts_per_tok=3,
+                n_shared_experts=2, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=24, qk_nope_head_dim=10,
+                qk_rope_head_dim=12, v_head_dim=14, num_key_value_heads=4,
+                rope_parameters={"rope_theta": 1e4, **YARN})
 SIZES = dict(vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
              pad_token_id=None)
@@ -48,6 +54,23 @@ MODELS = {  # name -> (configuration class, what differs from SIZES)
                                    num_experts_per_tok=2)),
     "qwen2_moe_no_bias": ("Qwen2Moe", dict(moe_intermediate_size=24, shared_expert_intermediate_size=56, num_experts=6,
                                            num_experts_per_tok=4, qkv_bias=False, norm_topk_prob=True)),
+    "mistral_window": ("Mistral", dict(intermediate_size=96, sliding_window=7)),
+    "mixtral_window": ("Mixtral", dict(intermediate_size=64, num_local_experts=4, sliding_window=50)),
+    "qwen2": ("Qwen2", dict(intermediate_size=96)),
+    "qwen3_tied": ("Qwen3", dict(intermediate_size=96, head_dim=16, tie_word_embeddings=True)),
+    "qwen3_yarn": ("Qwen3", dict(intermediate_size=96, head_dim=16, rope_parameters={
+        "rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})),
+    "olmo2": ("Olmo2", dict(intermediate_size=96)),
+    "qwen3_moe": ("Qwen3Moe", dict(moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, head_dim=16)),
+    "qwen3_moe_norm": ("Qwen3Moe", dict(moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, head_dim=16,
+                                        norm_topk_prob=True)),
+    "granitemoe_tied": ("GraniteMoe", dict(intermediate_size=24, num_local_experts=6, num_experts_per_tok=3,
+                                      embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.1,
+                                      logits_scaling=2.5, tie_word_embeddings=True)),
+    "deepseek_v2_lite": ("DeepseekV2", DEEPSEEK | dict(num_hidden_layers=3)),
+    "deepseek_v2_queries": ("DeepseekV2", DEEPSEEK | dict(q_lora_rank=20, first_k_dense_replace=0, n_shared_experts=1,
+                                                          rope_parameters={"rope_theta": 1e4, **YARN | dict(
+                                                              mscale=1.0, mscale_all_dim=0.5, beta_fast=8)})),
 }
 
 
@@ -181,12 +204,6 @@ def test_dtype_and_device(tmp_path):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / str(dtype), dtype="auto").dtype == dtype
 
 
-def test_sliding_window_cuts_the_context(tmp_path):
-    make("mistral", tmp_path)
-    change_config(tmp_path, sliding_window=64)
-    assert load(tmp_path)[0].config.max_len == 64
-
-
 # ---- our own models ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("moe", [{}, dict(n_expert=6, top_k=2, qk_norm="full")], ids=["gpt", "moe"])
@@ -220,7 +237,7 @@ def test_expert_taken_out_is_saved_in_its_place(tmp_path):
 
 
 def test_a_shape_of_no_family_is_refused_before_anything_is_written(tmp_path):
-    for odd in (dict(qk_norm="head"), dict(qkv_bias=True), dict(n_expert=4, top_k=2),
+    for odd in (dict(qk_norm="head", qkv_bias=True), dict(qk_norm="full"), dict(n_expert=4, top_k=2),
                 dict(n_expert=4, top_k=2, qk_norm="full", d_head=16), dict(n_expert=4, top_k=2, d_shared=8)):
         with pytest.raises(UserError, match="no public family has this shape"):
             save(GPT(Config(n_layer=1, **odd)), None, tmp_path / "m")
@@ -267,7 +284,11 @@ def refused(folder: Path, pattern: str, **options) -> None:
     (dict(decoder_sparse_step=2), "decoder_sparse_step 2"),
     (dict(mlp_only_layers=[0]), r"mlp_only_layers \[0\]"),
     (dict(quantization_config={"bits": 4}), "quantization_config"),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_scaling .*yarn.* is not supported"),
+    (dict(rope_parameters={"rope_type": "longrope", "factor": 4.0}), "rope_scaling .*longrope.* is not supported"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "rope_scaling lacks factor"),
+    (dict(use_sliding_window=True), "use_sliding_window True"),
+    (dict(topk_method="group_limited_greedy"), "topk_method 'group_limited_greedy'"),
+    (dict(routed_scaling_factor=16.0), "routed_scaling_factor 16.0"),
     (dict(rope_parameters={"rope_type": "llama3", "factor": 4.0}), "rope_scaling lacks low_freq_factor, high_freq"),
     (dict(hidden_size=None), "config.json lacks hidden_size"),
     (dict(num_experts_per_tok=9), "top_k 9 is not between 1 and n_expert 7"),
