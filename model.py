@@ -27,8 +27,8 @@ from moe import MoE, Routing
 class Config:
     """The shape of a decoder. With n_expert = 0 every block has a dense MLP of width d_ff.
 
-    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token. The fields
-    at the end are for public models only.
+    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token. Fields
+    from n_shared on are for public models alone.
     """
 
     vocab_size: int = 1024
@@ -53,7 +53,7 @@ class Config:
     n_shared: int = 0  # DeepSeek-V2: so many shared experts, each as wide as a routed one, computed as one
     n_dense: int = 0  # DeepSeek-V2: so many first blocks have a dense MLP, of width d_dense, and no experts
     d_dense: int = 0
-    kv_rank: int = 0  # DeepSeek-V2: keys and values are made of a latent of this width (latent.py), 0: ordinary attention
+    kv_rank: int = 0  # DeepSeek-V2: keys and values are made of a latent of this width (latent.py), 0: not so
     q_rank: int | None = None  # and queries of one of this width, None: directly
     d_nope: int = 0  # width of the part of a latent head that no position turns; d_head is that of the turned one
     d_value: int = 0  # width of a latent head's values

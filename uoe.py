@@ -129,7 +129,8 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
 
         s_i^(l) = 1/Z sum_j 1/L_j sum_t g_{i,t}^(l)
 
-    Z sequences of L_j real tokens. NaN in layers without experts.  tokens: stop after that many tokens, 0 for all (the paper: 100k are enough).
+    Z sequences of L_j real tokens; NaN in layers without experts.
+    tokens: stop after that many tokens, 0 for all (the paper: 100k are enough).
     Raises UserError where the model has no experts or there is nothing to look at.
     """
     if not model.is_moe:

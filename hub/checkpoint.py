@@ -16,7 +16,7 @@ tokenizer a folder has, its files say: `tokenizer.tiktoken` is ours, `tokenizer.
 | qwen2_moe      | experts: biases in q, k, v; a shared expert scaled by a sigmoid gate                          |
 | qwen3_moe      | experts: q/k norm of each head                                                                |
 | granitemoe     | experts in stacks: as mixtral, with a factor on embeddings, attention, residuals, logits       |
-| deepseek_v2    | experts, but in the first layers: latent attention, shared experts (V2-Lite; no expert groups) |
+| deepseek_v2    | experts above the first layers: latent attention, shared experts (V2-Lite, not V2's groups)   |
 
 A mixture's experts are read one by one or, as `save_pretrained(..., save_original_format=False)` writes them, in stacks.
 Rotary scaling: llama3 and YaRN. Not read, because each needs more than a row here: Gemma 2 (two soft caps that fused
@@ -66,7 +66,7 @@ PARTS = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model
 class Layout(NamedTuple):
     """How the tensors of a checkpoint are called."""
 
-    parts: dict[str, str] = {}  # names that differ from PARTS
+    parts: dict[str, str]  # names that differ from PARTS
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of each; or the stacks: (gate and up, down)
 
 
@@ -84,7 +84,7 @@ class Family:
     also: dict[str, Any] = field(default_factory=dict)  # what else config.json says
     needs: tuple[str, ...] = ()  # Config fields that may not be 0
     square: bool = False  # its heads are together as wide as the model
-    layouts: tuple[Layout, ...] = (Layout(), Layout({}, STACKS))  # all are read, the first is written
+    layouts: tuple[Layout, ...] = (Layout({}), Layout({}, STACKS))  # all are read, the first is written
 
 
 DENSE = {"d_ff": "intermediate_size"}
