@@ -16,9 +16,9 @@ tokenizer a folder has, its files say: `tokenizer.tiktoken` is ours, `tokenizer.
 | qwen2_moe      | experts: biases in q, k, v; a shared expert scaled by a sigmoid gate                          |
 | qwen3_moe      | experts: q/k norm of each head                                                                |
 | granitemoe     | experts in stacks: as mixtral, with a factor on embeddings, attention, residuals, logits       |
-| deepseek_v2    | experts above the first layers: latent attention, shared experts (V2-Lite, not V2's groups)   |
+| deepseek_v2    | experts above the first layers: latent attention, shared experts (V2-Lite; no groups as in V2) |
 
-A mixture's experts are read one by one or, as `save_pretrained(..., save_original_format=False)` writes them, in stacks.
+A mixture's experts are read one by one or, as `save_pretrained(save_original_format=False)` writes them, in stacks.
 Rotary scaling: llama3 and YaRN. Not read, because each needs more than a row here: Gemma 2 (two soft caps that fused
 attention cannot do, norms with an offset of 1, windows in every other layer), expert groups (DeepSeek-V2 and V3).
 

@@ -67,10 +67,9 @@ class HubTokenizer:
         self.begin, self.end, self.stops = begin, end, stops | {end}  # chat models may have several ends
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.between = self.encode(template.between)
+        self.front = [begin] if begin is not None and backend.encode("a").ids[0] == begin else []
         first = backend.token_to_id(template.begin) if template.begin else None
-        if template.begin is None and begin is not None and backend.encode("a").ids[0] == begin:
-            first = begin
-        self.before = [] if first is None else [first]
+        self.before = self.front if template.begin is None else [] if first is None else [first]
 
     @classmethod
     def load(cls, folder: Path, template: str | None = None) -> "HubTokenizer":
