@@ -1,4 +1,4 @@
-"""lab/lm_eval_adapter.py: the LM evaluation harness on a local task, against our own multiple choice and its own class for
+"""lab/lm_eval_adapter.py: the LM evaluation harness on a local task, against our multiple choice and its own class for
 `transformers` models. Needs `pip install lm_eval`, which no requirements file asks for."""
 
 import json
