@@ -98,6 +98,8 @@ def experts_reaching(affinity: Tensor, p: float) -> list[uoe.Place]:
     """ESFT's choice (section 3.3): per layer the fewest experts whose shares of affinity (L, E) sum to p."""
     places = []
     for layer, row in enumerate(affinity):
+        if row.isnan().any():  # no experts there
+            continue
         share, order = (row / row.sum().clamp_min(1e-12)).sort(descending=True)
         enough = int((share.cumsum(0) < p - 1e-6).sum()) + 1  # ESFT 3.3
         places += [(layer, int(expert)) for expert in order[:enough]]

@@ -59,6 +59,10 @@ class TextCodec(Protocol):
     def stops(self) -> Collection[int]:
         """`end`, and whatever else ends one."""
 
+    @property
+    def front(self) -> list[int]:
+        """What stands before any text, where a public model's tokenizer puts something there: a token or none."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latent import LatentAttention, yarn, yarn_magnitude
 from moe import MoE, Routing
 
 
@@ -26,7 +27,8 @@ from moe import MoE, Routing
 class Config:
     """The shape of a decoder. With n_expert = 0 every block has a dense MLP of width d_ff.
 
-    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token.
+    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token. Fields
+    from n_shared on are for public models alone.
     """
 
     vocab_size: int = 1024
@@ -39,7 +41,7 @@ class Config:
     max_len: int = 128
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # Llama 3.x: {"rope_type": "llama3", "factor": 8.0, ...}
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" or "yarn", "factor": 8.0, ...}
     tie_head: bool = False  # LM head and token embedding share one matrix
     qkv_bias: bool = False
     qk_norm: str = "none"  # none | full (over all heads together, OLMoE) | head (per head)
@@ -48,6 +50,19 @@ class Config:
     norm_topk_prob: bool = False  # renormalise the kept router weights to sum to 1 (Mixtral yes, OLMoE no)
     d_shared: int = 0  # width of an always-on shared expert beside the routed ones, 0: none
     shared_gate: bool = False  # Qwen1.5-MoE: the shared expert is scaled by a sigmoid of its own
+    n_shared: int = 0  # DeepSeek-V2: so many shared experts, each as wide as a routed one, computed as one
+    n_dense: int = 0  # DeepSeek-V2: so many first blocks have a dense MLP, of width d_dense, and no experts
+    d_dense: int = 0
+    kv_rank: int = 0  # DeepSeek-V2: keys and values are made of a latent of this width (latent.py), 0: not so
+    q_rank: int | None = None  # and queries of one of this width, None: directly
+    d_nope: int = 0  # width of the part of a latent head that no position turns; d_head is that of the turned one
+    d_value: int = 0  # width of a latent head's values
+    window: int | None = None  # Mistral 7B v0.1: a token sees so many tokens, itself included; None: all before it
+    norm_after: bool = False  # OLMo 2: what attention and MLP give is normalised, not what they take
+    embed_scale: float = 1.0  # Granite: embeddings times this,
+    residual_scale: float = 1.0  # what attention and MLP add times this,
+    attention_scale: float = 0.0  # attention logits times this, 0: 1 / sqrt(d_head),
+    logit_divisor: float = 1.0  # logits divided by this
 
     def __post_init__(self):
         if not self.d_head:
@@ -60,10 +75,15 @@ class Config:
             raise ValueError(f"d_head {self.d_head} is odd; rotary embedding turns pairs")
         if self.n_expert and not 1 <= self.top_k <= self.n_expert:
             raise ValueError(f"top_k {self.top_k} is not between 1 and n_expert {self.n_expert}")
-        if self.rope_scaling and self.rope_scaling.get("rope_type", self.rope_scaling.get("type")) != "llama3":
-            raise ValueError(f"rope_scaling {self.rope_scaling} is not of type llama3")
+        if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("llama3", "yarn"):
+            raise ValueError(f"rope_scaling {self.rope_scaling} is not of type llama3 or yarn")
         if self.qk_norm not in ("none", "full", "head"):
             raise ValueError(f"qk_norm {self.qk_norm!r} is not none, full or head")
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers that have experts."""
+        return range(self.n_dense, self.n_layer) if self.n_expert else range(0)
 
 
 @dataclass
@@ -83,12 +103,16 @@ Stem = tuple[int, Tensor]  # (layer, (B, T, D)): a pass that is already there, s
 
 
 class Cache:
-    """Keys and values of all layers for the tokens seen so far, one (B, G, max_len, C) tensor each per layer."""
+    """Keys and values of all layers for the tokens seen so far, one (B, G, max_len, C) tensor each per layer.
+
+    With latent attention: the latents and the rotated keys that all heads share, so G is 1 and the widths differ.
+    """
 
     def __init__(self, config: Config, batch: int, max_len: int, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head, max_len, config.d_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        groups, width = (1, config.kv_rank) if config.kv_rank else (config.n_kv_head, config.d_head)
+        shape = (config.n_layer, batch, groups, max_len)
+        self.k = torch.zeros(*shape, width, device=device, dtype=dtype)
+        self.v = torch.zeros(*shape, config.d_head, device=device, dtype=dtype)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,10 +127,12 @@ def rope_frequencies(config: Config) -> Tensor:
     """Angle per position for each of the C/2 rotated pairs, float32 (arXiv 2104.09864, section 3.2.2).
 
     Llama 3.x stretches the slow ones: wavelengths longer than the original context are slowed by `factor`,
-    short ones left alone, those between blended.
+    short ones left alone, those between blended. YaRN: see latent.py.
     """
     frequency = config.rope_theta ** (-torch.arange(0, config.d_head, 2).float() / config.d_head)
     scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "yarn":
+        return yarn(frequency, scaling, config.rope_theta)
     if scaling:
         original = scaling["original_max_position_embeddings"]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -129,6 +155,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups, width = config.n_head, config.n_kv_head, config.d_head
         self.heads, self.groups, self.width, self.qk_norm = heads, groups, width, config.qk_norm
+        self.scale = config.attention_scale or None
         self.q = nn.Linear(config.d_model, heads * width, bias=config.qkv_bias)
         self.k = nn.Linear(config.d_model, groups * width, bias=config.qkv_bias)
         self.v = nn.Linear(config.d_model, groups * width, bias=config.qkv_bias)
@@ -155,7 +182,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, C)
         grouped = self.groups != self.heads
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale,
+                                           enable_gqa=grouped)
         return self.out(x.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -175,21 +203,29 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP or MoE, each on a normalised copy of the residual stream."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+        def norm(here: bool) -> nn.Module:
+            return nn.RMSNorm(config.d_model, eps=config.norm_eps) if here else nn.Identity()
+
+        self.attn_norm = norm(not config.norm_after)
+        self.attn = LatentAttention(config) if config.kv_rank else Attention(config)
+        self.attn_after = norm(config.norm_after)
+        self.mlp_norm = norm(not config.norm_after)
         self.mlp: MLP | MoE
-        if config.n_expert:
-            shared = MLP(config.d_model, config.d_shared) if config.d_shared else None
+        self.mlp_after = norm(config.norm_after)
+        self.scale = config.residual_scale
+        if layer in config.moe_layers:
+            d_shared = config.d_shared or config.n_shared * config.d_ff
+            shared = MLP(config.d_model, d_shared) if d_shared else None
             self.mlp = MoE(config.d_model, config.d_ff, config.n_expert, config.top_k, config.norm_topk_prob,
                            shared, config.shared_gate)
         else:
-            self.mlp = MLP(config.d_model, config.d_ff)
+            self.mlp = MLP(config.d_model, config.d_dense or config.d_ff)
 
     def attend(self, x: Tensor, *context) -> Tensor:
-        return x + self.attn(self.attn_norm(x), *context)
+        return x.add(self.attn_after(self.attn(self.attn_norm(x), *context)), alpha=self.scale)
 
     def forward(self, layer: int, x: Tensor, context: tuple, cache: Cache | None = None, forced: Tensor | None = None,
                 only_mlp: bool = False) -> tuple[Tensor, Routing | None]:
@@ -198,8 +234,9 @@ class Block(nn.Module):
             x = self.attend(x, *context, cache, layer)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(self.mlp_norm(x), forced)
-            return x + y, routing
-        return x + self.mlp(self.mlp_norm(x)), None
+        else:
+            y, routing = self.mlp(self.mlp_norm(x)), None
+        return x.add(self.mlp_after(y), alpha=self.scale), routing
 
 
 class GPT(nn.Module):
@@ -210,7 +247,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         # a ModuleList cannot say what it holds
-        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config) for _ in range(config.n_layer)))
+        self.blocks = cast(Sequence[Block], nn.ModuleList(Block(config, i) for i in range(config.n_layer)))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_head:
@@ -239,10 +276,10 @@ class GPT(nn.Module):
 
     @property
     def is_moe(self) -> bool:
-        return self.config.n_expert > 0
+        return len(self.config.moe_layers) > 0
 
     def moe(self, layer: int) -> MoE:
-        """The MoE layer of block `layer`."""
+        """The MoE layer of block `layer`, one of config.moe_layers."""
         return cast(MoE, self.blocks[layer].mlp)
 
     def positions(self, length: int, cache: Cache | None, pad: Tensor | None):
@@ -255,14 +292,24 @@ class GPT(nn.Module):
         left = torch.zeros(1, dtype=torch.long, device=self.device) if pad is None else pad
         position = (query[None, :] - left[:, None]).clamp_min(0)  # (B or 1, T)
         angle = position[:, None, :, None].float() * rope_frequencies(self.config).to(self.device)
-        mask = None
-        if pad is not None or start > 0:
+        mask, window = None, self.config.window
+        if pad is not None or start > 0 or (window and window < length):
             key = torch.arange(start + length, device=self.device)  # (S,)
             mask = (key[None, None, :] <= query[None, :, None]) & (key[None, None, :] >= left[:, None, None])
+            if window:
+                mask = mask & (key > query[:, None] - window)
             # a padding query sees itself: a row that may attend to nothing would be a softmax over nothing, NaN
             mask = (mask | (key[None, None, :] == query[None, :, None]))[:, None]
+        cos, sin = angle.cos(), angle.sin()
+        if (scaling := self.config.rope_scaling) and scaling["rope_type"] == "yarn":
+            cos, sin = cos * yarn_magnitude(scaling), sin * yarn_magnitude(scaling)
         dtype = self.embed.weight.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype), mask
+        return cos.to(dtype), sin.to(dtype), mask
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The residual stream (B, T, D) below the first block."""
+        x = self.embed(tokens)
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
                 trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
@@ -275,12 +322,12 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
                trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
-        """The normalised last hidden states (B, T, D): forward without the head.
+        """The normalised last hidden states (B, T, D), logit_divisor taken off: forward without the head.
 
         stem: (layer, what `stem` gave for these tokens and that layer). The pass then begins at that layer's MLP.
         """
         context = self.positions(tokens.shape[1], cache, pad)
-        first, x = stem if stem is not None else (0, self.embed(tokens))
+        first, x = stem if stem is not None else (0, self.embedded(tokens))
         for layer in range(first, self.config.n_layer):
             forced = trace.forced.get(layer) if trace is not None else None
             only_mlp = stem is not None and layer == first
@@ -291,7 +338,8 @@ class GPT(nn.Module):
                     trace.routing[layer] = routing
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.logit_divisor == 1 else x / self.config.logit_divisor
 
     def block(self, layer: int, *inputs) -> tuple[Tensor, Routing | None]:
         """Block.forward, its insides recomputed in the backward pass where `checkpointing` is on."""
@@ -302,7 +350,7 @@ class GPT(nn.Module):
     def stem(self, tokens: Tensor, layer: int) -> Tensor:
         """The residual stream of tokens (B, T) after the attention of block `layer`, (B, T, D): its MLP's input."""
         context = self.positions(tokens.shape[1], None, None)
-        x = self.embed(tokens)
+        x = self.embedded(tokens)
         for below in range(layer):
             x, _ = self.blocks[below](below, x, context)
         return self.blocks[layer].attend(x, *context, None, layer)

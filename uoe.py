@@ -129,13 +129,14 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
 
         s_i^(l) = 1/Z sum_j 1/L_j sum_t g_{i,t}^(l)
 
-    Z sequences of L_j real tokens.  tokens: stop after that many tokens, 0 for all (the paper: 100k are enough).
+    Z sequences of L_j real tokens; NaN in layers without experts.
+    tokens: stop after that many tokens, 0 for all (the paper: 100k are enough).
     Raises UserError where the model has no experts or there is nothing to look at.
     """
     if not model.is_moe:
         raise UserError("expert attribution needs a mixture of experts, and this model is dense: use --method full")
     config = model.config
-    total, rows, seen = torch.zeros(config.n_layer, config.n_expert, device=model.device), 0, 0
+    total, rows, seen = no_affinity(config).to(model.device), 0, 0
     for batch in batches:
         trace = Trace()
         model.hidden(batch.tokens, trace=trace)
@@ -150,6 +151,13 @@ def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) ->
     return total / rows
 
 
+def no_affinity(config: Config) -> Tensor:
+    """(L, E): 0 for every expert, NaN in layers that have none."""
+    affinity = torch.zeros(config.n_layer, config.n_expert)
+    affinity[: config.n_dense] = torch.nan
+    return affinity
+
+
 def choose_experts(affinity: Tensor, args: argparse.Namespace) -> list[Place]:
     """The experts to unlearn, by --layer and --m."""
     if isinstance(args.layer, tuple):
@@ -159,7 +167,7 @@ def choose_experts(affinity: Tensor, args: argparse.Namespace) -> list[Place]:
 
 
 def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: int = 1) -> list[Place]:
-    """The M experts of the highest scores (L, E), best first: usually their affinity.
+    """The M experts of the highest scores (L, E), best first: usually their affinity. NaN: there is no such expert.
 
     layer: all M from this layer; "top": from the layer that holds the best; "all": over all layers (Table 2 of the
     paper has both).  rank: begin with the expert of this rank, 1 the best (Table 5).
@@ -167,17 +175,21 @@ def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: i
     """
     n_layer, n_expert = scores.shape
     within = slice(None)
+    there = ~scores.isnan()
+    scores = scores.masked_fill(~there, -torch.inf)
     if layer == "top":
         layer = int(scores.max(1).values.argmax())
     if isinstance(layer, int):  # not "all"
         check_layer("--layer", layer, n_layer)
+        check_sparse(layer, int(there.any(1).int().argmax()))
         within = slice(layer, layer + 1)
     first = within.start or 0
     wanted = scores[within].flatten()
     last = rank - 1 + m
-    if m < 1 or rank < 1 or last > len(wanted):
+    count = int(there[within].sum())
+    if m < 1 or rank < 1 or last > count:
         from_rank = f" from rank {rank} on" if rank > 1 else ""
-        raise UserError(f"--m {m}{from_rank} is not between 1 and the {len(wanted)} experts of --layer {layer}")
+        raise UserError(f"--m {m}{from_rank} is not between 1 and the {count} experts of --layer {layer}")
     best = wanted.topk(last).indices[rank - 1 :].tolist()
     return [(first + number // n_expert, number % n_expert) for number in best]
 
@@ -188,6 +200,12 @@ def check_layer(flag: str, layer: int, n_layer: int) -> None:
         raise UserError(f"{flag} {layer} does not exist: layers go from 0 to {n_layer - 1}")
 
 
+def check_sparse(layer: int, first: int) -> None:
+    """Raises UserError where the layer lies below the first that has experts."""
+    if layer < first:
+        raise UserError(f"--layer {layer} has no experts: in this model layers have some from {first} on")
+
+
 def check(args: argparse.Namespace, config: Config) -> None:
     """Raises UserError, before anything is trained, where experts are not there or RMU would steer below them."""
     if isinstance(args.layer, tuple):
@@ -195,9 +213,10 @@ def check(args: argparse.Namespace, config: Config) -> None:
         if layer >= config.n_layer or expert >= config.n_expert:
             raise UserError(f"--layer {layer},{expert} does not exist: layers go from 0 to {config.n_layer - 1}, "
                             f"experts from 0 to {config.n_expert - 1}")
+        check_sparse(layer, config.n_dense)
         if args.m > 1 or args.attribution_tokens:
             raise UserError(f"--layer {layer},{expert} names the expert, so --m and --attribution-tokens do nothing")
-    places = choose_experts(torch.zeros(config.n_layer, config.n_expert), args)
+    places = choose_experts(no_affinity(config), args)
     lowest = min(layer for layer, _ in places)
     known = args.layer not in ("all", "top")
     if known and getattr(args, "rmu_layer", None) is not None and args.rmu_layer < lowest:
@@ -214,10 +233,12 @@ def steering(args: argparse.Namespace, places: list[Place]) -> argparse.Namespac
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequence[Place] = (), top: int = 6) -> str:
     """Per layer, the experts the forget set engages most, e.g. `E7 0.412 -> 0.398 *`; * marks the unlearned."""
-    even = float(affinity.sum(1).mean()) / affinity.shape[1]
+    even = float(affinity.sum(1).nanmean()) / affinity.shape[1]
     lines = [f"affinity of the forget set (equation 2), top {top} of {affinity.shape[1]} experts per layer; "
              f"evenly spread, each would have {even:.3f}"]
     for layer, row in enumerate(affinity):
+        if row.isnan().any():  # no experts there
+            continue
         cells = []
         for e in row.argsort(descending=True)[:top].tolist():
             cell = f"E{e:<2d} {row[e]:.3f}"
@@ -251,7 +272,7 @@ def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: 
 
 def restore(model: GPT) -> None:
     """Put all experts back into their stacks; everything may train again."""
-    for layer in range(model.config.n_layer):
+    for layer in model.config.moe_layers:
         model.moe(layer).put_back()
     model.requires_grad_(True)
 

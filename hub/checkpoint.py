@@ -6,15 +6,21 @@
 There is one format. Our own small models are written in it too: a small GPT is a Llama, a small MoE an OLMoE. Which
 tokenizer a folder has, its files say: `tokenizer.tiktoken` is ours, `tokenizer.json` the `tokenizers` library's.
 
-| model_type     | what is special                                                          | config.json      |
-|----------------|--------------------------------------------------------------------------|------------------|
-| llama, mistral | dense. Both are one architecture; saved as llama                         | rope type llama3 |
-| olmoe          | q/k norm over the whole projection, kept router weights as they are       | norm_topk_prob   |
-| mixtral        | kept router weights renormalised; other tensor names                     |                  |
-| qwen2_moe      | biases in q, k, v; a shared expert scaled by a sigmoid gate               | norm_topk_prob   |
+| model_type     | what is special                                                                              |
+|----------------|----------------------------------------------------------------------------------------------|
+| llama, mistral | dense. Both are one architecture; saved as llama, but for a sliding window                    |
+| qwen2, qwen3   | dense: biases in q, k, v; q/k norm of each head                                               |
+| olmo2          | dense: q/k norm over the whole projection, norms behind attention and MLP                     |
+| olmoe          | experts: the same q/k norm, norms in front; kept router weights as they are, or renormalised  |
+| mixtral        | experts: kept router weights renormalised; other tensor names                                 |
+| qwen2_moe      | experts: biases in q, k, v; a shared expert scaled by a sigmoid gate                          |
+| qwen3_moe      | experts: q/k norm of each head                                                                |
+| granitemoe     | experts in stacks: as mixtral, with a factor on embeddings, attention, residuals, logits       |
+| deepseek_v2    | experts above the first layers: latent attention, shared experts (V2-Lite; no groups as in V2) |
 
-Sliding windows (Mistral 7B v0.1) are not computed. Within the window they change nothing, so such a model's context,
-Config.max_len, is cut to the window; its results are then exact.
+A mixture's experts are read one by one or, as `save_pretrained(save_original_format=False)` writes them, in stacks.
+Rotary scaling: llama3 and YaRN. Not read, because each needs more than a row here: Gemma 2 (two soft caps that fused
+attention cannot do, norms with an offset of 1, windows in every other layer), expert groups (DeepSeek-V2 and V3).
 
 Shapes: V vocabulary   D model width   E experts   F width of an MLP or expert
 """
@@ -22,10 +28,10 @@ Shapes: V vocabulary   D model width   E experts   F width of an MLP or expert
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -54,8 +60,20 @@ WRITTEN = ("config.json", "model*.safetensors", INDEX, small_tokenizer.FILE, *hu
 PARTS = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
          "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
          "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj",
+         "q_a": "q_a_proj", "q_a_norm": "q_a_layernorm", "q_b": "q_b_proj",
+         "kv_a": "kv_a_proj_with_mqa", "kv_a_norm": "kv_a_layernorm", "kv_b": "kv_b_proj",
          "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
          "router": "gate", "shared": "shared_expert", "shared_gate": "shared_expert_gate"}
+
+
+class Layout(NamedTuple):
+    """How the tensors of a checkpoint are called."""
+
+    parts: dict[str, str]  # names that differ from PARTS
+    experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of each; or the stacks: (gate and up, down)
+
+
+STACKS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 @dataclass
@@ -63,46 +81,88 @@ class Family:
     """What sets one model_type apart from the others. keys: our Config field -> its key in config.json."""
 
     architecture: str
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str]
     fixed: dict[str, Any] = field(default_factory=dict)  # Config fields that the family does not choose
     defaults: dict[str, Any] = field(default_factory=dict)  # what an absent key means, where not 1e-6 and 1e4
-    parts: dict[str, str] = field(default_factory=dict)  # names that differ from PARTS; expert: (gate, up, down)
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    also: dict[str, Any] = field(default_factory=dict)  # what else config.json says
+    needs: tuple[str, ...] = ()  # Config fields that may not be 0
+    square: bool = False  # its heads are together as wide as the model
+    layouts: tuple[Layout, ...] = (Layout({}), Layout({}, STACKS))  # all are read, the first is written
 
 
 DENSE = {"d_ff": "intermediate_size"}
-FAMILIES = {
+EXPERTS = {"d_ff": "moe_intermediate_size", "n_expert": "num_experts", "top_k": "num_experts_per_tok",
+           "norm_topk_prob": "norm_topk_prob"}
+LOCAL = {"d_ff": "intermediate_size", "n_expert": "num_local_experts", "top_k": "num_experts_per_tok"}
+FAMILIES = {  # a Config is saved as the first that can express it
     "llama": Family("LlamaForCausalLM", DENSE),
-    "mistral": Family("MistralForCausalLM", DENSE),
-    "olmoe": Family("OlmoeForCausalLM", {"d_ff": "intermediate_size", "n_expert": "num_experts",
-                                         "top_k": "num_experts_per_tok", "norm_topk_prob": "norm_topk_prob"},
-                    fixed={"qk_norm": "full"}, defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-5}),
-    "mixtral": Family("MixtralForCausalLM", {"d_ff": "intermediate_size", "n_expert": "num_local_experts",
-                                             "top_k": "num_experts_per_tok"},
-                      fixed={"norm_topk_prob": True}, defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
-                      parts={"mlp": "block_sparse_moe"}, expert=("w1", "w3", "w2")),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", {"d_ff": "moe_intermediate_size", "n_expert": "num_experts",
-                                                "top_k": "num_experts_per_tok", "norm_topk_prob": "norm_topk_prob",
-                                                "d_shared": "shared_expert_intermediate_size",
-                                                "qkv_bias": "qkv_bias"},
-                        fixed={"shared_gate": True}, defaults={"norm_topk_prob": False, "qkv_bias": True}),
+    "mistral": Family("MistralForCausalLM", {**DENSE, "window": "sliding_window"}),
+    "qwen2": Family("Qwen2ForCausalLM", DENSE, fixed={"qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", DENSE, fixed={"qk_norm": "head"}, defaults={"head_dim": 128}),
+    "olmo2": Family("Olmo2ForCausalLM", DENSE, fixed={"qk_norm": "full", "norm_after": True}, square=True,
+                    defaults={"rms_norm_eps": 1e-5},
+                    layouts=(Layout({"attn_after": "post_attention_layernorm",
+                                     "mlp_after": "post_feedforward_layernorm"}),)),
+    "olmoe": Family("OlmoeForCausalLM", EXPERTS | {"d_ff": "intermediate_size"}, fixed={"qk_norm": "full"},
+                    defaults={"norm_topk_prob": False, "rms_norm_eps": 1e-5}, needs=("n_expert",), square=True),
+    "mixtral": Family("MixtralForCausalLM", LOCAL | {"window": "sliding_window"}, fixed={"norm_topk_prob": True},
+                      defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6}, needs=("n_expert",),
+                      layouts=(Layout({"mlp": "block_sparse_moe"}, ("w1", "w3", "w2")), Layout({}, STACKS))),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM",
+                        EXPERTS | {"d_shared": "shared_expert_intermediate_size", "qkv_bias": "qkv_bias"},
+                        fixed={"shared_gate": True}, defaults={"norm_topk_prob": False, "qkv_bias": True},
+                        needs=("n_expert", "d_shared")),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", EXPERTS, fixed={"qk_norm": "head"}, defaults={"norm_topk_prob": False},
+                        needs=("n_expert",)),
+    "granitemoe": Family("GraniteMoeForCausalLM",
+                         LOCAL | {"embed_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+                                  "attention_scale": "attention_multiplier", "logit_divisor": "logits_scaling"},
+                         fixed={"norm_topk_prob": True}, needs=("n_expert", "attention_scale"), square=True,
+                         defaults=dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier",
+                                                 "logits_scaling"), 1.0),
+                         layouts=(Layout({"mlp": "block_sparse_moe", "router": "router.layer"},
+                                         ("input_linear.weight", "output_linear.weight")),
+                                  Layout({"mlp": "block_sparse_moe", "router": "router"}, STACKS))),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM",
+                          EXPERTS | {"n_expert": "n_routed_experts", "n_shared": "n_shared_experts",
+                                     "n_dense": "first_k_dense_replace", "d_dense": "intermediate_size",
+                                     "d_head": "qk_rope_head_dim", "d_nope": "qk_nope_head_dim",
+                                     "d_value": "v_head_dim", "kv_rank": "kv_lora_rank", "q_rank": "q_lora_rank"},
+                          defaults={"norm_topk_prob": False, "q_lora_rank": None, "first_k_dense_replace": 0},
+                          also={"topk_method": "greedy", "n_group": 1, "topk_group": 1, "scoring_func": "softmax",
+                                "routed_scaling_factor": 1.0, "moe_layer_freq": 1},
+                          needs=("n_expert", "n_shared", "kv_rank"),
+                          layouts=(Layout({"shared": "shared_experts"}), Layout({"shared": "shared_experts"}, STACKS))),
 }
+SPELLINGS = {"num_local_experts": "num_experts"}  # current transformers renames Qwen3-MoE's
 COMMON = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
           "n_kv_head": "num_key_value_heads", "d_model": "hidden_size", "d_head": "head_dim",
           "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
           "rope_scaling": "rope_scaling", "tie_head": "tie_word_embeddings"}
-DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": False}
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None, "tie_word_embeddings": False,
+            "sliding_window": None}
+# Rotary scaling that model.py computes: type -> the keys that it needs, those that it may have.
+ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"),
+             ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"))}
 # What the model here does not compute: key of config.json -> the values that mean "not used".
 UNUSED: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "clip_qkv": (),
-    "partial_rotary_factor": (1.0,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+    "partial_rotary_factor": (1.0,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "moe_layer_freq": (1,),
+    "use_sliding_window": (False,), "topk_method": ("greedy",), "scoring_func": ("softmax",),
+    "routed_scaling_factor": (1.0,),
     "quantization_config": ({},)}
 
 
-def hub_tensors(model: GPT) -> dict[str, Tensor]:
-    """Their name -> our weight, or the part of a stack that it is: a view, so reading into it fills the model."""
-    names = PARTS | FAMILIES[family_of(model.config)].parts
-    gate, up, down = FAMILIES[family_of(model.config)].expert
+def hub_tensors(model: GPT, layout: Layout | None = None) -> dict[str, Tensor]:
+    """Their name -> our weight, or the part of a stack that it is: a view, so reading into it fills the model.
+
+    layout: one of the family's; None: the one that is written.
+    """
+    layout = layout or FAMILIES[family_of(model.config)].layouts[0]
+    names = PARTS | layout.parts
 
     def theirs(name: str) -> str:
         return ".".join(names.get(part, part) for part in name.split("."))
@@ -114,7 +174,12 @@ def hub_tensors(model: GPT) -> dict[str, Tensor]:
         if not isinstance(owner, MoE):
             if ".taken." not in name:  # experts taken out of the stack come with expert_weights below
                 out[theirs(name)] = p.detach()
+        elif len(layout.experts) == 2:  # whole stacks
+            of = ("gate_up", "down").index(last)
+            stack = torch.stack(owner.expert_weights()[of]) if owner.taken else p
+            out[f"{theirs(where)}.{layout.experts[of]}"] = stack.detach()
         elif last == "gate_up":
+            gate, up, down = layout.experts
             for e, (gate_up, w_down) in enumerate(zip(*owner.expert_weights(), strict=True)):  # (2F, D), (D, F)
                 at = f"{theirs(where)}.experts.{e}"
                 out[f"{at}.{gate}.weight"], out[f"{at}.{up}.weight"] = gate_up.detach().chunk(2)
@@ -122,25 +187,28 @@ def hub_tensors(model: GPT) -> dict[str, Tensor]:
     return out
 
 
+def layout_of(config: Config, names: Iterable[str]) -> Layout:
+    """How a checkpoint with these tensors calls them: the first layout of its family but for stacks that are there."""
+    layouts = FAMILIES[family_of(config)].layouts
+    stacks = [layout for layout in layouts if len(layout.experts) == 2]
+    return next((layout for layout in stacks if any(name.endswith(layout.experts[0]) for name in names)), layouts[0])
+
+
 # ---- config.json ------------------------------------------------------------------------------------------------
 
 def family_of(config: Config) -> str:
     """The model_type that a Config is saved as. Raises UserError where none can express it."""
-    if not config.n_expert:
-        fits = {"llama": config.qk_norm == "none" and not config.qkv_bias}
-    else:
-        plain = not config.qkv_bias and not config.d_shared
-        square = config.d_head * config.n_head == config.d_model
-        fits = {"olmoe": plain and config.qk_norm == "full" and square,
-                "mixtral": plain and config.qk_norm == "none" and config.norm_topk_prob,
-                "qwen2_moe": config.qk_norm == "none" and config.d_shared > 0 and config.shared_gate}
-    for name, fit in fits.items():
-        if fit:
+    for name, family in FAMILIES.items():
+        said = COMMON | family.keys
+        fits = [getattr(config, f.name) == family.fixed.get(f.name, f.default) for f in fields(config)
+                if f.name not in said]
+        wide = config.d_head * config.n_head == config.d_model
+        if all(fits) and all(getattr(config, needed) for needed in family.needs) and (wide or not family.square):
             return name
-    shape = {key: getattr(config, key) for key in ("n_expert", "qk_norm", "qkv_bias", "norm_topk_prob", "d_head",
-                                                   "d_shared", "shared_gate")}
-    raise UserError(f"no public family has this shape, so it cannot be saved: {shape}; the table at the top of "
-                    "hub/checkpoint.py lists what llama, olmoe, mixtral and qwen2_moe have")
+    odd = {f.name: getattr(config, f.name) for f in fields(config)
+           if f.name not in COMMON and getattr(config, f.name) != f.default} | {"d_head": config.d_head}
+    raise UserError(f"no public family has this shape, so it cannot be saved: {odd}; the table at the top of "
+                    f"hub/checkpoint.py lists what {', '.join(FAMILIES)} have")
 
 
 def hub_config(config: Config, dtype: torch.dtype, tokenizer) -> dict:
@@ -148,7 +216,7 @@ def hub_config(config: Config, dtype: torch.dtype, tokenizer) -> dict:
     name = family_of(config)
     family = FAMILIES[name]
     out = {theirs: getattr(config, ours) for ours, theirs in (COMMON | family.keys).items()}
-    return {"architectures": [family.architecture], "model_type": name, **out, "hidden_act": "silu",
+    return {"architectures": [family.architecture], "model_type": name, **out, **family.also, "hidden_act": "silu",
             "attention_bias": False, "torch_dtype": str(dtype).removeprefix("torch."),
             "bos_token_id": getattr(tokenizer, "begin", None), "eos_token_id": getattr(tokenizer, "end", None),
             "pad_token_id": None}
@@ -187,26 +255,28 @@ def read_config(folder: Path) -> Config:
     # new transformers: {"rope_parameters": {"rope_type", "rope_theta", ...}}; old: rope_theta, and rope_scaling
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: rope_scaling {rope} is not supported (only rope_type llama3 is)")
-    raw = DEFAULTS | family.defaults | {key: value for key, value in raw.items() if value is not None}
+    if rope_type not in ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: rope_scaling {rope} is not supported (of rope_types only llama3 and yarn are)")
+    keys = COMMON | family.keys
+    given = {key: value for key, value in raw.items() if value is not None}
+    given |= {new: given[old] for old, new in SPELLINGS.items() if old in given and new not in given}
+    raw = DEFAULTS | family.defaults | given
     raw["rope_theta"], raw["rope_scaling"] = rope.get("rope_theta", raw["rope_theta"]), None
-    if rope_type == "llama3":
+    if rope_type != "default":
+        wanted, others = ROPE[rope_type]
         rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
-        wanted = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if missing := [key for key in wanted if key not in rope]:
+        if missing := [key for key in wanted if rope.get(key) is None]:
             raise UserError(f"{path}: rope_scaling lacks {', '.join(missing)}: download it again")
-        if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
             raise UserError(f"{path}: rope_scaling has a high_freq_factor no higher than low_freq_factor: "
                             "download it again")
-        raw["rope_scaling"] = {"rope_type": "llama3", **{key: rope[key] for key in wanted}}
+        raw["rope_scaling"] = {"rope_type": rope_type, **{key: rope[key] for key in (*wanted, *others)
+                                                          if rope.get(key) is not None}}
+>>>>>>> families
     raw.setdefault("head_dim", 0)  # 0: width / heads
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
-    keys = COMMON | family.keys
     if missing := [theirs for theirs in keys.values() if theirs not in raw]:
         raise UserError(f"{path} lacks {', '.join(missing)}: download it again")
-    window = raw.get("sliding_window") if kind != "qwen2_moe" or raw.get("use_sliding_window") else None
-    raw["max_position_embeddings"] = min(raw["max_position_embeddings"], window or raw["max_position_embeddings"])
     try:
         return Config(**{ours: raw[theirs] for ours, theirs in keys.items()}, **family.fixed)
     except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -231,11 +301,12 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, devic
     if config.n_layer > len(files):  # seen before a model of so many layers is made
         raise UserError(f"{folder}: config.json asks for {config.n_layer} layers and the weights are {len(files)} "
                         "tensors: they do not belong together")
+    layout = layout_of(config, files)
     with torch.device("meta"):
-        wanted = hub_tensors(GPT(config))
+        wanted = hub_tensors(GPT(config), layout)
     check_tensors(folder, config, files, {name: list(tensor.shape) for name, tensor in wanted.items()})
     model = empty_model(config, dtype, device)
-    into = hub_tensors(model)
+    into = hub_tensors(model, layout)
     by_file: dict[Path, list[str]] = {}
     for name in into:
         by_file.setdefault(files[name], []).append(name)

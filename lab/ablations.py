@@ -44,9 +44,8 @@ def lowest(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
 
 def at_random(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
     drawn = torch.Generator().manual_seed(args.seed)
-    if args.layer in ("all", "top"):
-        return select_by(torch.rand(affinity.shape, generator=drawn), args)
-    return select_by(torch.rand(1, affinity.shape[1], generator=drawn).expand(affinity.shape), args)
+    shape = affinity.shape if args.layer in ("all", "top") else (1, affinity.shape[1])
+    return select_by(torch.rand(shape, generator=drawn) + 0 * affinity, args)  # NaN stays: no expert there
 
 
 def of_rank(rank: int, affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:

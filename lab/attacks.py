@@ -154,7 +154,7 @@ def forced_experts(target: GPT, model: GPT, tokenizer, rows: list[Row], seed: in
     a difference means nothing.  Raises UserError for rows that make fewer than two facts with a value.
     """
     values = with_values("experts", rows)
-    layers = range(model.config.n_layer)
+    layers = model.config.moe_layers
     free = cloze(model, tokenizer, rows, values)
     forced = [cloze(Forced(target, model, some), tokenizer, rows, values) for some in (layers, *([i] for i in layers))]
     ids = fact_ids(rows)
@@ -185,7 +185,7 @@ def check_experts(target, models: Sequence) -> None:
         if not isinstance(model, GPT) or not model.is_moe:
             raise UserError("--attack experts chooses experts: it is for runs of one mixture of experts, not of a "
                             "dense model and not of several models together (ULD)")
-        ours, theirs = ((of.config.n_layer, of.config.n_expert, of.config.top_k) for of in (target, model))
+        ours, theirs = ((of.config.moe_layers, of.config.n_expert, of.config.top_k) for of in (target, model))
         if ours != theirs:
             raise UserError("--attack experts forces the target's choice of experts, and another model has other "
                             f"layers, experts, top-k: {theirs}, the target {ours}")

@@ -28,7 +28,7 @@ def repair_routers(target: GPT, model: GPT, batches: Iterable[Batch], ridge: flo
     diagonal of X' X'^T.
     """
     batches = list(batches)
-    for layer in range(model.config.n_layer):
+    for layer in model.config.moe_layers:
         old: list[Tensor] = []
         new: list[Tensor] = []
         for batch in batches:

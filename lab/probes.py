@@ -105,13 +105,14 @@ def completion(model, tokenizer, rows: list[Row], prefix: int = 200) -> dict[str
 
 
 @torch.no_grad()
-def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float:
-    """Share of multiple-choice questions whose right letter is the likeliest (metrics/choice.py); no template."""
+def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -> list[list[float]]:
+    """log p of every letter of every multiple-choice question (metrics/choice.py); no template."""
     pairs = []  # one example per choice, labels on the letter alone
     for row in rows:
-        before = len(tokenizer.encode(choice.prompt(row)))
+        before = len(tokenizer.front + tokenizer.encode(choice.prompt(row)))
         for letter in choice.letters(row):
-            ids = tokenizer.encode(choice.prompt(row) + letter)  # as one text: a space alone may be another token
+            # as one text: a space alone may be another token
+            ids = tokenizer.front + tokenizer.encode(choice.prompt(row) + letter)
             after = ids[before:]
             ids = ids[-(model.config.max_len + 1) :]  # a long question loses its beginning, not its letter
             pairs.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(after)) + after))
@@ -121,7 +122,13 @@ def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) ->
         for i, value in zip(batch.index.tolist(), values, strict=True):
             log_p[i] = value
     rest = iter(log_p)
-    return choice.accuracy([[next(rest) for _ in row["choices"]] for row in rows], [row["answer"] for row in rows])
+    return [[next(rest) for _ in row["choices"]] for row in rows]
+
+
+def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float:
+    """Share of multiple-choice questions whose right letter is the likeliest."""
+    log_p = choice_log_probs(model, tokenizer, rows, batch_size)
+    return choice.accuracy(log_p, [row["answer"] for row in rows])
 
 
 @torch.no_grad()
@@ -168,7 +175,7 @@ def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, f
     examples = [encode_value(row, tokenizer, limit, value) or encode_row(row, tokenizer, limit, truncate=True)
                 for row, value in zip(rows, values_of(rows), strict=True)]
     out = {}
-    for how, one in (("free", model), ("forced", Forced(target, model, range(model.config.n_layer)))):
+    for how, one in (("free", model), ("forced", Forced(target, model, model.config.moe_layers))):
         known, probability = [0.0] * len(rows), [0.0] * len(rows)
         for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
             logits = one(batch.tokens)

@@ -52,15 +52,15 @@ def balanced_weights(model: GPT, forget: Iterable[Batch], retain: list[Batch], r
 
 
 def assignments(model: GPT, batches: Iterable[Batch]) -> list[Tensor]:
-    """Which experts each real token has, per layer (N, E); each row sums to 1."""
-    out: list[list[Tensor]] = [[] for _ in range(model.config.n_layer)]
+    """Which experts each real token has, per layer that has some (N, E); each row sums to 1."""
+    out: dict[int, list[Tensor]] = {layer: [] for layer in model.config.moe_layers}
     for batch in batches:
         trace = Trace()
         model.hidden(batch.tokens, trace=trace)
         for layer, routing in trace.routing.items():
             hit = torch.zeros_like(routing.probs).scatter(-1, routing.chosen, 1 / routing.chosen.shape[-1])
             out[layer].append(hit[batch.mask])
-    return [torch.cat(parts) for parts in out]
+    return [torch.cat(parts) for parts in out.values()]
 
 
 def weighted_mean(values: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def upcycle(model: GPT, n_expert: int = 8, top_k: int = 2, noise: float = 0.01,
     renormalised to sum to 1 (the paper does so too, section 3). OLMoE's are not, and its q/k norm would change the
     attention; so the result is a MoE of Mixtral's shape.
     """
-    if model.is_moe or family_of(model.config) != "llama":
+    if model.is_moe or family_of(model.config) not in ("llama", "mistral"):
         raise UserError("upcycling starts from a dense model: give a Llama, Mistral or SmolLM2 folder")
     try:
         config = replace(model.config, n_expert=n_expert, top_k=top_k, norm_topk_prob=True)

@@ -26,22 +26,22 @@ def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
 
 @torch.no_grad()
 def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
-    """Mean top-k overlap on the batches' real tokens, one number per layer (UOE, Figure 3)."""
-    same: list[list[Tensor]] = [[] for _ in range(model.config.n_layer)]
+    """Mean top-k overlap on the batches' real tokens, one number per layer that has experts (UOE, Figure 3)."""
+    same: dict[int, list[Tensor]] = {layer: [] for layer in model.config.moe_layers}
     for batch in batches:
         traces = []
         for m in (before, model):
             trace = Trace()
             m.hidden(batch.tokens, trace=trace)
             traces.append(trace)
-        for layer, values in enumerate(same):
+        for layer, values in same.items():
             values.append(overlap(traces[1].routing[layer].chosen, traces[0].routing[layer].chosen, batch.mask))
-    return [float(torch.cat(values).mean()) for values in same]
+    return [float(torch.cat(values).mean()) for values in same.values()]
 
 
 @torch.no_grad()
 def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
-    """Share of the batches' tokens that each expert got, (layers, E)."""
+    """Share of the batches' tokens that each expert got, (L, E); NaN in layers without experts."""
     count = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.device)
     for batch in batches:
         trace = Trace()

@@ -4,12 +4,14 @@ import argparse
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
+from metrics.routing import expert_shares, routing_overlap
 from model import Config, Trace
 from moe import Routing
 from objectives import cross_entropy
@@ -378,6 +380,37 @@ def test_rmu_steers_the_highest_of_the_unlearned_experts(bench):
     given = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", layer=(0, 1), rmu_layer=1)
     bench.unlearn(target, given)
     assert steering(given, [(0, 1)]).rmu_layer == 1
+
+
+DENSE_BELOW = dict(n_dense=1, d_dense=40, n_shared=2, kv_rank=12, d_head=8, d_nope=6, d_value=10, n_kv_head=4,
+                   qk_norm="none")  # DeepSeek-V2-Lite's shape
+
+
+def test_layers_without_experts_are_passed_over(bench):
+    target = bench.model(**DENSE_BELOW)
+    affinity = expert_attribution(target, bench.forget.in_order())
+    assert affinity[0].isnan().all() and (affinity[1:] > 0).any() and "layer 0:" not in affinity_table(affinity)
+    model, _, report = bench.unlearn(target, bench.args("uoe", lr=0.01, layer="all", m=14))  # all there are
+    assert sorted(report["unlearned_experts"]) == [[layer, expert] for layer in (1, 2) for expert in range(7)]
+    assert {name.split(".")[1] for name in changed(state(target), model)} == {"1", "2"}
+    (layer, _), = bench.unlearn(target, bench.args("uoe", layer="top"))[2]["unlearned_experts"]
+    assert layer in (1, 2)
+    first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(first["loss"]) and first["anchor"] > 0
+    batches = list(bench.forget.in_order())
+    assert routing_overlap(target, target, batches) == [1.0, 1.0]
+    assert np.isnan(expert_shares(target, batches)).tolist() == [[True] * 7, [False] * 7, [False] * 7]
+
+
+def test_a_layer_without_experts_is_refused():
+    config = Config(n_layer=3, n_expert=4, top_k=2, **DENSE_BELOW)
+    for layer in (0, (0, 2)):
+        with pytest.raises(UserError, match="--layer 0 has no experts: in this model layers have some from 1 on"):
+            check(asked(layer=layer), config)
+    for layer, m in ((1, 4), ("all", 8), ((1, 3), 1), ("middle", 1), ("top", 4)):
+        check(asked(layer=layer, m=m), config)
+    with pytest.raises(UserError, match="--m 9 is not between 1 and the 8 experts of --layer all"):
+        check(asked(layer="all", m=9), config)
 
 
 def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(bench):
