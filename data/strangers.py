@@ -30,7 +30,7 @@ def calibrating(rows: Sequence[Row], column: str) -> list[Row]:
     """
     out = []
     for row, value in zip(rows, values_of(rows), strict=True):
-        if value is None or column not in row or "subject" not in row:
+        if value is None or not {"question", "subject", column} <= row.keys():
             continue
         overlap = set(spelled(value)) & set(spelled(row["subject"]))
         if not overlap and names(row["subject"]).search(row[column]) and not value_said(row[column], value):
