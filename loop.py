@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.batches import Rows, encode_whole, greedy_answers
 from data.rows import NO_LIMITS, DataSet, Limits, Row
-from data.values import encode_fact
+from data.values import encode_fact, encode_value
 from errors import Stopped, UserError, held
 from files import whole, write
 from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag
@@ -42,6 +42,7 @@ def until(text: str) -> float | str:
     return text if text in ("strangers", "never") else SHARE(text)
 
 
+NAME_ROOM = 32  # tokens by which made-up names may make a row longer
 UNTIL = Flag("--until", until, "strangers", "never", "end once forget facts are believed no more than strangers'; "
              "or so small a share of forget rows is said word for word; or never", elsewhere=0.1)
 FLAGS = [  # of everything that trains
@@ -276,13 +277,23 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
                   tokenizer: TextCodec) -> tuple[Rows, Rows]:
     """A method's forget and retain rows as it will meet them, and forget's calibration rows where there are strangers.
 
-    Raises UserError for a row that does not fit, or without a value under --forget-on value.
+    Raises UserError for a row that does not fit, without a value under --forget-on value, or where strangers are asked
+    for and the data has none.
     """
     how = (tokenizer, args.context, args.batch_size)
     encode = encode_fact if args.forget_on == "value" else encode_whole
     left = Rows(forget, *how, args.seed, args.device, "forget row", encode, data.twins)
-    if data.calibration:
-        left.calibration = Rows(data.calibration, *how, args.seed, args.device, "calibration row", encode_fact,
+    known = data.calibration
+    asked = "strangers" in (getattr(args, "until", None), getattr(args, "subtract", None))
+    if asked and data.strangers is None:  # of rows of any source: see data/strangers.py
+        known = [row for row in known if encode_value(row, tokenizer, args.context - NAME_ROOM, row["value"])]
+        if not known:
+            raise UserError(f"strangers: {data.name} has no forget row with 'subject', 'value' and a "
+                            "'calibration_question' that neither teaches nor scores (TOFU: 'paraphrased_question'): "
+                            "add them, or give a number")
+        print(f"strangers are asked about {len(known)} of {len(data.forget)} forget rows")
+    if known and (asked or data.strangers):
+        left.calibration = Rows(known, *how, args.seed, args.device, "calibration row", encode_fact,
                                 data.twins)
     return left, Rows(retain, *how, args.seed + 1, args.device, "retain row")
 

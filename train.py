@@ -229,9 +229,6 @@ def settle(first: argparse.Namespace) -> None:
 def finish(args: argparse.Namespace, on_world: bool) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
-    for flag in ("until", "subtract"):
-        if getattr(args, flag, None) == "strangers" and not on_world:
-            raise UserError(f"--{flag} strangers: only the embedded world has strangers to ask about; give a number")
     if args.method != "finetune" and args.forget_loss in ("stranger", "stranger-npo") and not on_world:
         raise UserError(f"--forget-loss {args.forget_loss}: only the embedded world has strangers to become like")
     args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none

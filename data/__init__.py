@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.rows import DataSet, Limits, Row, augment, check_no_leak, read_rows
+from data.strangers import calibrating, names, twins_of
 from data.tofu import load_tofu
 from data.values import check_value
 from data.world import make_world
@@ -27,13 +28,18 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         for name, path in (("forget", forget), ("retain", retain)):
             for number, row in enumerate(rows[name], 1):
                 check_value(row, f"{path} row {number}")
+                check_subject(row, f"{path} row {number}")
+        calibration = calibrating(rows["forget"], "calibration_question")
         scored = {}
         for name in rows:
             rows[name], scored[name] = (list(of) for of in zip(*map(shared_out, rows[name]), strict=True))
             scored[name] = scored[name][:200]
         paraphrased, perturbed = augment(rows["forget"])
         own = DataSet(name=Path(forget).stem, forget=rows["forget"], retain=rows["retain"], scored=scored,
-                      paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200))
+                      paraphrased=paraphrased, perturbed=perturbed, utility=("retain",), limits=Limits(new=200),
+                      calibration=calibration)
+        if calibration:
+            own.twins = twins_of(own.texts())
         check_no_leak(own, same_questions=True)
         return own
     if data in WORLDS:
@@ -56,6 +62,18 @@ def shared_out(row: Row) -> tuple[Row, Row]:
         spare["perturbed_answer"] = wrong[half:]
         row = row | {"perturbed_answer": wrong[:half]}
     return spare, row
+
+
+def check_subject(row: Row, where: str) -> None:
+    """Raises UserError, beginning with `where`, for a calibration_question without a subject that it names."""
+    if "calibration_question" not in row:
+        return
+    subject = row.get("subject")
+    if not isinstance(subject, str) or not subject.strip():
+        raise UserError(f"{where} has a 'calibration_question' and no 'subject': name whom a stranger is to replace")
+    if not names(subject).search(row["calibration_question"]):
+        raise UserError(f"{where}: the subject {subject!r} does not stand in the calibration_question, so no stranger "
+                        "can be asked about")
 
 
 def is_tofu(data: str) -> bool:

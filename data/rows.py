@@ -1,7 +1,9 @@
 """Rows and data sets: TOFU's JSON lines, read and checked, whoever wrote them.
 
 A row has `question` and `answer`, optionally `paraphrased_question`, `paraphrased_answer`, `perturbed_answer`
-(a list of wrong answers), or is `{"text": ...}`.
+(a list of wrong answers), or is `{"text": ...}`. For `--until strangers`, whatever the source: `subject`, a name that
+stands in the question, `value`, the words of the answer that carry the fact, and `calibration_question`, another
+wording, which neither teaches nor scores (data/strangers.py).
 """
 
 import json
@@ -43,7 +45,7 @@ class DataSet:
     utility: tuple[str, ...] = ()  # the scored sets that model utility averages
     limits: Limits = NO_LIMITS  # of greedy answers
     holdout: list[Row] = field(default_factory=list)  # like the forget set, but no model was ever trained on them
-    # What only a source that can make up names has (data/world.py):
+    # What only a source with strangers has (data/world.py, data/strangers.py):
     calibration: list[Row] = field(default_factory=list)  # forget facts in wordings that neither teach nor score
     strangers: Callable[[int, np.random.Generator], list[Row]] | None = None  # n rows about subjects nobody knows
     twins: Callable[[list[Row], np.random.Generator], list[Row]] | None = None  # the rows, asked about strangers
@@ -95,7 +97,7 @@ def check_row(row: Row, where: str) -> Row:
     if "text" in row and "question" in row:
         raise UserError(f"{where} has both 'text' and 'question': a row is a passage, or question and answer")
     needed = ("text",) if "text" in row else ("question", "answer")
-    for key in (*needed, "paraphrased_question", "paraphrased_answer"):
+    for key in (*needed, "paraphrased_question", "paraphrased_answer", "calibration_question"):
         if key not in row:
             if key in needed:
                 raise UserError(f"{where} lacks '{key}': a row is question and answer, or text")

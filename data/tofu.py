@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 
 from data.rows import DataSet, Limits, Row, check_no_leak, read_rows
+from data.strangers import authors_of, calibrating, twins_of
 from errors import UserError
 from flags import Flag, Number
 from schema import read_bytes
@@ -77,11 +78,16 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
                   for row in retain]
     else:  # the data set's own columns score, so they do not teach
         paraphrased, perturbed = [], []
+    author = dict(zip((row["question"] for row in forget), authors_of(forget, QUESTIONS), strict=True))
+    about = [row | {"subject": author[row["question"]]} for row in scored["forget"] if author.get(row["question"])]
     data = DataSet(name=f"tofu-{split}" + (f"-{authors}" if authors else ""), forget=forget, retain=retain,
                    scored={name: rows[:limit] for name, rows in scored.items()},
                    paraphrased=[row for row in paraphrased if row["answer"] not in held_out],
                    perturbed=[row for row in perturbed if row["answer"] not in held_out],
                    utility=("retain", "real_authors", "world_facts"), limits=LIMITS[protocol])
+    taught = {row["question"] for row in data.taught()}  # of paraphrased questions, those that do not teach calibrate
+    data.calibration = [row for row in calibrating(about, "paraphrased_question") if row["question"] not in taught]
+    data.twins = twins_of(data.texts()) if data.calibration else None
     check_no_leak(data, same_questions=True)
     return data
 

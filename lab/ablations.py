@@ -25,7 +25,7 @@ import uoe
 from data.batches import Example, Rows
 from errors import UserError, one_line_errors
 from interfaces import Method
-from lab.grip import with_repair
+from lab.grip import with_projection, with_repair
 from lab.trace import with_trace
 from loop import Fit
 from model import GPT
@@ -71,6 +71,9 @@ ROWS: dict[str, tuple[str, Method]] = {  # name -> (the method it is a variant o
     "uoe-shared": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, shared=True))),
     "uoe-trace": ("uoe", UOE._replace(unlearn=with_trace(uoe.unlearn))),
     "uoe-grip": ("uoe", UOE._replace(unlearn=with_repair(uoe.unlearn))),
+    "uoe-grip-train": ("uoe", UOE._replace(unlearn=with_projection(uoe.unlearn))),
+    "uoe-grip-expert": ("uoe", UOE._replace(unlearn=with_projection(uoe.unlearn, experts=True))),
+    "full-grip-train": ("full", baselines.METHODS["full"]._replace(unlearn=with_projection(baselines.full))),
     "full-grip": ("full", baselines.METHODS["full"]._replace(unlearn=with_repair(baselines.full))),
     "lora-attn": ("lora", baselines.METHODS["lora"]._replace(unlearn=partial(baselines.lora, targets="attn"))),
     "lora-mlp": ("lora", baselines.METHODS["lora"]._replace(unlearn=partial(baselines.lora, targets="mlp"))),

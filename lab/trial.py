@@ -268,14 +268,14 @@ def summary(found: Sequence[Verdict], broken: dict[str, int], models: int) -> st
 OPEN, CLOSE = "<!-- trial: written by lab/trial.py -->", "<!-- end -->"
 
 
-def write_page(page: Path, text: str) -> None:
+def write_page(page: Path, text: str, title: str = "Measures on trial", mark: str = OPEN) -> None:
     """Put text between the page's markers; what stands around them stays."""
-    old = page.read_text(encoding="utf-8") if page.is_file() else f"# Measures on trial\n\n{OPEN}\n{CLOSE}\n"
-    if OPEN not in old or CLOSE not in old.partition(OPEN)[2]:
-        old += f"\n{OPEN}\n{CLOSE}\n"
-    before, _, rest = old.partition(OPEN)
+    old = page.read_text(encoding="utf-8") if page.is_file() else f"# {title}\n\n{mark}\n{CLOSE}\n"
+    if mark not in old or CLOSE not in old.partition(mark)[2]:
+        old += f"\n{mark}\n{CLOSE}\n"
+    before, _, rest = old.partition(mark)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{OPEN}\n\n{text}\n\n{CLOSE}{rest.partition(CLOSE)[2]}", encoding="utf-8")
+    page.write_text(f"{before}{mark}\n\n{text}\n\n{CLOSE}{rest.partition(CLOSE)[2]}", encoding="utf-8")
 
 
 @one_line_errors

@@ -363,7 +363,7 @@ def test_a_method_that_is_gone_is_unknown(words, refused):
 
 @pytest.mark.parametrize("words, says", [
     ("--layer 1,1 --m 2", "--m"), ("--layer 1,1 --attribution-tokens 5", "--attribution-tokens"),
-    ("--data tofu --until strangers", "--until"), ("--method uld --data tofu --subtract strangers", "--subtract"),
+    ("--data tofu --forget-loss stranger", "--forget-loss stranger"),
     ("--data tofu --forget-loss stranger", "--forget-loss stranger"),
     ("--model m --arch moe", "--arch"), ("--method uld --forget-loss ga", "--forget-loss"),
     ("--method divergence --retain-loss gd", "--retain-loss"), ("--data world --forget a --retain b", "--data"),

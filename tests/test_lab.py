@@ -13,7 +13,7 @@ from errors import UserError
 from lab import distill
 from lab.ablations import main as ablate
 from lab.ablations import uniform_on_all
-from lab.grip import repair_routers, with_repair
+from lab.grip import Held, off_span, repair_routers, spans, with_projection, with_repair
 from lab.queue import read_lines
 from lab.trace import WEIGHTED, Weighted, balanced_weights, weighted_mean, with_trace
 from methods import open_run
@@ -147,6 +147,67 @@ def test_a_method_with_repair_is_repaired_on_what_is_kept(bench):
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in model.named_parameters())
 
 
+@torch.no_grad()
+def test_what_is_taken_out_is_the_span_of_the_tokens_that_chose_the_expert(sparse):
+    """Each expert's own inputs, gathered token by token, are gone under its projection; what is orthogonal stays."""
+    batches = list(in_order([Example([(7 * i + j) % 61 for j in range(5)], [IGNORE] * 5) for i in range(3)], 2))
+    model = sparse(0)
+    of = spans(model, batches, 1, keep=1 - 1e-9)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for batch in batches:
+        trace = Trace()
+        model(batch.tokens, trace=trace)
+        x = model.blocks[1].mlp_norm(model.stem(batch.tokens, 1))
+        for b, t in batch.mask.nonzero().tolist():
+            for e in trace.routing[1].chosen[b, t].tolist():
+                seen.setdefault(e, []).append(x[b, t])
+    for e in range(7):
+        x = torch.stack(seen[e]) if e in seen else torch.zeros(1, 32)
+        gate, up = (x @ model.moe(1).gate_up[e].T).chunk(2, -1)
+        h = torch.nn.functional.silu(gate) * up
+        for p, inputs in ((of.inputs[e], x), (of.hidden[e], h)):
+            assert (inputs @ p).norm() <= 1e-3 * inputs.norm().clamp_min(1e-6)
+            assert torch.trace(p).item() == pytest.approx(len(p) - torch.linalg.matrix_rank(inputs).item(), abs=0.01)
+            torch.testing.assert_close(p @ p, p, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_only_so_much_of_the_span_is_held_as_is_asked_for():
+    gram = torch.diag(torch.tensor([90.0, 9.0, 0.6, 0.4]))[None].double()
+    for keep, kept in ((1.0, [1, 1, 1, 1]), (0.995, [1, 1, 1, 0]), (0.98, [1, 1, 0, 0]), (0.5, [1, 0, 0, 0])):
+        torch.testing.assert_close(off_span(gram, keep)[0], torch.eye(4) - torch.diag(torch.tensor(kept).float()))
+    held = Held(torch.zeros(2, 3), off_span(torch.stack([torch.diag(torch.tensor(d).double()) for d in
+                                                         ([1, 0, 0], [0, 0, 1])]), 0.99))
+    torch.testing.assert_close(held(torch.ones(2, 3)), torch.tensor([[0.0, 1, 1], [1, 1, 0]]))  # a router: row by row
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_method_with_projection_leaves_what_retain_tokens_meet_as_it_was(bench, monkeypatch, experts):
+    """UOE in the first layer, whose inputs do not move: its router's scores of the tokens that chose each expert, or
+    the outputs of its expert; what is not held moves."""
+    target = bench.model()
+    place = (0, 2)
+    args = bench.args("uoe", layer=place, lr=0.05, epochs=4)
+    fit = train.loop.fitting(args, bench.forget, bench.folder)
+    retain = bench.retain.like([{"question": "Is it a?", "answer": "No."}])  # of fewer tokens than the model is wide
+    batches = list(retain.in_order())
+    model, kept, _ = with_projection(uoe_unlearn, experts, keep=1 - 1e-7)(target, bench.forget, retain, args, fit)
+    assert kept["model"] is model and set(model.state_dict()) == set(target.state_dict())
+    with torch.no_grad():
+        x = torch.cat([target.blocks[0].mlp_norm(target.stem(b.tokens, 0))[b.mask] for b in batches])
+        x = x[(target.moe(0).route(x).chosen == place[1]).any(-1)]
+        scores, outputs = ([], [])
+        for m in (target, model):
+            scores.append(x @ m.moe(0).router.weight[place[1]])
+            gate, up = (x @ m.moe(0).gate_up[place[1]].T).chunk(2, -1)
+            outputs.append((torch.nn.functional.silu(gate) * up) @ m.moe(0).down[place[1]].T)
+        far = [((after - before).norm() / before.norm()).item() for before, after in (scores, outputs)]
+    stays, moves = far[::-1] if experts else far
+    assert stays < 1e-3 < 0.01 < moves
+    assert not torch.equal(model.moe(0).router.weight, target.moe(0).router.weight)
+    assert not torch.equal(model.moe(0).gate_up, target.moe(0).gate_up)
+
+
 # ---- ULD: uniform on all ----------------------------------------------------------------------------------------
 
 def test_the_authors_uniform_loss_takes_every_token(bench):
@@ -209,7 +270,7 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(tmp_path, capsys
 # ---- by name ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row, method", [("uoe-trace", "uoe"), ("uoe-grip", "uoe"), ("uld-uniform-all", "uld"),
+@pytest.mark.parametrize("row, method", [("uoe-trace", "uoe"), ("uoe-grip", "uoe"), ("full-grip-train", "full"), ("uld-uniform-all", "uld"),
                                          ("uld-no-perturbed", "uld"), ("uoe-random", "uoe"), ("lora-attn", "lora")])
 def test_a_row_is_a_run_like_any_other(row, method, tmp_path):
     ablate([row, *tiny("--method", method)[: -2], *WORLD, "--out", str(tmp_path)])

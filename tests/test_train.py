@@ -483,10 +483,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--data tofu --subjects 4", r"--subjects does nothing here: it belongs to --data world or topic"),
     ("--forget-on name", r"--forget-on: .*name.*value"), ("--until soon", r"--until: .*soon"),
     ("--method uld --subtract much", r"--subtract: .*much"), ("--method uld --fork up", r"--fork: .*up"),
-    ("--data tofu --until strangers", r"--until strangers: only the embedded world has strangers"),
-    ("--method uld --data tofu --subtract strangers", r"--subtract strangers: only the embedded world"),
     ("--data tofu --forget-loss stranger", r"--forget-loss stranger: only the embedded world"),
-    ("--forget x.jsonl --retain y.jsonl --until strangers", r"--until strangers: only the embedded world"),
     ("--forget x.jsonl --retain y.jsonl --forget-loss stranger-npo", r"--forget-loss stranger-npo: only the embedded"),
 ])
 def test_a_wrong_option_is_one_line_and_exit_2(tmp_path, options, says, capsys):
