@@ -36,6 +36,11 @@ class Expert(nn.Module):
         self.gate_up = nn.Parameter(gate_up.detach().clone())
         self.down = nn.Parameter(down.detach().clone())
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, D) -> (N, D), not weighted."""
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
 
 class MoE(nn.Module):
     """Router and stacked experts, with an optional always-on shared expert.
@@ -68,13 +73,35 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.route(x, forced)
-        flat = x.reshape(-1, x.shape[-1])  # (N, D)
-        y = experts_loop(flat, routing.chosen.reshape(-1, self.top_k), routing.weights.reshape(-1, self.top_k),
-                         *self.expert_weights()).view_as(x)
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing.chosen.reshape(-1, self.top_k),
+                         routing.weights.reshape(-1, self.top_k)).view_as(x)
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
         return y, routing
+
+    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of each token's experts. x (N, D); chosen, weights (N, K). Returns (N, D) in x's dtype.
+
+        Two ways, the same values. One grouped product per projection is never slower where all experts train, and its
+        gradient is the stack's own. Beside a frozen stack the loop is as fast, and needs no more rows than there are.
+        Milliseconds forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped / loop / transformers 5.24):
+            D 128,  F 64,   16 experts, top 4, float32,  800 tokens     10.6 /   11.7 /   11.6
+            D 2048, F 1024, 64 experts, top 8, bfloat16, 512 tokens     1314 /   1781 /   1325
+        On a GPU the loop would stop for the counts, so the grouped product leaves out what trains alone and that runs
+        on every token, weighing 0 where it was not chosen. grouped_mm wants rows of whole 16 bytes.
+        """
+        aligned = all(width * x.element_size() % 16 == 0 for width in (self.down.shape[1], self.down.shape[2]))
+        if not aligned or (self.taken and x.device.type == "cpu"):
+            return experts_loop(x, chosen, weights, *self.expert_weights())
+        if not self.taken:
+            return experts_grouped(x, chosen, weights, self.gate_up, self.down)
+        y = torch.zeros_like(x)
+        for number, expert in self.taken.items():
+            own = chosen == int(number)  # (N, K)
+            y = y + (weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x)
+            weights = weights.masked_fill(own, 0.0)
+        return y + experts_grouped(x, chosen, weights, self.gate_up, self.down)
 
     def expert_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each expert's gate_up (2F, D) and down (D, F), those taken out of the stack in their places.
@@ -121,6 +148,21 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
         return torch.zeros_like(x)
     y = torch.cat(pieces) * weights.reshape(-1)[order, None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token, y)
+
+
+def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same with one grouped product per projection; nothing is asked of the device.
+
+    x (N, D); chosen, weights (N, K); gate_up (E, 2F, D), down (E, D, F), D and F multiples of 16 bytes.
+    """
+    experts, order = chosen.reshape(-1).sort(stable=True)  # (N * K,), the assignments sorted by expert
+    token = order // chosen.shape[1]
+    numbers = torch.arange(len(gate_up), device=x.device)
+    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E,), one past each expert's last row
+    rows = x.index_select(0, token)  # (N * K, D)
+    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    return torch.zeros_like(x).index_add(0, token, y * weights.reshape(-1)[order, None].to(x.dtype))
 
 
 def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:

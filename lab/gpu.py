@@ -1,0 +1,427 @@
+"""Full-size shapes on one GPU, by random weights: nothing is fetched, a few minutes, one page.
+
+    python -m lab.gpu                          # writes results/gpu.md and results/gpu.json
+    python -m lab.gpu --out /tmp --tiny        # the same at toy sizes, on a CPU too: does every part run?
+
+What is measured: the card's own rates; the MoE layer against `transformers`; UOE on OLMoE-1B-7B's shape and ULD on
+Llama-2-7B's, each as train.py runs it (uoe.py, uld.py, loop.py), with decoding and peak memory. Speed does not ask what
+the weights say, so random ones do. A part that fails prints its traceback and the next one runs.
+
+Shapes: N tokens   D model width   E experts   K experts per token   F width of an expert
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import loop
+from data.rows import DataSet, Row
+from errors import one_line_errors
+from flags import Parser
+from lab.bench import timed
+from methods import METHODS
+from model import GPT, Config, count_parameters
+from moe import MoE, experts_grouped, experts_loop
+from train import parse
+
+try:
+    import transformers
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+except ImportError:  # then nothing is compared with it
+    transformers = None  # type: ignore[assignment]
+
+Shape = dict[str, Any]
+OLMOE = dict(vocab_size=50_304, n_layer=16, n_head=16, n_kv_head=16, d_model=2048, d_ff=1024, max_len=4096,
+             qk_norm="full", n_expert=64, top_k=8)
+LLAMA = dict(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=11_008, max_len=4096)
+TINY = dict(vocab_size=128, n_layer=4, n_head=2, n_kv_head=2, d_model=32, d_ff=16)
+PROMPT, ANSWER, ROWS = 32, 64, 64  # tokens of a question and of an answer, and rows of the forget set
+DECODED, AT_ONCE = 200, 8  # tokens of each answer, and answers side by side
+
+
+class Here:
+    """The device, and how large everything is on it."""
+
+    def __init__(self, device: str, tiny: bool):
+        self.device, self.tiny = torch.device(device), tiny
+        self.rounds = 1 if tiny else 5
+        self.olmoe: Shape = OLMOE | (TINY | dict(n_expert=8, top_k=2) if tiny else {})
+        self.llama: Shape = LLAMA | (TINY if tiny else {})
+        self.decoded = 4 if tiny else DECODED
+
+    def seconds(self, work: Callable[[], object], rounds: int = 0) -> float:
+        """Median of a few rounds, after one that warms up."""
+        work()
+        return statistics.median(timed(work, self.device) for _ in range(rounds or self.rounds))
+
+    def model(self, shape: Shape) -> GPT:
+        """Random bf16 weights, made on the device."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with self.device:
+                return GPT(Config(**shape)).eval()
+        finally:
+            torch.set_default_dtype(before)
+
+    def forget_peak(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int | None:
+        """Bytes that the card has held at once since forget_peak; None on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+class Numbers:
+    """A tokenizer whose text is token numbers, "17 3 940": rows can be as long and as random as wanted."""
+
+    end = 0
+    stops: tuple[int, ...] = ()
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(str, ids))
+
+    prompt = completion = passage = encode
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError("nothing is saved here")
+
+
+def random_rows(vocab_size: int, n: int, seed: int) -> list[Row]:
+    """n rows of PROMPT + ANSWER random tokens."""
+    ids = torch.randint(1, vocab_size, (n, PROMPT + ANSWER), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"question": " ".join(map(str, row[:PROMPT])), "answer": " ".join(map(str, row[PROMPT:]))} for row in ids]
+
+
+# ---- parts: each returns what it found, name -> number ------------------------------------------------------------
+
+def card(here: Here) -> dict[str, float]:
+    """What the device can do: a large bf16 product, and a copy of much memory (read and written)."""
+    n = 256 if here.tiny else 8192
+    a, b = (torch.randn(n, n, device=here.device, dtype=torch.bfloat16) for _ in range(2))
+    much = torch.empty(2**20 if here.tiny else 2**31, dtype=torch.uint8, device=here.device)
+    return {"bf16_flops": 2 * n**3 / here.seconds(lambda: a @ b, 4 * here.rounds),
+            "bytes_per_second": 2 * much.numel() / here.seconds(lambda: much.clone(), 4 * here.rounds)}
+
+
+def all_experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Every expert on every token, for comparison: two plain products, E / K times the work."""
+    gates = x.new_zeros(len(x), len(gate_up)).scatter(1, chosen, weights.to(x.dtype))  # (N, E)
+    gate, up = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2]).chunk(2, dim=-1)  # (N, E, F) each
+    return (F.silu(gate) * up * gates[:, :, None]).flatten(1) @ down.transpose(1, 2).flatten(0, 1)
+
+
+def loop_over_stack(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return experts_loop(x, chosen, weights, list(gate_up.unbind(0)), list(down.unbind(0)))
+
+
+def experts(here: Here) -> dict[str, dict[str, float | None]]:
+    """Seconds of the experts of one layer, forward and backward: ours each way, theirs each way."""
+    shapes = {**{f"OLMoE, bf16, {n}": (here.olmoe, torch.bfloat16, n) for n in (512, 4096, 16_384)},
+              "small, float32, 1024": (dict(d_model=128, d_ff=64, n_expert=16, top_k=4), torch.float32, 1024)}
+    out = {}
+    for name, (shape, dtype, tokens) in shapes.items():
+        tokens = 16 if here.tiny else tokens
+        out[name] = one_layer(here, shape, dtype, tokens)
+        here.forget_peak()
+    return out
+
+
+def one_layer(here: Here, shape: Shape, dtype: torch.dtype, tokens: int) -> dict[str, float | None]:
+    """Of one shape; None where a way does not run.
+
+    "one expert" is UOE's: it and the router train, and what comes in needs no gradient.
+    """
+    d, e, k = shape["d_model"], shape["n_expert"], shape["top_k"]
+    with here.device:
+        moe = MoE(d, shape["d_ff"], e, k).to(dtype)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    x = torch.randn(tokens, d, device=here.device, dtype=dtype, requires_grad=True)
+    routing = moe.route(x[None].detach())
+    chosen, weights = routing.chosen[0], routing.weights[0].detach().requires_grad_()
+    probe = torch.randn_like(x)
+
+    def step(forward: Callable, *given) -> Callable[[], None]:
+        leaves = [t for t in given if t.requires_grad]
+
+        def work() -> None:
+            torch.autograd.grad((forward(*given) * probe).sum(), leaves)
+        return work
+
+    ours: dict[str, Callable] = {"grouped": experts_grouped, "loop": loop_over_stack}
+    if d < 1024:
+        ours["all"] = all_experts
+    def peer(name: str) -> Callable[[], None]:
+        config = transformers.OlmoeConfig(hidden_size=d, intermediate_size=shape["d_ff"], num_experts=e,
+                                          num_experts_per_tok=k)
+        config._experts_implementation = name
+        with here.device:
+            theirs = OlmoeSparseMoeBlock(config).experts.to(dtype)
+        with torch.no_grad():
+            theirs.gate_up_proj.copy_(moe.gate_up)
+            theirs.down_proj.copy_(moe.down)
+        scaled = weights.detach().to(dtype).requires_grad_()
+        return step(lambda x, chosen, scaled, *_: theirs(x, chosen, scaled), x, chosen, scaled, *theirs.parameters())
+
+    def one_expert() -> Callable[[], None]:
+        moe.requires_grad_(False)
+        expert = moe.take_out(int(chosen[0, 0]))
+        return step(lambda x, chosen, weights, *_: moe.experts(x, chosen, weights), x.detach(), chosen, weights,
+                    expert.gate_up, expert.down)
+
+    makers: dict[str, Callable[[], Callable]] = {
+        name: partial(step, way, x, chosen, weights, moe.gate_up, moe.down) for name, way in ours.items()}
+    if transformers is not None:
+        makers |= {f"transformers {name}": partial(peer, name) for name in ("grouped_mm", "eager")}
+    makers["one expert"] = one_expert
+    def measured(make: Callable[[], Callable]) -> float:
+        return here.seconds(make(), 2 * here.rounds)
+
+    return {name: attempt(partial(measured, make), None) for name, make in makers.items()}
+
+
+def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
+    """What work returns; `otherwise` where it fails, with its traceback printed: the rest is still worth its minute."""
+    try:
+        return work()
+    except Exception:
+        traceback.print_exc()
+        return otherwise
+
+
+def unlearn(here: Here, target: GPT, *flags: str) -> tuple[Any, dict[str, Any]]:
+    """A method as train.py runs it, on random rows: the model that is scored, and seconds per step, tokens, memory."""
+    args = parse([*flags, "--model", "random", "--forget", "random", "--retain", "random", "--device", str(here.device),
+                  "--context", "256", "--epochs", "2" if here.tiny else "5"])
+    args.seed = 0
+    forget_rows, retain_rows = (random_rows(target.config.vocab_size, ROWS, seed) for seed in (0, 1))
+    data, method = DataSet("random", forget_rows, retain_rows), METHODS[args.method]
+    began: list[float] = []
+    forget, retain = loop.learning_rows(args, data, forget_rows, retain_rows, Numbers(target.config.vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        fit = loop.fitting(args, forget, Path(folder))
+
+        def timing(model, parameters, losses, *more, **others) -> dict:
+            def noted(*step):
+                began.append(time.perf_counter())  # the step before has ended: its losses have been read
+                return losses(*step)
+            return fit(model, parameters, noted, *more, **others)
+
+        here.forget_peak()
+        held = here.peak()
+        model, _, report = method.unlearn(target, forget, retain, args, timing)
+    steps = [after - before for before, after in pairwise(began)]
+    tokens = 2 * args.batch_size * (PROMPT + ANSWER - 1)  # of forget and retain rows; the last needs no pass
+    return model, {"step_seconds": statistics.median(steps[1:] or steps), "tokens_per_step": tokens,
+                   "trained": report["trainable_parameters"], "peak_bytes": here.peak(), "held_before": held,
+                   "diverged": report["diverged"]}
+
+
+def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
+    """Seconds per greedy token of AT_ONCE answers side by side, prompt included, each model by turns."""
+    tokens = torch.randint(1, 100, (AT_ONCE, PROMPT), device=here.device)
+    works = {name: lambda model=model: model.generate(tokens, here.decoded) for name, model in models.items()}
+    spent: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(3):
+        for name, work in works.items():
+            seconds = timed(work, here.device)
+            if turn:
+                spent[name].append(seconds / here.decoded)
+    return {name: statistics.median(each) for name, each in spent.items()}
+
+
+class Theirs:
+    """The same shape in transformers, with random bf16 weights and `generate` as ours."""
+
+    def __init__(self, here: Here, shape: Shape):
+        common = dict(vocab_size=shape["vocab_size"], hidden_size=shape["d_model"], intermediate_size=shape["d_ff"],
+                      num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"],
+                      num_key_value_heads=shape["n_kv_head"], pad_token_id=0, bos_token_id=0, eos_token_id=0)
+        config: Any
+        if "n_expert" in shape:
+            config = transformers.OlmoeConfig(**common, num_experts=shape["n_expert"],
+                                              num_experts_per_tok=shape["top_k"])
+        else:
+            config = transformers.LlamaConfig(**common)
+        with here.device:
+            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+    def generate(self, tokens: Tensor, new: int) -> Tensor:
+        return self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new,
+                                   min_new_tokens=new, do_sample=False)
+
+
+def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
+    """decoding of transformers' model of this shape; {} where it is not installed."""
+    if transformers is None:
+        return {}
+    return decoding(here, {"transformers": Theirs(here, shape)})
+
+
+def active_parameters(config: Config) -> int:
+    """Parameters that one token meets: all of a dense model without its embedding, K experts of E."""
+    with torch.device("meta"):
+        model = GPT(config)
+    idle = sum(model.moe(i).gate_up.numel() + model.moe(i).down.numel() for i in range(config.n_layer)) \
+        if model.is_moe else 0
+    every = count_parameters(model) - model.embed.weight.numel()
+    return every - idle + (idle * config.top_k // config.n_expert if idle else 0)
+
+
+def bytes_per_token_step(config: Config, rows: int) -> float:
+    """Weights in bf16 that one decoding step of so many rows reads, experts as evenly chosen ones would be."""
+    with torch.device("meta"):
+        model = GPT(config)
+    every = 2.0 * (count_parameters(model) - model.embed.weight.numel())
+    if not model.is_moe:
+        return every
+    experts = 2.0 * sum(model.moe(i).gate_up.numel() + model.moe(i).down.numel() for i in range(config.n_layer))
+    met = 1 - (1 - config.top_k / config.n_expert) ** rows  # share of experts that some row chooses
+    return every - experts * (1 - met)
+
+
+def uoe(here: Here) -> dict[str, Any]:
+    """OLMoE-1B-7B's shape: one expert of the first layer trains, so that nothing can be left out above it; NPO + GD."""
+    target = here.model(here.olmoe)
+    out: dict[str, Any] = {"parameters": count_parameters(target), "active": active_parameters(target.config)}
+    model, found = unlearn(here, target, "--method", "uoe", "--layer", "0,0")
+    # forward and the gradient of what goes in, of every block; no gradient of weights but one expert's
+    out |= found | {"step_flops": 4 * out["active"] * found["tokens_per_step"]}
+    del target
+    here.forget_peak()
+    out["decoding"] = attempt(partial(decoding, here, {"ours": model}), {})
+    out["decoding_bytes"] = bytes_per_token_step(model.config, AT_ONCE)
+    del model
+    here.forget_peak()
+    out["decoding"] |= attempt(partial(with_theirs, here, here.olmoe), {})
+    return out
+
+
+def uld(here: Here) -> dict[str, Any]:
+    """Llama-2-7B's shape, an assistant of a quarter of its layers."""
+    target = here.model(here.llama)
+    out: dict[str, Any] = {"parameters": count_parameters(target)}
+    model, found = unlearn(here, target, "--method", "uld")
+    # forward, and the gradient of what goes in; the low-rank changes' own are small beside that
+    active = active_parameters(model.assistant.config)
+    out |= found | {"active": active, "step_flops": 4 * active * found["tokens_per_step"],
+                    "assistant_layers": model.assistant.config.n_layer, "layers": target.config.n_layer}
+    here.forget_peak()
+    out["decoding"] = attempt(partial(decoding, here, {"target": target, "ULD": model}), {})
+    out["decoding_peak_bytes"] = here.peak()
+    out["decoding_bytes"] = bytes_per_token_step(target.config, AT_ONCE)
+    del target, model
+    here.forget_peak()
+    out["decoding"] |= attempt(partial(with_theirs, here, here.llama), {})
+    return out
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+def gigabytes(n: float | None) -> str:
+    return "-" if n is None else f"{n / 1e9:.1f} GB"
+
+
+def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> list[str]:
+    """What one method's part found, a line each."""
+    share = found["step_flops"] / found["step_seconds"] / rates["bf16_flops"]
+    lines = [f"## {title}", "", f"- {found['parameters'] / 1e9:.2f} billion parameters, {found['trained']:,} train",
+             f"- a training step of {found['tokens_per_step']} tokens: {1e3 * found['step_seconds']:.0f} ms, "
+             f"{100 * share:.0f}% of the card's measured bf16 rate (4 x {found['active'] / 1e9:.2f} billion parameters "
+             "x tokens)",
+             f"- peak memory of unlearning: {gigabytes(found['peak_bytes'])}, the target's "
+             f"{gigabytes(found['held_before'])} in it"]
+    bound = found["decoding_bytes"] / rates["bytes_per_second"]
+    for name, seconds in found["decoding"].items():
+        lines.append(f"- greedy decoding, {AT_ONCE} rows, {name}: {AT_ONCE / seconds:.0f} tokens/s, "
+                     f"{1e3 * seconds:.1f} ms a step; reading the target's weights once takes {1e3 * bound:.1f}")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """results/gpu.md."""
+    lines = ["# One GPU, full size", "", f"`python -m lab.gpu` on {results['device']}, torch {results['torch']}, "
+             f"transformers {results['transformers']}; random weights, {PROMPT} + {ANSWER} tokens a row. "
+             "The numbers are in [gpu.json](gpu.json).", ""]
+    rates = results.get("card", {"error": ""})
+    if "error" not in rates:
+        lines += [f"Measured in the same run: {rates['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16 (a square product), "
+                  f"{rates['bytes_per_second'] / 1e12:.2f} TB/s (a copy, read and written).", ""]
+    for name, title in (("uoe", "UOE, OLMoE-1B-7B's shape"), ("uld", "ULD, Llama-2-7B's shape")):
+        if "error" in results.get(name, {"error": ""}) or "error" in rates:
+            lines += [f"## {title}", "", f"Not measured: {results.get(name, {}).get('error', 'no time left')}", ""]
+        else:
+            lines += [*method_lines(title, results[name], rates), ""]
+    lines += ["## One layer's experts, forward and backward", ""]
+    table = results.get("experts", {"error": "no time left"})
+    if "error" in table:
+        return "\n".join([*lines, f"Not measured: {table['error']}", ""])
+    ways = list(dict.fromkeys(way for row in table.values() for way in row))
+    lines += ["| ms | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
+    for name, row in table.items():
+        cells = [f"{1e3 * row[way]:.2f}" if row.get(way) else "-" for way in ways]
+        lines.append(f"| {name} tokens | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+PARTS = {"card": card, "experts": experts, "uoe": uoe, "uld": uld}
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="full-size shapes with random weights on one GPU")
+    parser.add_argument("--out", default="results", help="folder for gpu.md and gpu.json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=150.0, help="no part begins later than that")
+    measure(parser.parse_args(argv))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the parts in turn; what is known so far is on disk after each."""
+    here, began = Here(args.device, args.tiny), time.perf_counter()
+    name = torch.cuda.get_device_name() if here.device.type == "cuda" else "CPU"
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__,
+                               "transformers": getattr(transformers, "__version__", "not installed")}
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        if time.perf_counter() - began > args.seconds:
+            results[part] = {"error": "no time left"}
+            continue
+        print(f"---- {part}", flush=True)
+        began_part = time.perf_counter()
+        results[part] = attempt(partial(PARTS[part], here), {"error": "it failed; the log says how"})
+        here.forget_peak()
+        print(json.dumps(results[part]), f"({time.perf_counter() - began_part:.0f} s)", flush=True)
+        (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "gpu.md").write_text(page(results))
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
