@@ -23,7 +23,7 @@ from errors import UserError
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
-from model import GPT, Cache, Config
+from model import GPT, Cache, Config, sharing
 from objectives import FORGET, RETAIN, cross_entropy
 from uld import (
     DEPTH,
@@ -71,7 +71,7 @@ def full(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
 def lora(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
          targets: str = "all") -> Unlearned:
     """Low-rank changes; targets: all linear layers, or those of attn or mlp."""
-    model = copy.deepcopy(target)
+    model = sharing(target)
     parameters = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
     merged = merge_lora(model)
@@ -83,14 +83,13 @@ def esft(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
     affinity = uoe.expert_attribution(target, forget.in_order()).cpu()
     places = experts_reaching(affinity, args.esft_p)
     print(uoe.affinity_table(affinity, chosen=places))
-    model = copy.deepcopy(target)
+    model = sharing(target)
     parameters = uoe.isolate(model, places, train_router=False)
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
     retain.keep_stems(target, lowest)
     args = uoe.steering(args, places)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
-    uoe.restore(model)
     return model, {"model": model}, report | {"unlearned_experts": [list(place) for place in places]}
 
 
@@ -150,9 +149,9 @@ class LogitOffset(SeveralModels):
     def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
         return target + self.alpha * (plus - minus)  # Offset (2)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V)."""
-        return self.combine(*self.part_logits(tokens, pad, trace))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with `at` (B, T) bool those of these positions alone, (N, V)."""
+        return self.combine(*self.part_logits(tokens, pad, trace, at))
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation."""

@@ -303,9 +303,10 @@ class SeveralModels(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> list[Tensor]:
-        """Every part's logits (B, T, V), the target's first; `trace` is the target's."""
-        return [part(tokens, pad=pad, trace=trace if part is self.target else None) for part in self.parts]
+    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None,
+                    at: Tensor | None = None) -> list[Tensor]:
+        """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
+        return [part(tokens, pad=pad, trace=trace if part is self.target else None, at=at) for part in self.parts]
 
     def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
         """Every part's logits (B, V) of the next token, each from its own cache."""
@@ -334,9 +335,9 @@ class LogitDifference(SeveralModels):
     def assistant(self) -> GPT:
         return self.parts[1]
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
-        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: outside the plausible set the assistant is 0."""
+        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)

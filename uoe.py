@@ -29,7 +29,6 @@ Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
 
 import argparse
-import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -42,7 +41,7 @@ from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
 from metrics.routing import expert_shares
-from model import GPT, Config, Trace
+from model import GPT, Config, Trace, own, sharing
 from moe import Routing
 from objectives import FORGET, NPO, RETAIN
 
@@ -88,8 +87,9 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     places = (choose or choose_experts)(affinity, args)
     print(affinity_table(affinity, chosen=places))
 
-    # 2. It and its router train, nothing else. What lies below never changes, so it is computed once.
-    model = copy.deepcopy(target)
+    # 2. It and its router train, nothing else: all other weights are the target's own, in memory once. What lies
+    #    below never changes, so it is computed once.
+    model = sharing(target)
     parameters = isolate(model, places, train_router=args.router_lr > 0, shared=shared)
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
@@ -112,7 +112,6 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)
-    restore(model)
     return model, {"model": model}, report | {"unlearned_experts": [list(p) for p in places]}
 
 
@@ -233,27 +232,24 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequen
 def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: bool = False) -> list[nn.Parameter]:
     """Freeze everything but the given experts and their layers' routers; returns what trains.
 
-    The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
+    The experts leave their stacks, so that no gradient, optimiser state or copy is kept for the others. They stay out:
+    whoever saves the model finds them in their places (hub/checkpoint.py).
     shared: train those layers' shared experts too (the paper's section 5.3: the worst to unlearn).
     Raises UserError where shared is asked for and there are none.
     """
     model.requires_grad_(False)
     for layer, expert in places:
         model.moe(layer).take_out(expert)
-        model.moe(layer).router.requires_grad_(train_router)
+        also = [model.moe(layer).router] if train_router else []
         if shared:
             always_on = model.moe(layer).shared
             if always_on is None:
                 raise UserError("this model has no shared experts to train")
-            always_on.requires_grad_(True)
+            also.append(always_on)
+        for part in also:
+            own(part)
+            part.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def restore(model: GPT) -> None:
-    """Put all experts back into their stacks; everything may train again."""
-    for layer in range(model.config.n_layer):
-        model.moe(layer).put_back()
-    model.requires_grad_(True)
 
 
 # ---- 3. the anchor ------------------------------------------------------------------------------------------------
