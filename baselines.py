@@ -14,6 +14,7 @@ Shapes: B batch   T tokens   V vocabulary
 
 import argparse
 import copy
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
 from model import GPT, Cache, Config, sharing
-from objectives import FORGET, RETAIN, cross_entropy
+from objectives import FORGET, RETAIN, cross_entropy, labelled
 from uld import (
     DEPTH,
     LORA,
@@ -51,12 +52,13 @@ def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Row
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        f = forget_loss(model, *forget.run(model, batch), batch)
-        batch = retain.batch(step)
-        r = retain_loss(model, *retain.run(model, batch), batch)
-        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:
+        for batch in forget.parts(step):
+            f = forget_loss(model, *forget.run(model, batch), batch) * forget_loss.share(batch)
+            yield {"forget": f, "loss": f}
+        for batch in retain.parts(step):
+            r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
+            yield {"retain": r, "loss": args.retain_weight * r}
 
     return losses
 
@@ -122,12 +124,14 @@ def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace
     without, seen = (build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
                      for _ in range(2))
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        f = cross_entropy(seen(batch.tokens), batch.labels)
-        batch = retain.batch(step)
-        r = sum(cross_entropy(part(batch.tokens), batch.labels) for part in (without, seen))
-        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:
+        for batch in forget.parts(step):
+            f = cross_entropy(*labelled(seen, batch)) * batch.share.answers
+            yield {"forget": f, "loss": f}
+        for batch in retain.parts(step):
+            for part in (without, seen):
+                r = cross_entropy(*labelled(part, batch)) * batch.share.answers
+                yield {"retain": r, "loss": args.retain_weight * r}
 
     parameters = [p for part in (without, seen) for p in part.parameters() if p.requires_grad]
     report = fit(LogitOffset(target, without, seen, args.offset_alpha), parameters, losses)

@@ -21,7 +21,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(fail(str(error)))
         except torch.cuda.OutOfMemoryError:
-            sys.exit(fail("the GPU ran out of memory: lower --batch-size, or add --checkpointing"))
+            sys.exit(fail("the GPU ran out of memory: give a --micro-batch, or add --checkpointing"))
         except KeyboardInterrupt:
             print("stopped; nothing half-written is kept under a finished run's name", file=sys.stderr)
             sys.exit(130)

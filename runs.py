@@ -39,7 +39,7 @@ def revision() -> str | None:
 
 
 # Flags that leave the outcome alone.
-ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing"}
+ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing", "micro_batch"}
 
 
 class RunFolder:

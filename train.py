@@ -75,16 +75,16 @@ RUN = [  # every run
 WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl; eval.py --compare draws it, --at reads it")]
 PUBLIC = [  # with --model
     Flag("--template",  str,     None,   None,   "of prompts: llama2, llama3, smollm2, plain; default: its own"),
-    Flag("--dtype",     ("float32", "bfloat16", "float16"), None, "bfloat16", "of its weights; what trains has float32 "
-                                                                              "copies"),
+    Flag("--dtype",     ("float32", "bfloat16"), None, "bfloat16", "of its weights; what trains has float32 copies. "
+                                                                   "float16 is too narrow to train in"),
     Flag("--context",   NATURAL, None,   0,      "longest sequence; 0: 512, or the model's if that is less"),
 ]
 REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
 # Flags that a run's name has words for already, or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
-           "out", "resume", "device", "score_every_epoch", "save_every", "checkpointing", "reference",
-           "more_references", "augmented"}
+           "out", "resume", "device", "score_every_epoch", "save_every", "checkpointing", "micro_batch",
+           "reference", "more_references", "augmented"}
 
 
 # ---- the command line -------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA ra
 import argparse
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -119,10 +119,13 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork == "out":
         leave_out_forks(retain, forget)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        learn = cross_entropy(*labelled(assistant, forget.batch(step)))  # ULD (4)
-        flat = uniform(*labelled(assistant, retain.batch(step)))  # ULD (5)
-        return {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}  # ULD (3)
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up to ULD (3)
+        for batch in forget.parts(step):
+            learn = cross_entropy(*labelled(assistant, batch)) * batch.share.answers  # ULD (4)
+            yield {"forget": learn, "loss": learn}
+        for batch in retain.parts(step):
+            flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)
+            yield {"retain": flat, "loss": args.retain_weight * flat}
 
     alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)

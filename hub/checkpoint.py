@@ -245,7 +245,7 @@ def check_device(dtype: torch.dtype, device: str | torch.device) -> None:
         raise UserError(f"{name} on {device} does not work here ({str(error).splitlines()[0][:80]}): "
                         "choose --dtype float32 or another --device") from None
     if emulated:
-        raise UserError(f"{device} has no {name} arithmetic: choose --dtype float32 or float16")
+        raise UserError(f"{device} has no {name} arithmetic: choose --dtype float32")
 
 
 def find_folder(name: str | Path) -> Path:
