@@ -233,8 +233,8 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
         left.calibration = Rows(data.calibration, *how, args.seed, args.device, "calibration row", encode_fact,
                                 data.twins)
     kept = Rows(retain, *how, args.seed + 1, args.device, "retain row")
-    for rows in (left, kept):
-        rows.micro = args.micro_batch or args.batch_size
+    for rows in (left, kept, *([left.calibration] if left.calibration else [])):
+        rows.micro = args.micro_batch
     return left, kept
 
 

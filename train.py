@@ -19,7 +19,6 @@ import argparse
 import copy
 import hashlib
 import json
-import resource
 import shutil
 import sys
 import time
@@ -40,6 +39,7 @@ from flags import NATURAL, WEIGHT, Flag, Parser
 from hub.checkpoint import find_folder, load_tokenizer, read_config
 from hub.tokenizer import NoTokenizer
 from interfaces import LanguageModel, Method, TextCodec
+from lab.memory import announce, measure_from_here, peak_memory
 from lab.report import finish_report
 from lab.tables import compare
 from methods import METHODS
@@ -325,6 +325,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     data = data_of(vars(args))
     print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
     if args.model:
+        announce(read_config(find_folder(weights_of(args.model))), args, data.forget + data.retain)
         target, tokenizer = open_public(args)
         places = {"target": args.model} | ({"reference": args.reference} if getattr(args, "reference", None) else {})
         check_fit(args, target.config)
@@ -352,6 +353,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
     torch.manual_seed(args.seed)
     began = time.perf_counter()
+    measure_from_here(args.device)
     model, kept, report = method.unlearn(target, forget, retain, args, fit)
     report["setup_seconds"] = time.perf_counter() - began - report["train_seconds"]  # before training and after
 
@@ -402,6 +404,7 @@ def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataS
 def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, model: GPT, tokenizer: TextCodec) -> Path:
     """--method finetune: the target, or with a retain split the reference, from a base checkpoint."""
     partial = folder.open()
+    measure_from_here(args.device)
     report = pretrain.finetune(args, model, tokenizer, data, partial)
     memory = peak_memory(args.device)
     save(model, tokenizer, partial / "model")
@@ -456,14 +459,6 @@ def decoding_note(config: dict, target: str) -> str:
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
             f"model = LogitDifference(target, assistant, {alpha}, {rate})\n```\n")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's memory, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ class Rows:
         self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
         self.stems: list[Tensor] = []
-        self.micro = batch_size  # rows that memory takes at once
+        self.micro = 0  # rows that memory takes at once; 0: as many as are quickest
 
     @property
     def per_epoch(self) -> int:
@@ -209,8 +209,9 @@ class Rows:
             examples = [self.examples[i] for i in of]
             return sum(map(answer_length, examples)), len(of), sum(len(e.tokens) for e in examples)
 
-        for start in range(0, len(index), self.micro):
-            part = index[start : start + self.micro]
+        at_once = self.micro or self.batch_size
+        for start in range(0, len(index), at_once):
+            part = index[start : start + at_once]
             batch = self.at(part)
             if part != index:
                 batch.share = Share(*(some / max(1, every) for some, every in zip(sizes(part), sizes(index), strict=True)))
@@ -223,7 +224,7 @@ class Rows:
 
     def in_order(self, size: int = 64) -> Iterator[Batch]:
         """Every row once, longest first."""
-        return in_order(self.examples, size, self.device)
+        return in_order(self.examples, min(size, self.micro or size), self.device)
 
     def by_lot(self, size: int) -> Iterator[Batch]:
         """Every row once, in an order drawn from the seed."""
@@ -232,8 +233,10 @@ class Rows:
 
     def like(self, rows: list[Row], where: str = "row") -> "Rows":
         """Other rows, met in the same way."""
-        return Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
-                    self.twins)
+        other = Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
+                     self.twins)
+        other.micro = self.micro
+        return other
 
     def as_strangers(self, draw: int = 0) -> "Rows":
         """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
@@ -251,6 +254,7 @@ class Rows:
         """The same questions, each answered by a refusal."""
         other = Rows(refusals(self.rows), self.tokenizer, self.context, self.batch_size, self.seed, self.device,
                      "refusal to row")
+        other.micro = self.micro
         if self.start is not None:
             other.keep_stems(model, self.start)
         return other
