@@ -393,3 +393,13 @@ def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(ben
     assert len(few[0]) == 8
     lengths = [len(bench.forget.examples[i].tokens) for i in few[0]]
     assert lengths != sorted(lengths, reverse=True)
+
+
+def test_a_batch_in_parts_is_the_same_step(bench):
+    logs = []
+    for micro in (0, 2):
+        bench.forget.micro = bench.retain.micro = micro
+        bench.unlearn(bench.model(), bench.args("uoe", lr=1e-3, layer=(1, 2), anchor_weight=0.5, micro_batch=micro))
+        logs.append([json.loads(line) for line in (bench.folder / "log.jsonl").read_text().splitlines()])
+    for whole, parts in zip(*logs, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
