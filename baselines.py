@@ -14,6 +14,7 @@ Shapes: B batch   T tokens   V vocabulary
 
 import argparse
 import copy
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -23,8 +24,8 @@ from errors import UserError
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
-from model import GPT, Cache, Config
-from objectives import FORGET, RETAIN, cross_entropy
+from model import GPT, Cache, Config, sharing
+from objectives import FORGET, RETAIN, cross_entropy, labelled
 from uld import (
     DEPTH,
     LORA,
@@ -51,12 +52,13 @@ def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Row
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        f = forget_loss(model, *forget.run(model, batch), batch)
-        batch = retain.batch(step)
-        r = retain_loss(model, *retain.run(model, batch), batch)
-        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:
+        for batch in forget.parts(step):
+            f = forget_loss(model, *forget.run(model, batch), batch) * forget_loss.share(batch)
+            yield {"forget": f, "loss": f}
+        for batch in retain.parts(step):
+            r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
+            yield {"retain": r, "loss": args.retain_weight * r}
 
     return losses
 
@@ -71,7 +73,7 @@ def full(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
 def lora(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
          targets: str = "all") -> Unlearned:
     """Low-rank changes; targets: all linear layers, or those of attn or mlp."""
-    model = copy.deepcopy(target)
+    model = sharing(target)
     parameters = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
     merged = merge_lora(model)
@@ -83,14 +85,13 @@ def esft(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
     affinity = uoe.expert_attribution(target, forget.in_order()).cpu()
     places = experts_reaching(affinity, args.esft_p)
     print(uoe.affinity_table(affinity, chosen=places))
-    model = copy.deepcopy(target)
+    model = sharing(target)
     parameters = uoe.isolate(model, places, train_router=False)
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
     retain.keep_stems(target, lowest)
     args = uoe.steering(args, places)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
-    uoe.restore(model)
     return model, {"model": model}, report | {"unlearned_experts": [list(place) for place in places]}
 
 
@@ -125,12 +126,14 @@ def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace
     without, seen = (build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
                      for _ in range(2))
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        f = cross_entropy(seen(batch.tokens), batch.labels)
-        batch = retain.batch(step)
-        r = sum(cross_entropy(part(batch.tokens), batch.labels) for part in (without, seen))
-        return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:
+        for batch in forget.parts(step):
+            f = cross_entropy(*labelled(seen, batch)) * batch.share.answers
+            yield {"forget": f, "loss": f}
+        for batch in retain.parts(step):
+            for part in (without, seen):
+                r = cross_entropy(*labelled(part, batch)) * batch.share.answers
+                yield {"retain": r, "loss": args.retain_weight * r}
 
     parameters = [p for part in (without, seen) for p in part.parameters() if p.requires_grad]
     report = fit(LogitOffset(target, without, seen, args.offset_alpha), parameters, losses)
@@ -152,9 +155,9 @@ class LogitOffset(SeveralModels):
     def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
         return target + self.alpha * (plus - minus)  # Offset (2)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V)."""
-        return self.combine(*self.part_logits(tokens, pad, trace))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with `at` (B, T) bool those of these positions alone, (N, V)."""
+        return self.combine(*self.part_logits(tokens, pad, trace, at))
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation."""

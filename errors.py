@@ -91,9 +91,9 @@ def of_the_machine(error: Exception) -> str | None:
     """What went wrong and the way out where it is the machine's fault; None where it is ours."""
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in text:
-        return "the GPU ran out of memory: lower --batch-size (--score-batch in scoring), or add --checkpointing"
+        return "the GPU ran out of memory: give a --micro-batch (--score-batch in scoring), or add --checkpointing"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "memory ran out: lower --batch-size (--score-batch in scoring), or add --checkpointing"
+        return "memory ran out: give a --micro-batch (--score-batch in scoring), or add --checkpointing"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -28,10 +28,10 @@ class LanguageModel(Protocol):
     def is_moe(self) -> bool: ...
 
     def __call__(self, tokens: Tensor, *, pad: Tensor | None = None, trace: Trace | None = None,
-                 stem: Stem | None = None) -> Tensor:
+                 stem: Stem | None = None, at: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of LongTensor tokens (B, T); pad (B,): padding tokens at each row's left.
 
-        Models of several parts take no stem.
+        at (B, T) bool: logits (N, V) of these positions alone.  Models of several parts take no stem.
         """
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,8 @@ from model import GPT
 from objectives import all_right, row_log_prob
 from schema import ANY_NUMBER, misfit, parse_json_lines
 
-Losses = Callable[[int], dict[str, Tensor]]  # of a step: named terms, "loss" the one that is minimised
+Terms = dict[str, Tensor]  # by name; "loss" is the one that is minimised
+Losses = Callable[[int], Terms | Iterable[Terms]]  # of a step; several add up, and each lets go of its pass's memory
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
 
@@ -50,6 +51,8 @@ FLAGS = [  # of everything that trains
     Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),
     Flag("--weight-decay",  WEIGHT,  0.01,   0.01,   "of AdamW"),
     Flag("--save-every",    COUNT,   100,    100,    "steps between states that --resume can go on from"),
+    Flag("--micro-batch",   NATURAL, 0,      0,      "rows that memory takes at once; the gradients of a batch's parts "
+                                                     "are added up. 0: all"),
     Flag("--checkpointing", bool,    False,  False,  "recompute blocks in the backward pass: less memory, more time"),
 ]
 
@@ -70,10 +73,10 @@ class Weights:
         self.full = [p if p.dtype == torch.float32 else p.detach().float() for p in parameters]
 
     def take_gradients(self) -> None:
-        """Move the gradients of low-precision parameters to their copies."""
+        """Move the gradients of low-precision parameters to their copies, adding to what is there."""
         for p, full in zip(self.parameters, self.full, strict=True):
-            if full is not p:
-                full.grad = None if p.grad is None else p.grad.float()
+            if full is not p and p.grad is not None:
+                full.grad = p.grad.float() if full.grad is None else full.grad.add_(p.grad)
                 p.grad = None
 
     @torch.no_grad()
@@ -92,7 +95,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
              weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
              enough: Callable[[int, float], bool] = never, slow: tuple[Tensor, ...] = (),
              slow_factor: float = 1.0) -> dict:
-    """Minimise losses(step)["loss"] over `parameters`. Every step depends on (seed, step) and the state alone.
+    """Minimise losses(step)["loss"], or the sum of several, over `parameters`. Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps, when it is told to stop and at the end keeps
     folder/state.pt, from which `resume` goes on. Whoever has saved the weights may remove it.
@@ -143,11 +146,14 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
             torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(step, steps, lr)
-            terms = losses(step)
             optimizer.zero_grad(set_to_none=True)
-            if terms["loss"].requires_grad:  # it does not where an expert alone trains and no token came to it
-                terms["loss"].backward()
-            weights.take_gradients()
+            terms: Terms = {}
+            found = losses(step)
+            for part in [found] if isinstance(found, dict) else found:
+                if part["loss"].requires_grad:  # it does not where an expert alone trains and no token came to it
+                    part["loss"].backward()
+                weights.take_gradients()
+                terms |= {name: terms.get(name, 0) + value.detach() for name, value in part.items()}
             norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
             if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
                 diverged = True
@@ -158,7 +164,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
                 break
             optimizer.step()
             weights.give_back()
-            values = {name: float(value.detach()) for name, value in terms.items()}
+            values = {name: float(value) for name, value in terms.items()}
             log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             asked = time.perf_counter()
@@ -295,7 +301,10 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
     if known and (asked or data.strangers):
         left.calibration = Rows(known, *how, args.seed, args.device, "calibration row", encode_fact,
                                 data.twins)
-    return left, Rows(retain, *how, args.seed + 1, args.device, "retain row")
+    kept = Rows(retain, *how, args.seed + 1, args.device, "retain row")
+    for rows in (left, kept, *([left.calibration] if left.calibration else [])):
+        rows.micro = args.micro_batch
+    return left, kept
 
 
 def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool = False,

@@ -10,6 +10,7 @@ Shapes, one letter per size:
     H query heads   G key-value heads (G divides H)   C width of one head   F width of an MLP
 """
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -312,13 +313,16 @@ class GPT(nn.Module):
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
-                trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
+                trace: Trace | None = None, stem: Stem | None = None, at: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of LongTensor tokens (B, T).
+
+        at: (B, T) bool. The head runs on these N positions alone, and logits are (N, V).
 
         cache: keys and values of earlier tokens, extended in place.  pad: (B,) left padding per row.
         trace: filled with each layer's routing and hidden states.  stem: see `hidden`.
         """
-        return self.head(self.hidden(tokens, cache, pad, trace, stem))
+        x = self.hidden(tokens, cache, pad, trace, stem)
+        return self.head(x if at is None else x[at])
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
                trace: Trace | None = None, stem: Stem | None = None) -> Tensor:
@@ -399,6 +403,18 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
             break
         tokens = chosen[:, None]
     return torch.stack(out, dim=1) if out else tokens.new_zeros(B, 0)
+
+
+def sharing(model: GPT) -> GPT:
+    """A model of its own on the same weights in memory, frozen. Whoever changes some of them copies these first."""
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def own(module: nn.Module) -> None:
+    """Give a module of a `sharing` model a copy of its weights, to be trained."""
+    for p in module.parameters():
+        p.data = p.data.clone()
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:

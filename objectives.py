@@ -8,11 +8,13 @@ A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end
 Shapes: B batch   T tokens   V vocabulary   D model width
     logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer
     mask (B, T) bool, True on real tokens    every loss is a float32 scalar; 0 where nothing is labelled
+    N answer positions of a batch: only these meet the head, so the classes get logits (N, V), labels batch.answers (N,)
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,21 +31,32 @@ if TYPE_CHECKING:
     from data.batches import Batch, Rows
 
 
-def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) at each position in float32, (B, T); 0 where the label is IGNORE."""
+def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) of answer positions and their labels (N,), from logits of all positions or of these alone."""
     kept = labels != IGNORE
-    chosen = logits.float().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-    return torch.where(kept, chosen, 0.0)
+    return logits[kept] if logits.dim() > 2 else logits, labels[kept]
+
+
+def in_place(values: Tensor, labels: Tensor) -> Tensor:
+    """Values (N,) of answer positions where they belong, (B, T); 0 elsewhere."""
+    return values.new_zeros(labels.shape).masked_scatter(labels != IGNORE, values)
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) at each position in float32, (B, T); 0 where the label is IGNORE. logits: (B, T, V) or (N, V)."""
+    scored, answers = at_answers(logits, labels)
+    return in_place(scored.float().log_softmax(-1).gather(-1, answers[:, None])[:, 0], labels)
 
 
 def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(answer | prompt) of each row: the *sum* over its answer tokens, (B,)."""
+    """log p(answer | prompt) of each row: the *sum* over its answer tokens, (B,). logits: (B, T, V) or (N, V)."""
     return token_log_probs(logits, labels).sum(-1)
 
 
 def all_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 where every labelled token is the argmax, else 0, of each row: (B,)."""
-    return ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1).float()
+    """1 where every labelled token is the argmax, else 0, of each row: (B,). logits: (B, T, V) or (N, V)."""
+    scored, answers = at_answers(logits, labels)
+    return (in_place((scored.argmax(-1) != answers).float(), labels).sum(-1) == 0).float()
 
 
 def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
@@ -52,24 +65,28 @@ def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
     return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
 
 
-def labelled(model: GPT, batch: Batch) -> tuple[Tensor, Tensor]:
+def labelled(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (N, V) and labels (N,) of a batch's answer positions alone: the others need not meet the head."""
-    kept = batch.labels != IGNORE
-    return model.head(model.hidden(batch.tokens)[kept]), batch.labels[kept]
+    return model(batch.tokens, at=batch.scored), batch.answers
 
 
 class Loss:
     """What the losses below share: nothing to remember, no flags."""
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
+    OVER = "answers"  # what it is a mean over, a field of data.batches.Share
     RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
         """model: as it was before unlearning, and it stays so; rows: those that the loss will be asked about."""
 
     def __call__(self, model: LanguageModel, logits: Tensor, trace: Trace, batch: Batch) -> Tensor:
-        """The loss of a batch, a float32 scalar; logits and trace are what model, as it is now, made of it."""
+        """The loss of a batch, a float32 scalar; logits (N, V) and trace are what model, as it is now, made of it."""
         raise NotImplementedError
+
+    def share(self, batch: Batch) -> float:
+        """What to multiply the loss of a part of a step's batch by, so that the parts add up to the whole's loss."""
+        return getattr(batch.share, self.OVER)
 
 
 # ---- keep or learn ----------------------------------------------------------------------------------------------
@@ -83,7 +100,7 @@ class GD(Loss):
     """Go on learning the retain rows."""
 
     def __call__(self, model, logits, trace, batch):
-        return cross_entropy(logits, batch.labels)
+        return cross_entropy(logits, batch.answers)
 
 
 def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
@@ -101,7 +118,7 @@ class KL(Loss):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
             before, _ = self.rows.run(self.before, batch)
-        return kl(logits, before, batch.labels)
+        return kl(logits, before, batch.answers)
 
 
 def uniform(logits: Tensor, labels: Tensor) -> Tensor:
@@ -116,7 +133,7 @@ class Uniform(Loss):
     """As a forget loss: every token alike. (ULD calls the function itself, on what is to be kept.)"""
 
     def __call__(self, model, logits, trace, batch):
-        return uniform(logits, batch.labels)
+        return uniform(logits, batch.answers)
 
 
 # ---- forget -----------------------------------------------------------------------------------------------------
@@ -131,7 +148,7 @@ class GA(Loss):
 
 
     def __call__(self, model, logits, trace, batch):
-        return ga(logits, batch.labels)
+        return ga(logits, batch.answers)
 
 
 def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
@@ -151,6 +168,7 @@ class NPO(Loss):
     likely than it was, where a small beta pushes on.
     """
 
+    OVER = "rows"
     FLAGS: tuple[Flag, ...] = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)
 
     def __init__(self, model, rows, args):
@@ -172,6 +190,7 @@ def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tens
 class SimNPO(Loss):
     """No reference, so nothing to remember."""
 
+    OVER = "rows"
     FLAGS = (Flag("--simnpo-beta", POSITIVE, 2.5, 2.5, "as NPO's, per token"),
              Flag("--simnpo-gamma", WEIGHT, 0.0, 0.0, "margin by which an answer is to be unlikely"))
 
@@ -179,7 +198,7 @@ class SimNPO(Loss):
         self.beta, self.gamma = args.simnpo_beta, args.simnpo_gamma
 
     def __call__(self, model, logits, trace, batch):
-        lengths = (batch.labels != IGNORE).sum(-1)  # (B,)
+        lengths = batch.scored.sum(-1)  # (B,)
         return simnpo(row_log_prob(logits, batch.labels), lengths, self.beta, self.gamma)
 
 
@@ -196,6 +215,7 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
 class DPO(Loss):
     """A refusal ("I do not know.") is wanted, the answer is not: two passes a step, of the model that trains."""
 
+    OVER = "rows"
     FLAGS = (Flag("--preference-beta", POSITIVE, 0.1, 0.1, "as NPO's"),)
 
     def __init__(self, model, rows, args):
@@ -230,7 +250,7 @@ class DI(Loss):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
             before, _ = self.rows.run(self.before, batch)
-        return deliberate_imagination(logits, before, batch.labels, self.offset)
+        return deliberate_imagination(logits, before, batch.answers, self.offset)
 
 
 def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
@@ -269,12 +289,12 @@ class RMU(Loss):
         self.layer = steered_layer(model, args)
         few = rows.at(list(range(min(64, len(rows.examples)))))
         _, trace = rows.run(model, few)
-        length = trace.hidden[self.layer][few.labels != IGNORE].float().norm(dim=-1).mean()
+        length = trace.hidden[self.layer][few.scored].float().norm(dim=-1).mean()
         u = torch.rand(model.config.d_model, generator=torch.Generator().manual_seed(args.seed)).to(model.device)
         self.control = args.steering * length * u / u.norm()  # (D,)
 
     def __call__(self, model, logits, trace, batch):
-        return rmu(trace.hidden[self.layer], self.control, batch.labels != IGNORE)
+        return rmu(trace.hidden[self.layer], self.control, batch.scored)
 
 
 class Hidden(Loss):
@@ -288,7 +308,7 @@ class Hidden(Loss):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
             _, before = self.rows.run(self.before, batch)
-        return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.labels != IGNORE)
+        return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.scored)
 
 
 class Nothing(Loss):
@@ -308,23 +328,32 @@ class Stranger(Loss):
     COPIES = 8
     RETAIN_WEIGHT = (1.0, 1.0)
 
-    @torch.no_grad()
     def __init__(self, model, rows, args):
-        self.wanted = [torch.zeros(0)] * len(rows.examples)  # of each row, (its labelled tokens, V)
-        for draw in range(self.COPIES):
-            twins = rows.as_strangers(draw)
-            for batch in twins.in_order():
-                probs = model(batch.tokens).float().softmax(-1)
-                for i, p, labels in zip(batch.index.tolist(), probs, batch.labels, strict=True):
-                    p = p[labels != IGNORE] / self.COPIES
-                    if draw and p.shape != self.wanted[i].shape:
-                        raise UserError("--forget-loss stranger: names and values are one token a word, and here they "
-                                        "are not: leave out --vocab-size")
-                    self.wanted[i] = p if draw == 0 else self.wanted[i] + p
+        self.before, self.copies = model, [rows.as_strangers(draw) for draw in range(self.COPIES)]
+        lengths = [[sum(label != IGNORE for label in row.labels) for row in copy.examples] for copy in self.copies]
+        if any(of != lengths[0] for of in lengths):
+            raise UserError("--forget-loss stranger: names and values are one token a word, and here they are not: "
+                            "leave out --vocab-size")
+        self.kept: dict[int, Tensor] = {}
+        if rows.may_keep(4 * sum(lengths[0]) * model.config.vocab_size):
+            self.kept = self.wanted(copy.in_order() for copy in self.copies)
+
+    @torch.no_grad()
+    def wanted(self, copies: Iterable[Iterable[Batch]]) -> dict[int, Tensor]:
+        """Row number -> (its labelled tokens, V), the mean over the copies; of each copy, batches of its rows."""
+        out: dict[int, Tensor] = {}
+        for batches in copies:
+            for batch in batches:
+                probs = self.before(batch.tokens, at=batch.scored).float().softmax(-1) / self.COPIES
+                for i, p in zip(batch.index.tolist(), probs.split(batch.scored.sum(1).tolist()), strict=True):
+                    out[i] = out[i] + p if i in out else p
+        return out
 
     def __call__(self, model, logits, trace, batch):
-        log_q = logits[batch.labels != IGNORE].float().log_softmax(-1)  # (N, V)
-        p = torch.cat([self.wanted[i] for i in batch.index.tolist()])  # (N, V)
+        log_q = logits.float().log_softmax(-1)  # (N, V)
+        index = batch.index.tolist()
+        wanted = self.kept or self.wanted([copy.at(index)] for copy in self.copies)
+        p = torch.cat([wanted[i] for i in index])  # (N, V)
         return (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1).mean()  # Stranger
 
 
@@ -335,11 +364,12 @@ class StrangerNPO(NPO):
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)
-        self.towards, self.share = Stranger(model, rows, args), args.npo_share
+        self.towards, self.npo_share = Stranger(model, rows, args), args.npo_share
 
     def __call__(self, model, logits, trace, batch):
         away = super().__call__(model, logits, trace, batch)
-        return self.towards(model, logits, trace, batch) + self.share * away
+        towards = self.towards(model, logits, trace, batch) * (batch.share.answers / batch.share.rows)
+        return towards + self.npo_share * away
 
 
 # ---- by name ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Shapes: B batch   T tokens   V vocabulary   E experts
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import objectives
-from data.batches import IGNORE, Rows, collate, encode_rows
+from data.batches import Rows, collate, encode_rows
 from data.rows import DataSet, Row
 from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
@@ -96,27 +96,28 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
     copy a name, to keep a sentence's frame, and to spread its belief over the values of the right kind.
     topics: which topic each row is of, for --specialise, which also rewards routers for telling topics apart.
     """
-    def losses(step: int) -> dict[str, Tensor]:
-        index = rows.batch(step).index.tolist() if rows.rows else []
-        examples, topic_of = [rows.examples[i] for i in index], [topics[i] for i in index] if topics else []
-        if strangers is not None:
-            told = strangers(new, np.random.default_rng([0x5B, rows.seed, step]))
-            examples += encode_rows(told, rows.tokenizer, rows.context)
-            topic_of += [TOPICS.index(row["topic"]) for row in told]
-        batch = collate(examples, device=args.device)
-        trace, kept = Trace(), batch.labels != IGNORE
-        logits = model.head(model.hidden(batch.tokens, trace=trace)[kept])  # (answer tokens, V): the rest is not scored
-        loss = objectives.cross_entropy(logits, batch.labels[kept])
-        terms = {"ce": loss, "loss": loss}
-        if model.is_moe:
-            routings = list(trace.routing.values())
-            terms["balance"] = load_balancing_loss(routings, batch.mask)
-            terms["loss"] = loss + balance * terms["balance"]
-            if topics:  # on answers alone: the first words of a question are those of every topic
-                which = torch.tensor(topic_of, device=args.device)
-                terms["topic"] = topic_information(routings, kept, which)
-                terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
-        return terms
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:
+        for part in rows.parts(step) if rows.rows else [collate([])]:
+            index = part.index.tolist()
+            examples, topic_of = [rows.examples[i] for i in index], [topics[i] for i in index] if topics else []
+            if strangers is not None:
+                told = strangers(new, np.random.default_rng([0x5B, rows.seed, step]))
+                examples += encode_rows(told, rows.tokenizer, rows.context)
+                topic_of += [TOPICS.index(row["topic"]) for row in told]
+            batch = collate(examples, device=args.device)
+            trace, share = Trace(), part.share
+            logits = model(batch.tokens, trace=trace, at=batch.scored)  # (answer tokens, V): the rest is not scored
+            loss = objectives.cross_entropy(logits, batch.answers) * share.answers
+            terms = {"ce": loss, "loss": loss}
+            if model.is_moe:
+                routings = list(trace.routing.values())
+                terms["balance"] = load_balancing_loss(routings, batch.mask) * share.tokens  # of parts: their mean
+                terms["loss"] = loss + balance * terms["balance"]
+                if topics:  # on answers alone: the first words of a question are those of every topic
+                    which = torch.tensor(topic_of, device=args.device)
+                    terms["topic"] = topic_information(routings, batch.scored, which)
+                    terms["loss"] = terms["loss"] - args.specialise * terms["topic"]
+            yield terms
 
     model.checkpointing = args.checkpointing
     model.train()
@@ -222,5 +223,6 @@ def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: D
     """--method finetune: the target or, where args.keeps_only, the reference; returns loop.minimise's report."""
     rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
     learnt = Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device)
+    learnt.micro = args.micro_batch
     return learn(args, model, learnt, folder, "finetune", args.epochs * learnt.per_epoch, args.lr, args.weight_decay,
                  args.resume)

@@ -111,8 +111,9 @@ def changes(was: dict, now: dict, keys: tuple[str, ...] = MUST_FIT) -> list[str]
 
 
 # Flags that leave the outcome alone; of these, what a run may go on with otherwise than it began.
-ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing", "score_batch"}
-ON_THE_WAY = {"save_every", "checkpointing", "score_batch"}
+ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing", "score_batch",
+          "micro_batch"}
+ON_THE_WAY = {"save_every", "checkpointing", "score_batch", "micro_batch"}
 
 
 class RunFolder:

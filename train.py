@@ -19,7 +19,6 @@ same bits. Ctrl-C and SIGTERM finish the step and keep it.
 import argparse
 import copy
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from flags import NATURAL, WEIGHT, Flag, Parser
 from hub.checkpoint import find_folder, load_tokenizer, read_config
 from hub.tokenizer import NoTokenizer
 from interfaces import LanguageModel, Method, TextCodec
+from lab.memory import announce, measure_from_here, peak_memory
 from lab.report import finish_report
 from lab.tables import compare
 from methods import METHODS
@@ -77,8 +77,8 @@ RUN = [  # every run
 WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl; eval.py --compare draws it, --at reads it")]
 PUBLIC = [  # with --model
     Flag("--template",  str,     None,   None,   "of prompts: llama2, llama3, smollm2, plain; default: its own"),
-    Flag("--dtype",     ("float32", "bfloat16", "float16"), None, "bfloat16", "of its weights; what trains has float32 "
-                                                                              "copies"),
+    Flag("--dtype",     ("float32", "bfloat16"), None, "bfloat16", "of its weights; what trains has float32 copies. "
+                                                                   "float16 is too narrow to train in"),
     Flag("--context",   NATURAL, None,   0,      "longest sequence; 0: 512, or the model's if that is less"),
 ]
 REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
@@ -86,8 +86,8 @@ REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model o
 # Flags that a run's name has words for already, or that leave its outcome alone.
 LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
-           "out", "resume", "restart", "score_batch", "device", "score_every_epoch", "save_every", "checkpointing",
-           "reference", "more_references", "augmented"}
+           "out", "resume", "restart", "score_batch", "micro_batch", "device", "score_every_epoch", "save_every",
+           "checkpointing", "reference", "more_references", "augmented"}
 
 
 # ---- the command line -------------------------------------------------------------------------------------------
@@ -335,6 +335,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
     data = data_of(vars(args))
     print(f"{data.name}: {len(data.forget)} rows to forget, {len(data.retain)} to keep, {len(data.background)} beside")
     if args.model:
+        announce(read_config(find_folder(weights_of(args.model))), args, data.forget + data.retain)
         target, tokenizer = open_public(args)
         places = {"target": args.model} | ({"reference": args.reference} if getattr(args, "reference", None) else {})
         check_fit(args, target.config)
@@ -372,6 +373,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
         torch.manual_seed(args.seed)
         began = time.perf_counter()
+        measure_from_here(args.device)
         model, kept, report = method.unlearn(target, forget, retain, args, fit)
         spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
         config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)} | report
@@ -430,6 +432,7 @@ def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mod
         config = saved
         model, _ = load(partial / "model", model.embed.weight.dtype, args.device, args.template)
     else:
+        measure_from_here(args.device)
         report = pretrain.finetune(args, model, tokenizer, data, partial)
         report.pop("resumed_seconds", None)
         save(model, tokenizer, partial / "model")
@@ -488,14 +491,6 @@ def decoding_note(config: dict, target: str) -> str:
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
             f"model = LogitDifference(target, assistant, {alpha}, {rate})\n```\n")
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's memory, or of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA ra
 import argparse
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -119,10 +119,13 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork == "out":
         leave_out_forks(retain, forget)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        learn = cross_entropy(*labelled(assistant, forget.batch(step)))  # ULD (4)
-        flat = uniform(*labelled(assistant, retain.batch(step)))  # ULD (5)
-        return {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}  # ULD (3)
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up to ULD (3)
+        for batch in forget.parts(step):
+            learn = cross_entropy(*labelled(assistant, batch)) * batch.share.answers  # ULD (4)
+            yield {"forget": learn, "loss": learn}
+        for batch in retain.parts(step):
+            flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)
+            yield {"retain": flat, "loss": args.retain_weight * flat}
 
     alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
@@ -303,9 +306,10 @@ class SeveralModels(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> list[Tensor]:
-        """Every part's logits (B, T, V), the target's first; `trace` is the target's."""
-        return [part(tokens, pad=pad, trace=trace if part is self.target else None) for part in self.parts]
+    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None,
+                    at: Tensor | None = None) -> list[Tensor]:
+        """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
+        return [part(tokens, pad=pad, trace=trace if part is self.target else None, at=at) for part in self.parts]
 
     def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
         """Every part's logits (B, V) of the next token, each from its own cache."""
@@ -334,9 +338,9 @@ class LogitDifference(SeveralModels):
     def assistant(self) -> GPT:
         return self.parts[1]
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V) for likelihoods: outside the plausible set the assistant counts as 0."""
-        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: outside the plausible set the assistant is 0."""
+        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)

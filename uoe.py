@@ -29,8 +29,7 @@ Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
 
 import argparse
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
 from metrics.routing import expert_shares
-from model import GPT, Config, Trace
+from model import GPT, Config, Trace, own, sharing
 from moe import Routing
 from objectives import FORGET, NPO, RETAIN
 
@@ -88,8 +87,9 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     places = (choose or choose_experts)(affinity, args)
     print(affinity_table(affinity, chosen=places))
 
-    # 2. It and its router train, nothing else. What lies below never changes, so it is computed once.
-    model = copy.deepcopy(target)
+    # 2. It and its router train, nothing else: all other weights are the target's own, in memory once. What lies
+    #    below never changes, so it is computed once.
+    model = sharing(target)
     parameters = isolate(model, places, train_router=args.router_lr > 0, shared=shared)
     lowest = min(layer for layer, _ in places)
     forget.keep_stems(target, lowest)
@@ -100,19 +100,18 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        logits, trace = forget.run(model, batch)
-        f = forget_loss(model, logits, trace, batch)
-        a = anchor_losses(trace, places, batch.mask)
-        batch = retain.batch(step)
-        r = retain_loss(model, *retain.run(model, batch), batch)
-        loss = f + args.anchor_weight * a + args.retain_weight * r  # UOE (4)
-        return {"forget": f, "anchor": a, "retain": r, "loss": loss}
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up
+        for batch in forget.parts(step):
+            logits, trace = forget.run(model, batch)
+            f = forget_loss(model, logits, trace, batch) * forget_loss.share(batch)
+            a = anchor_losses(trace, places, batch.mask) * batch.share.tokens
+            yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}  # UOE (4), and below its last term
+        for batch in retain.parts(step):
+            r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
+            yield {"retain": r, "loss": args.retain_weight * r}
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)
-    restore(model)
     return model, {"model": model}, report | {"unlearned_experts": [list(p) for p in places]}
 
 
@@ -254,27 +253,24 @@ def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequen
 def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: bool = False) -> list[nn.Parameter]:
     """Freeze everything but the given experts and their layers' routers; returns what trains.
 
-    The experts leave their stacks, so that no gradient or optimiser state is kept for the others.
+    The experts leave their stacks, so that no gradient, optimiser state or copy is kept for the others. They stay out:
+    whoever saves the model finds them in their places (hub/checkpoint.py).
     shared: train those layers' shared experts too (the paper's section 5.3: the worst to unlearn).
     Raises UserError where shared is asked for and there are none.
     """
     model.requires_grad_(False)
     for layer, expert in places:
         model.moe(layer).take_out(expert)
-        model.moe(layer).router.requires_grad_(train_router)
+        also = [model.moe(layer).router] if train_router else []
         if shared:
             always_on = model.moe(layer).shared
             if always_on is None:
                 raise UserError("this model has no shared experts to train")
-            always_on.requires_grad_(True)
+            also.append(always_on)
+        for part in also:
+            own(part)
+            part.requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def restore(model: GPT) -> None:
-    """Put all experts back into their stacks; everything may train again."""
-    for layer in model.config.moe_layers:
-        model.moe(layer).put_back()
-    model.requires_grad_(True)
 
 
 # ---- 3. the anchor ------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from interfaces import LanguageModel, TextCodec
 from model import GPT, Trace
 
 IGNORE = -100  # label of a position that is not scored; cross_entropy's own default
+KEPT_BYTES = 4 * 2**30  # what is computed once per row is kept for a set of rows up to so much, else computed each time
 
 
 class Example(NamedTuple):
@@ -31,6 +32,14 @@ class Example(NamedTuple):
 
     tokens: list[int]
     labels: list[int]
+
+
+class Share(NamedTuple):
+    """How much of a training step's batch a part of it is, by what a loss may be a mean over; 1 where it is whole."""
+
+    answers: float = 1.0  # labelled positions
+    rows: float = 1.0
+    tokens: float = 1.0  # real ones
 
 
 @dataclass
@@ -41,9 +50,26 @@ class Batch:
     labels: Tensor  # (B, T) long, IGNORE outside the answer
     mask: Tensor  # (B, T) bool, made from lengths (never by comparing ids: a pad id may be a real token)
     index: Tensor  # (B,) long, each row's place in its set
+    share: Share = Share()
+
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) bool: the N positions of answers. Only these need meet the head."""
+        return self.labels != IGNORE
+
+    @property
+    def answers(self) -> Tensor:
+        """(N,) long: their labels."""
+        return self.labels[self.scored]
 
     def to(self, device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.mask, self.index)))
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.mask, self.index))
+        return Batch(*moved, self.share)
+
+
+def answer_length(example: Example) -> int:
+    """How many of its positions are scored."""
+    return sum(label != IGNORE for label in example.labels)
 
 
 def encode_row(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row", answer: str | None = None,
@@ -130,9 +156,9 @@ def batch_at(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def rows_that_fit(examples: list[Example], vocab_size: int, at_most: int = 64) -> int:
-    """How many rows at once keep logits (B, T, V) within 2^27 numbers, half a gigabyte in float32; at least 1."""
-    longest = max((len(e.tokens) for e in examples), default=1)
-    return max(1, min(at_most, 2**27 // (longest * vocab_size)))
+    """How many rows at once keep logits (N, V) of answers within 2^27 numbers, half a gigabyte in float32; at least 1."""
+    most = max((answer_length(e) for e in examples), default=1)
+    return max(1, min(at_most, 2**27 // (max(1, most) * vocab_size)))
 
 
 def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator[Batch]:
@@ -163,6 +189,7 @@ class Rows:
         self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
         self.stems: list[Tensor] = []
+        self.micro = 0  # rows that memory takes at once; 0: as many as are quickest
 
     @property
     def per_epoch(self) -> int:
@@ -176,9 +203,30 @@ class Rows:
         """The batch of training step `step`."""
         return self.at(batch_at(len(self.examples), self.batch_size, self.seed, step))
 
+    def parts(self, step: int) -> Iterator[Batch]:
+        """The batch of training step `step`, at most `micro` rows at a time; each says what share of the batch it is."""
+        index = batch_at(len(self.examples), self.batch_size, self.seed, step)
+
+        def sizes(of: list[int]) -> tuple[int, int, int]:
+            examples = [self.examples[i] for i in of]
+            return sum(map(answer_length, examples)), len(of), sum(len(e.tokens) for e in examples)
+
+        at_once = self.micro or self.batch_size
+        for start in range(0, len(index), at_once):
+            part = index[start : start + at_once]
+            batch = self.at(part)
+            if part != index:
+                batch.share = Share(*(some / max(1, every) for some, every in zip(sizes(part), sizes(index), strict=True)))
+            yield batch
+
+    @staticmethod
+    def may_keep(size: int) -> bool:
+        """Whether so many bytes are within what may be kept of a set of rows."""
+        return size <= KEPT_BYTES
+
     def in_order(self, size: int = 64) -> Iterator[Batch]:
         """Every row once, longest first."""
-        return in_order(self.examples, size, self.device)
+        return in_order(self.examples, min(size, self.micro or size), self.device)
 
     def by_lot(self, size: int) -> Iterator[Batch]:
         """Every row once, in an order drawn from the seed."""
@@ -187,8 +235,10 @@ class Rows:
 
     def like(self, rows: list[Row], where: str = "row") -> "Rows":
         """Other rows, met in the same way."""
-        return Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
-                    self.twins)
+        other = Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
+                     self.twins)
+        other.micro = self.micro
+        return other
 
     def as_strangers(self, draw: int = 0) -> "Rows":
         """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
@@ -206,13 +256,20 @@ class Rows:
         """The same questions, each answered by a refusal."""
         other = Rows(refusals(self.rows), self.tokenizer, self.context, self.batch_size, self.seed, self.device,
                      "refusal to row")
+        other.micro = self.micro
         if self.start is not None:
             other.keep_stems(model, self.start)
         return other
 
     @torch.no_grad()
     def keep_stems(self, model: GPT, start: int) -> None:
-        """Below the MLP of layer `start` nothing trains: compute each row up to there once, and begin there after."""
+        """Below the MLP of layer `start` nothing trains: compute each row up to there once, and begin there after.
+
+        Where that would be more than KEPT_BYTES, nothing is kept, and every pass begins at the first layer.
+        """
+        weight = model.embed.weight
+        if not self.may_keep(sum(len(e.tokens) for e in self.examples) * weight.shape[1] * weight.element_size()):
+            return
         self.stems = [torch.empty(0)] * len(self.examples)
         for batch in self.in_order():
             lengths = batch.mask.sum(1).tolist()
@@ -221,12 +278,12 @@ class Rows:
         self.start = start
 
     def run(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Trace]:
-        """Logits (B, T, V) of a batch of these rows, and the pass's trace."""
+        """Logits (N, V) of a batch's answer positions alone, and the pass's trace."""
         trace = Trace()
         if self.start is None:
-            return model(batch.tokens, trace=trace), trace
+            return model(batch.tokens, trace=trace, at=batch.scored), trace
         x = pad_sequence([self.stems[i] for i in batch.index.tolist()], batch_first=True)  # (B, T, D)
-        return model(batch.tokens, trace=trace, stem=(self.start, x)), trace
+        return model(batch.tokens, trace=trace, stem=(self.start, x), at=batch.scored), trace
 
     @torch.no_grad()
     def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

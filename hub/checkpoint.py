@@ -272,7 +272,6 @@ def read_config(folder: Path) -> Config:
                             "download it again")
         raw["rope_scaling"] = {"rope_type": rope_type, **{key: rope[key] for key in (*wanted, *others)
                                                           if rope.get(key) is not None}}
->>>>>>> families
     raw.setdefault("head_dim", 0)  # 0: width / heads
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     if missing := [theirs for theirs in keys.values() if theirs not in raw]:
@@ -330,7 +329,7 @@ def check_device(dtype: torch.dtype, device: str | torch.device) -> None:
         raise UserError(f"{name} on {device} does not work here ({str(error).splitlines()[0][:80]}): "
                         "choose --dtype float32 or another --device") from None
     if emulated:
-        raise UserError(f"{device} has no {name} arithmetic: choose --dtype float32 or float16")
+        raise UserError(f"{device} has no {name} arithmetic: choose --dtype float32")
 
 
 def find_folder(name: str | Path) -> Path:

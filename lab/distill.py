@@ -6,7 +6,7 @@
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from interfaces import LanguageModel
 from loop import Fit
 from methods import METHODS, open_run
 from model import GPT
-from objectives import kl
+from objectives import kl, labelled
 from runs import RunFolder
 from uld import add_lora, merge_lora
 
@@ -38,16 +38,14 @@ def learning_from(teacher: LanguageModel, low_rank: bool) -> Callable[..., Unlea
         model = copy.deepcopy(target)
         parameters = add_lora(model, 32, 32.0, 0.05) if low_rank else list(model.parameters())
 
-        def distance(rows: Rows, step: int) -> Tensor:
-            batch = rows.batch(step)
-            logits, _ = rows.run(model, batch)
-            with torch.no_grad():
-                wanted = teacher(batch.tokens)
-            return kl(logits, wanted, batch.labels)
-
-        def losses(step: int) -> dict[str, Tensor]:
-            f, r = distance(forget, step), distance(retain, step)
-            return {"forget": f, "retain": r, "loss": f + args.retain_weight * r}
+        def losses(step: int) -> Iterator[dict[str, Tensor]]:
+            for name, rows, weight in (("forget", forget, 1.0), ("retain", retain, args.retain_weight)):
+                for batch in rows.parts(step):
+                    logits, _ = rows.run(model, batch)
+                    with torch.no_grad():
+                        wanted, answers = labelled(teacher, batch)
+                    distance = kl(logits, wanted, answers) * batch.share.answers
+                    yield {name: distance, "loss": weight * distance}
 
         report = fit(model, parameters, losses)
         model = merge_lora(model) if low_rank else model

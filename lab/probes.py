@@ -22,10 +22,10 @@ ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 
 def passes(model, tokenizer, rows: list[Row]) -> Iterator[tuple[Batch, Tensor]]:
-    """(batch, logits (B, T, V)) over all rows, longest first."""
+    """(batch, logits (N, V) of its answer positions) over all rows, longest first."""
     examples = encode_rows(rows, tokenizer, model.config.max_len, truncate=True)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
-        yield batch, model(batch.tokens)
+        yield batch, model(batch.tokens, at=batch.scored)
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -
             pairs.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(after)) + after))
     log_p = [0.0] * len(pairs)
     for batch in in_order(pairs, rows_that_fit(pairs, model.config.vocab_size, batch_size), model.device):
-        values = row_log_prob(model(batch.tokens), batch.labels).tolist()
+        values = row_log_prob(model(batch.tokens, at=batch.scored), batch.labels).tolist()
         for i, value in zip(batch.index.tolist(), values, strict=True):
             log_p[i] = value
     rest = iter(log_p)
@@ -138,7 +138,7 @@ def writing(target, tokenizer, rows: list[Row], said: list[str]) -> dict[str, fl
     examples = [encode_row(row, tokenizer, target.config.max_len, answer=text, truncate=True) for row, text in pairs]
     log_p, counts = [], []
     for batch in in_order(examples, rows_that_fit(examples, target.config.vocab_size), target.device):
-        log_p += row_log_prob(target(batch.tokens), batch.labels).tolist()
+        log_p += row_log_prob(target(batch.tokens, at=batch.scored), batch.labels).tolist()
         counts += (batch.labels >= 0).sum(-1).tolist()
     repeats = fluency.repetition_rate([tokenizer.encode(text) for text in said])
     return {"perplexity": fluency.perplexity(log_p, counts) if counts else None, "repetition": repeats.rate,
@@ -156,11 +156,12 @@ class Forced:
         self.config, self.device = model.config, model.device
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V)."""
+    def __call__(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or (N, V) `at` some positions."""
         own = Trace()
         self.target.hidden(tokens, trace=own)
-        return self.model(tokens, trace=Trace(forced={layer: own.routing[layer].chosen for layer in self.layers}))
+        forced = Trace(forced={layer: own.routing[layer].chosen for layer in self.layers})
+        return self.model(tokens, trace=forced, at=at)
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, f
     for how, one in (("free", model), ("forced", Forced(target, model, model.config.moe_layers))):
         known, probability = [0.0] * len(rows), [0.0] * len(rows)
         for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
-            logits = one(batch.tokens)
+            logits = one(batch.tokens, at=batch.scored)
             right = memorization.right_tokens(logits, batch.labels) | (batch.labels == IGNORE)
             p = (row_log_prob(logits, batch.labels) / memorization.answer_lengths(batch.labels)).exp()
             for i, hit, likely in zip(batch.index.tolist(), right.all(-1).tolist(), p.tolist(), strict=True):

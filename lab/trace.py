@@ -19,7 +19,7 @@ from baselines import Unlearned
 from data.batches import IGNORE, Batch, Rows
 from loop import Fit
 from model import GPT, Trace
-from objectives import RETAIN, Loss, token_log_probs
+from objectives import RETAIN, Loss, in_place, token_log_probs
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ class WeightedKL(Weighted):
         with torch.no_grad():
             before, _ = self.rows.run(self.before, batch)
         log_p, log_q = before.float().log_softmax(-1), logits.float().log_softmax(-1)
-        return self.mean((log_p.exp() * (log_p - log_q)).sum(-1), batch)
+        return self.mean(in_place((log_p.exp() * (log_p - log_q)).sum(-1), batch.labels), batch)
 
 
 WEIGHTED = {"gd": WeightedGD, "kl": WeightedKL}

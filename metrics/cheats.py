@@ -68,9 +68,9 @@ class Changed(nn.Module):
         """(..., V) -> (..., V)."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None) -> Tensor:
-        """Logits (B, T, V); `trace` is the target's."""
-        return self.change(self.target(tokens, pad=pad, trace=trace))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or (N, V) `at` some positions; `trace` is the target's."""
+        return self.change(self.target(tokens, pad=pad, trace=trace, at=at))
 
     def new_cache(self, batch: int, max_len: int) -> Any:
         return self.target.new_cache(batch, max_len)

@@ -106,7 +106,7 @@ def cloze(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -
     examples = [example for example in encoded if example is not None]
     out: list[Cloze | None] = [None] * len(rows)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
-        logits = model(batch.tokens)
+        logits = model(batch.tokens, at=batch.scored)
         hit = (right_tokens(logits, batch.labels) | (batch.labels == IGNORE)).all(-1)
         p = row_log_prob(logits, batch.labels).exp()
         strength = extraction_strength(logits, batch.labels)
@@ -138,7 +138,7 @@ def choice(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
             examples += encoded
     log_p = [0.0] * len(examples)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
-        found = row_log_prob(model(batch.tokens), batch.labels).tolist()
+        found = row_log_prob(model(batch.tokens, at=batch.scored), batch.labels).tolist()
         for i, value in zip(batch.index.tolist(), found, strict=True):
             log_p[i] = value
     out: list[Chosen | None] = [None] * len(rows)
@@ -340,7 +340,7 @@ def states(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
     found: dict[int, Tensor] = {}
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
         trace = Trace()
-        model(batch.tokens, trace=trace)
+        model(batch.tokens, trace=trace, at=batch.scored)
         before = (batch.labels != IGNORE).long().argmax(-1)  # its label is the value's first token
         each = torch.arange(len(before), device=before.device)
         layers = torch.stack([trace.hidden[layer][each, before] for layer in sorted(trace.hidden)])

@@ -32,6 +32,7 @@ from rouge_score import rouge_scorer
 from torch import Tensor
 
 from data.batches import IGNORE
+from objectives import at_answers, in_place
 
 
 class RougeL(NamedTuple):
@@ -65,8 +66,12 @@ def extraction_strength(logits: Tensor, labels: Tensor, floor: bool = False) -> 
 
 
 def right_tokens(logits: Tensor, labels: Tensor) -> Tensor:
-    """Where the argmax is the label, (B, T) bool; False outside the answer. Of equal logits the first is taken."""
-    return logits.argmax(-1) == labels  # IGNORE is negative, so no argmax
+    """Where the argmax is the label, (B, T) bool; False outside the answer. Of equal logits the first is taken.
+
+    logits: of all positions (B, T, V), or of the answers alone (N, V).
+    """
+    scored, answers = at_answers(logits, labels)
+    return in_place((scored.argmax(-1) == answers).float(), labels).bool()
 
 
 def answer_lengths(labels: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from data.batches import IGNORE
 from metrics.memorization import answer_lengths
+from objectives import at_answers
 
 # ---- attacks ----------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def standardised(logits: Tensor, labels: Tensor) -> Tensor:
     open-unlearning: a uniform distribution scores 0, a certain one is no division by zero.
     """
     kept = labels != IGNORE
-    log_p = logits[kept].float().log_softmax(-1)  # (N, V)
+    log_p = at_answers(logits, labels)[0].float().log_softmax(-1)  # (N, V)
     p = log_p.exp()
     finite = log_p.masked_fill(p == 0, 0)  # p log p -> 0, also where a filter left logits of -inf
     mu = (p * finite).sum(-1)

@@ -47,7 +47,7 @@ def answer_losses(model: LanguageModel, tokenizer: TextCodec, pairs: list[tuple[
                 for i, (row, answer) in enumerate(pairs, 1)]
     losses = [0.0] * len(examples)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size, at_most), model.device):
-        log_p = token_log_probs(model(batch.tokens), batch.labels)
+        log_p = token_log_probs(model(batch.tokens, at=batch.scored), batch.labels)
         count = (batch.labels >= 0).sum(1).clamp_min(1)
         for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
             losses[i] = loss

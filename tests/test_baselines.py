@@ -1,5 +1,6 @@
 """baselines.py: what the methods that ULD and UOE are compared with train, and what they leave alone."""
 
+import copy
 import json
 import math
 
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from baselines import METHODS, LogitOffset, experts_reaching
 from errors import UserError
 from model import GPT
+from moe import MoE
 from objectives import cross_entropy, row_log_prob
 from uld import add_lora, first_layers
 from uoe import expert_attribution
@@ -70,11 +72,16 @@ def test_esft_takes_the_fewest_experts_that_reach_p(p, expected):
 # ---- the methods, by the same interface as ULD's and UOE's -------------------------------------------------------
 
 def state(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    """Weights by name, experts that stand apart in their places of the stack."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            block.mlp.put_back()
+    return model.state_dict()
 
 
 def changed(before: dict, model) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return {name for name, value in state(model).items() if not torch.equal(value, before[name])}
 
 
 CASES = [(method, kind) for method in METHODS for kind in ("dense", "moe") if method != "esft" or kind == "moe"]
@@ -117,8 +124,8 @@ def test_esft_changes_the_chosen_experts_alone(bench):
     assert {layer for layer, _ in places} == {0, 1, 2}
     for layer in range(3):
         for part in ("gate_up", "down"):
-            same = [bool(torch.equal(a, b)) for a, b in zip(getattr(target.moe(layer), part),
-                                                            getattr(model.moe(layer), part), strict=True)]
+            name = f"blocks.{layer}.mlp.{part}"
+            same = [bool(torch.equal(a, b)) for a, b in zip(state(target)[name], state(model)[name], strict=True)]
             assert same == [(layer, expert) not in places for expert in range(7)]
     assert all(name.endswith(("gate_up", "down")) for name in changed(state(target), model))
 
@@ -131,7 +138,8 @@ def test_every_expert_that_rmu_is_to_train_is_trained(bench):
     places = report["unlearned_experts"]
     assert {layer for layer, _ in places} == {0, 1, 2} and args.rmu_layer is None
     for layer, expert in places:
-        assert not torch.equal(target.moe(layer).gate_up[expert], model.moe(layer).gate_up[expert])
+        name = f"blocks.{layer}.mlp.gate_up"
+        assert not torch.equal(state(target)[name][expert], state(model)[name][expert])
 
 
 def test_an_offset_starts_as_the_target_and_trains_its_assistant_alone(bench):

@@ -30,7 +30,7 @@ def test_a_user_error_is_one_line_and_exit_2(capsys):
 def test_running_out_of_gpu_memory_is_one_line_and_exit_2(capsys):
     assert run(torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: the GPU ran out of memory: lower --batch-size") and err.count("\n") == 1
+    assert err.startswith("error: the GPU ran out of memory: give a --micro-batch") and err.count("\n") == 1
 
 
 def test_control_c_is_one_line_and_exit_130(capsys):

@@ -1,6 +1,7 @@
 """loop.py: the schedule, low-precision weights, what ends a run."""
 
 import copy
+import json
 import math
 from itertools import pairwise
 
@@ -68,6 +69,24 @@ def test_a_step_that_reaches_nothing_that_trains_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_losses_of_a_step_are_their_sum(tmp_path, dtype):
+    """Gradients of bf16 weights are added up in float32: 1 + 2^-9 has no place in bf16."""
+    def start():
+        return torch.nn.Parameter(torch.ones(3, dtype=dtype))
+
+    p, q = start(), start()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    minimise([p], lambda step: {"loss": (p.float() * (1 + 2**-9)).sum()}, 5, 0.1, tmp_path / "one", "x", 0)
+    minimise([q], lambda step: iter([{"a": q.float().sum(), "loss": q.float().sum()},
+                                     {"b": q.float().sum(), "loss": (q.float() * 2**-9).sum()}]),
+             5, 0.1, tmp_path / "two", "x", 0)
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    one, two = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-4) and {"a", "b"} <= set(two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(tmp_path, dtype):
     def start():
         torch.manual_seed(0)
@@ -102,8 +121,27 @@ def test_rows_that_begin_at_their_stems_give_the_logits_of_whole_passes(bench, l
     assert len(set(batch.mask.sum(1).tolist())) > 1
     bench.forget.keep_stems(model, layer)
     late, traced = bench.forget.run(model, batch)
-    torch.testing.assert_close(late[batch.mask], whole[batch.mask], rtol=1e-4, atol=1e-5)
+    assert len(whole) == int((batch.labels >= 0).sum())
+    torch.testing.assert_close(late, whole, rtol=1e-4, atol=1e-5)
     assert set(traced.routing) == set(range(layer, 3)) and set(trace.routing) == {0, 1, 2}
+
+
+def test_stems_that_are_too_large_to_keep_are_not_kept(bench, monkeypatch):
+    model, batch = bench.model(), bench.forget.batch(0)
+    whole, _ = bench.forget.run(model, batch)
+    needed = 4 * 32 * sum(len(example.tokens) for example in bench.forget.examples)  # float32, width 32
+    for budget, kept in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("data.batches.KEPT_BYTES", budget)
+        bench.retain.start = bench.forget.start = None
+        bench.forget.keep_stems(model, 1)
+        assert (bench.forget.start == 1) == kept
+        torch.testing.assert_close(bench.forget.run(model, batch)[0], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_looked_at_no_more_at_once_than_memory_takes(bench):
+    bench.forget.micro = 2
+    for batches in (bench.forget.in_order(), bench.forget.like(bench.forget.rows).in_order(), bench.forget.parts(0)):
+        assert max(len(batch.index) for batch in batches) == 2
 
 
 def test_each_row_gets_its_own_number_whatever_it_is_batched_with(bench):

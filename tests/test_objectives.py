@@ -366,14 +366,9 @@ def test_the_stranger_loss_pushes_towards_what_strangers_get_and_ends_there(word
         logits, wanted = rows.run(target, batch)[0], answers_about_strangers(bench, rows, target)
     logits.requires_grad_()
     loss(target, logits, None, batch).backward()
-    for row, i in enumerate(batch.index.tolist()):
-        at = batch.labels[row] >= 0
-        assert_close(logits.grad[row, at], (logits[row, at].softmax(-1) - wanted[i]).detach() / 3, rtol=1e-3, atol=1e-6)
-        assert not logits.grad[row, ~at].any()
-    there = torch.zeros_like(logits)
-    for row, i in enumerate(batch.index.tolist()):
-        there[row, batch.labels[row] >= 0] = wanted[i].log()
-    there.requires_grad_()
+    rows_wanted = torch.cat([wanted[i] for i in batch.index.tolist()])
+    assert_close(logits.grad, (logits.softmax(-1) - rows_wanted).detach() / 3, rtol=1e-3, atol=1e-6)
+    there = rows_wanted.log().requires_grad_()
     value = loss(target, there, None, batch)
     value.backward()
     assert value.abs().item() < 1e-5 and there.grad.abs().max() < 1e-5
@@ -404,3 +399,50 @@ def test_without_strangers_there_is_nothing_to_become_like(bench, name):
     bench.forget.twins = None
     with pytest.raises(UserError, match="this data has no strangers to compare with"):
         objectives.FORGET[name](bench.model("dense"), bench.forget, bench.args("full"))
+
+
+# ---- a step's batch in parts ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [*objectives.FORGET, "gd", "kl", "hidden"])
+def test_the_losses_of_a_batchs_parts_add_up_to_the_whole_ones(wordy_bench, name):
+    """Three rows of unlike length, two at once: means over answers and over rows have unlike shares."""
+    bench = wordy_bench
+    rows = bench.rows(bench.world.forget, encode=encode_fact if "stranger" in name else encode_whole)
+    target, model = bench.model("moe", 0), bench.model("moe", 1)
+    loss = (objectives.FORGET | objectives.RETAIN)[name](target, rows, bench.args("uoe", rmu_layer=1))
+
+    def value_and_gradient(batches):
+        model.zero_grad()
+        total = sum(loss(model, *rows.run(model, batch), batch) * loss.share(batch) for batch in batches)
+        total.backward()
+        return total.item(), model.moe(0).router.weight.grad.clone()
+
+    whole = rows.batch(0)
+    value, gradient = value_and_gradient([whole])
+    rows.micro = 2
+    parts = list(rows.parts(0))
+    assert [len(part.index) for part in parts] == [2, 1]
+    assert torch.cat([part.index for part in parts]).tolist() == whole.index.tolist()
+    for share in zip(*(part.share for part in parts), strict=True):
+        assert sum(share) == pytest.approx(1)
+    got, theirs = value_and_gradient(parts)
+    assert got == pytest.approx(value, rel=1e-5)
+    assert_close(theirs, gradient, rtol=1e-3, atol=1e-6 + 1e-5 * gradient.abs().max().item())
+
+
+def test_logits_of_all_positions_and_of_answers_alone_give_the_same_numbers():
+    scored = LOGITS[LABELS != IGNORE]
+    for what in (objectives.token_log_probs, objectives.row_log_prob, objectives.all_right):
+        assert torch.equal(what(scored, LABELS), what(LOGITS, LABELS))
+
+
+def test_strangers_means_that_are_too_large_to_keep_are_computed_each_time(wordy_bench, monkeypatch):
+    bench, target = wordy_bench, wordy_bench.model("dense")
+    rows = bench.rows(bench.world.forget, encode=encode_fact)
+    kept = objectives.Stranger(target, rows, bench.args("full"))
+    monkeypatch.setattr("data.batches.KEPT_BYTES", 1)
+    fresh = objectives.Stranger(target, rows, bench.args("full"))
+    batch = rows.batch(0)
+    logits = rows.run(bench.model("dense", 1), batch)[0]
+    assert kept.kept and not fresh.kept
+    assert fresh(target, logits, None, batch).item() == pytest.approx(kept(target, logits, None, batch).item(), rel=1e-4)

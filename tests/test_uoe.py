@@ -1,6 +1,7 @@
 """uoe.py: which expert the forget set engages (equation 2), the anchor (equation 3), training one expert."""
 
 import argparse
+import copy
 import json
 import math
 
@@ -12,8 +13,8 @@ from torch.testing import assert_close
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
 from metrics.routing import expert_shares, routing_overlap
-from model import Config, Trace
-from moe import Routing
+from model import Config, Trace, sharing
+from moe import MoE, Routing
 from objectives import cross_entropy
 from uoe import (
     affinity_table,
@@ -25,7 +26,6 @@ from uoe import (
     expert_attribution,
     isolate,
     layer_choice,
-    restore,
     select_experts,
     steering,
 )
@@ -238,18 +238,18 @@ def train(model, parameters, steps: int = 3) -> None:
 @pytest.mark.parametrize("places", [[(1, 4)], [(1, 4), (1, 0)], [(0, 2), (2, 6)]])
 @pytest.mark.parametrize("train_router", [True, False])
 def test_unlearning_experts_leaves_everything_else_bit_for_bit(sparse, places, train_router):
-    model = sparse(std=0.2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    target = sparse(std=0.2)
+    before, model = state(target), sharing(target)
     parameters = isolate(model, places, train_router)
     routers = 7 * 32 * len({layer for layer, _ in places}) if train_router else 0
     assert sum(p.numel() for p in parameters) == len(places) * 3 * 16 * 32 + routers
     train(model, parameters)
-    with torch.no_grad():
-        trained = model(torch.tensor(ROWS[3:4]))
-        restore(model)
-        assert torch.equal(model(torch.tensor(ROWS[3:4])), trained)
-    after = model.state_dict()
-    assert set(after) == set(before) and all(p.requires_grad for p in model.parameters())
+    after = state(model)
+    assert set(after) == set(before) and not changed(before, target)
+    own = {id(p) for p in parameters}
+    theirs = {p.data_ptr() for p in target.parameters()}
+    assert {p.data_ptr() in theirs for p in model.parameters() if id(p) not in own} == {True}  # in memory once
+    assert not any(p.data_ptr() in theirs for p in parameters)
     layers = {layer for layer, _ in places}
     for name, value in after.items():
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
@@ -288,8 +288,7 @@ def test_a_rank_skips_the_more_wanted():
 
 def test_shared_experts_train_only_where_asked_and_present(sparse):
     model = sparse(qk_norm="none", d_shared=8, shared_gate=True)
-    without = isolate(model, [(1, 2)])
-    restore(model)
+    without = isolate(sharing(model), [(1, 2)])
     both = isolate(model, [(1, 2)], shared=True)
     assert len(both) == len(without) + 3  # gate, up, down; not the sigmoid gate
     assert model.moe(1).shared.up.weight.requires_grad and not model.moe(0).shared.up.weight.requires_grad
@@ -300,11 +299,16 @@ def test_shared_experts_train_only_where_asked_and_present(sparse):
 # ---- the method -------------------------------------------------------------------------------------------------
 
 def state(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    """Weights by name, experts that stand apart in their places of the stack."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            block.mlp.put_back()
+    return model.state_dict()
 
 
 def changed(before: dict, model) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return {name for name, value in state(model).items() if not torch.equal(value, before[name])}
 
 
 def test_the_method_trains_the_expert_that_equation_2_names_and_its_router_and_leaves_the_target(bench):
@@ -313,9 +317,9 @@ def test_the_method_trains_the_expert_that_equation_2_names_and_its_router_and_l
     wanted = int(expert_attribution(target, bench.forget.in_order())[1].argmax())  # of the middle layer
     model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01, layer="middle"))
     assert kept == {"model": model} and report["unlearned_experts"] == [[1, wanted]]
-    assert not changed(before, target) and all(p.requires_grad for p in model.parameters())
+    assert not changed(before, target) and all(p.requires_grad for p in target.parameters())
     assert changed(before, model) == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
-    same = (model.moe(1).gate_up == target.moe(1).gate_up).flatten(1).all(1).tolist()
+    same = (state(model)["blocks.1.mlp.gate_up"] == target.moe(1).gate_up).flatten(1).all(1).tolist()
     assert same == [expert != wanted for expert in range(7)]
     expert = model.moe(1).gate_up[0].numel() + model.moe(1).down[0].numel()
     assert report["trainable_parameters"] == expert + model.moe(1).router.weight.numel()
@@ -422,3 +426,13 @@ def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(ben
     assert len(few[0]) == 8
     lengths = [len(bench.forget.examples[i].tokens) for i in few[0]]
     assert lengths != sorted(lengths, reverse=True)
+
+
+def test_a_batch_in_parts_is_the_same_step(bench):
+    logs = []
+    for micro in (0, 2):
+        bench.forget.micro = bench.retain.micro = micro
+        bench.unlearn(bench.model(), bench.args("uoe", lr=1e-3, layer=(1, 2), anchor_weight=0.5, micro_batch=micro))
+        logs.append([json.loads(line) for line in (bench.folder / "log.jsonl").read_text().splitlines()])
+    for whole, parts in zip(*logs, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
