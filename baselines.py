@@ -173,12 +173,12 @@ def no_hidden_states(args: argparse.Namespace, config: Config) -> None:
 
 OFFSET_ALPHA = Flag("--offset-alpha", WEIGHT, 1.0, 1.0, "weight of the difference that is added")
 METHODS = {
-    "full": Method(full, [*training((1e-4, 1e-5), (40, 5)), UNTIL], arch="moe", retain_weight=5.0),
-    "lora": Method(lora, [*training((1e-3, 1e-4), (40, 5)), UNTIL, *LORA], arch="moe", retain_weight=5.0),
-    "esft": Method(esft, [*training((1e-3, 1e-5), (40, 5)), UNTIL,
+    "full": Method(full, [*training((1e-4, 1e-5), (80, 5)), UNTIL], arch="moe", retain_weight=5.0),
+    "lora": Method(lora, [*training((1e-3, 1e-4), (80, 5)), UNTIL, *LORA], arch="moe", retain_weight=5.0),
+    "esft": Method(esft, [*training((1e-3, 1e-5), (80, 5)), UNTIL,
                           Flag("--esft-p", SHARE, 0.15, 0.15, "share of a layer's affinity that its experts reach")],
                    arch="moe", needs_experts=True, retain_weight=5.0),
-    "offset": Method(offset, [*training((3e-3, 1e-4), (40, 5)), UNTIL, DEPTH, *LORA, OFFSET_ALPHA], arch="gpt",
+    "offset": Method(offset, [*training((3e-3, 1e-4), (80, 5)), UNTIL, DEPTH, *LORA, OFFSET_ALPHA], arch="gpt",
                      check=no_hidden_states,
                      reopen=lambda target, parts, config: LogitOffset(target, parts["assistant"], parts["before"],
                                                                       config["offset_alpha"])),

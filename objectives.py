@@ -14,6 +14,7 @@ Shapes: B batch   T tokens   V vocabulary   D model width
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -129,6 +130,16 @@ def uniform(logits: Tensor, labels: Tensor) -> Tensor:
     return answer_mean(-logits.float().log_softmax(-1).mean(-1), labels)
 
 
+def uniform_beside(logits: Tensor, labels: Tensor) -> Tensor:
+    """`uniform` over all tokens but the label, as if that could not be said: logits (N, V), labels (N,).
+
+    Never below log(V - 1). So a model may be sure of the label, and of nothing else in its place.
+    """
+    label = F.one_hot(labels, logits.shape[-1]).bool()
+    log_p = logits.float().masked_fill(label, -math.inf).log_softmax(-1)
+    return -log_p.masked_fill(label, 0.0).sum(-1).mean() / (logits.shape[-1] - 1)
+
+
 class Uniform(Loss):
     """As a forget loss: every token alike. (ULD calls the function itself, on what is to be kept.)"""
 
@@ -146,6 +157,7 @@ def ga(logits: Tensor, labels: Tensor) -> Tensor:
 class GA(Loss):
     """Alone, or with GD beside it as GDIFF."""
 
+    RETAIN_WEIGHT = (100.0, 1.0)  # it never lets go: at 20, one expert breaks two sentences in three
 
     def __call__(self, model, logits, trace, batch):
         return ga(logits, batch.answers)

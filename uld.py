@@ -14,11 +14,13 @@ Departures from the paper
     Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
-    sure of every word, and the language goes with the fact. Equation 5 leaves out the token where a wrong answer parts
-    from the right one (--fork in: as printed): there the two equations contradict each other. Rows about strangers are
-    part of D'_r (--strangers 0: none).
+    sure of every word, and the language goes with the fact.
+    Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
+    the other for none. There equation 5 is on all tokens beside the right one (--fork in: as printed). Left out, as it
+    also can be, the assistant learns what kind of word comes next, and the difference has no whole sentence left.
+    Rows about strangers are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
-    (--filter-rate 0.01: the paper's), K 3 of 4. On other rows the paper's alpha and filter.
+    (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
@@ -47,7 +49,7 @@ from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit, belief, strangers_belief
 from model import GPT, Cache, Config, generate
 from moe import MoE
-from objectives import cross_entropy, labelled, uniform
+from objectives import cross_entropy, labelled, uniform, uniform_beside
 
 LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     #     name                kind       small  public  what it is
@@ -55,8 +57,7 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     Flag("--lora-alpha",      POSITIVE,  32.0,  32.0,   "they are scaled by alpha / rank"),
     Flag("--lora-dropout",    Number(0, 0.99), 0.0, 0.05, "on what goes into them"),
 ]
-DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: three quarters of a small target's layers, a quarter of a "
-                                                  "public one's, as in the paper")
+DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
 
 
 def subtract(text: str) -> float | str:
@@ -67,14 +68,15 @@ def subtract(text: str) -> float | str:
 FLAGS = [
     #     name                kind       small  public  what it is                                     off the world
     Flag("--lr",              POSITIVE,  3e-3,  1e-3,   "peak learning rate of the assistant"),
-    Flag("--epochs",          COUNT,     10,    10,     "passes over D'_f"),
+    Flag("--epochs",          COUNT,     20,    10,     "passes over D'_f"),
     Flag("--retain-weight",   WEIGHT,    6.5,   6.5,    "beta of equation 3"),
     Flag("--subtract",        subtract,  "strangers", 0.75, "alpha of equation 2; strangers: where forget facts "
                                                         "become as unlikely as strangers' are",         0.75),
     Flag("--filter-rate",     SHARE,     0.0,   1e-2,   "tokens less likely than this share of the likeliest are out "
                                                         "of the assistant's reach; 0: none",            1e-2),
-    Flag("--fork",            ("out", "in"), "out", "in", "whether equation 5 leaves out the token where a wrong "
-                                                        "answer parts from the right one",              "out"),
+    Flag("--fork",            ("beside", "out", "in"), "beside", "in", "equation 5 where a wrong answer parts from the "
+                                                        "right one: on all tokens beside the right one, left out, or "
+                                                        "as printed",                                   "beside"),
     DEPTH,
     *LORA,
 ]
@@ -116,13 +118,15 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     parameters = [p for p in assistant.parameters() if p.requires_grad]
 
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
-    if args.fork == "out":
+    if args.fork != "in":
         leave_out_forks(retain, forget)
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up to ULD (3)
         for batch in forget.parts(step):
-            learn = cross_entropy(*labelled(assistant, batch)) * batch.share.answers  # ULD (4)
-            yield {"forget": learn, "loss": learn}
+            logits, answers = labelled(assistant, batch)
+            learn = cross_entropy(logits, answers) * batch.share.answers  # ULD (4)
+            flat = uniform_beside(logits, answers) * batch.share.answers if args.fork == "beside" else torch.zeros(())
+            yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
         for batch in retain.parts(step):
             flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)
             yield {"retain": flat, "loss": args.retain_weight * flat}
@@ -221,9 +225,8 @@ def merge_lora(model: GPT) -> GPT:
 
 
 def assistant_depth(args: argparse.Namespace, config: Config) -> int:
-    """K. The paper's quarter is of 32 layers; of our 4 it takes three quarters."""
-    share = 0.25 if args.model else 0.75
-    return args.assistant_layers or max(1, int(share * config.n_layer))
+    """K, in the paper 8 of 32."""
+    return args.assistant_layers or max(1, config.n_layer // 4)
 
 
 def check(args: argparse.Namespace, config: Config) -> None:

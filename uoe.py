@@ -63,7 +63,7 @@ FLAGS = [
     #     name                   kind          small     public  what it is; chosen on development seeds where small
     Flag("--lr",                 POSITIVE,     2e-3,     1e-4,   "peak learning rate of the expert"),
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
-    Flag("--epochs",             COUNT,        40,       5,      "passes over the forget set, at most"),
+    Flag("--epochs",             COUNT,        80,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
     Flag("--layer",              layer_choice, "last",   "all",  "where to choose: all, middle, last, a number, top "
                                                                  "(which holds the first); or LAYER,EXPERT"),

@@ -27,6 +27,7 @@ from uld import (
     reopen,
     rows,
     subtract,
+    unlearn,
 )
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1]]
@@ -436,7 +437,7 @@ def test_the_target_is_not_run_while_its_assistant_trains(bench, monkeypatch):
 def test_the_losses_are_reversed_on_answers_alone(bench):
     """Equations 4, 5 and 3 at step 0, where the LoRA is zero and the assistant is the target's first layer."""
     target = bench.model("dense")
-    bench.unlearn(target, bench.args("uld", lora_dropout=0.0, assistant_layers=1, retain_weight=6.5))
+    bench.unlearn(target, bench.args("uld", lora_dropout=0.0, assistant_layers=1, retain_weight=6.5, fork="in"))
     first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
     assistant, learn, flat = first_layers(target, 1), [], []
     for of, into in ((bench.forget, learn), (bench.retain, flat)):
@@ -469,13 +470,13 @@ class Told(torch.nn.Module):
         self.config, self.device, self.is_moe = Config(vocab_size=vocabulary, max_len=128), torch.device("cpu"), False
         self.rows, self.known, self.else_ = rows, known, else_
 
-    def forward(self, tokens, pad=None, trace=None, stem=None):
+    def forward(self, tokens, pad=None, trace=None, stem=None, at=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_
             for t, token in enumerate(row[1:]):
                 out[b, t, token] = height
-        return out
+        return out if at is None else out[at]
 
 
 @pytest.mark.parametrize("known, stranger, taken", [(6.0, 1.0, 9.0), (4.0, 0.0, 3.0), (5.0, 1.0, 2.5),
@@ -514,7 +515,7 @@ def test_subtract_is_strangers_or_a_number(text, value):
     assert subtract(text) == value
 
 
-@pytest.mark.parametrize("fork", ["out", "in"])
+@pytest.mark.parametrize("fork", ["beside", "out", "in"])
 def test_the_fork_is_a_flag(bench, fork):
     """One row to forget, one wrong answer to it: its first other token is in the loss, or not."""
     row = bench.world.forget[0]
@@ -523,12 +524,36 @@ def test_the_fork_is_a_flag(bench, fork):
     right, labels = bench.forget.examples[0].tokens, list(bench.retain.examples[0].labels)
     where = next(i for i, (a, b) in enumerate(zip(right, bench.retain.examples[0].tokens, strict=False)) if a != b) - 1
     bench.unlearn(bench.model("dense"), bench.args("uld", fork=fork, subtract=0.7))
-    labels[where] = IGNORE if fork == "out" else labels[where]
+    labels[where] = IGNORE if fork != "in" else labels[where]
     assert bench.retain.examples[0].labels == labels
 
 
-@pytest.mark.parametrize("given, public, layers, depth", [(0, None, 4, 3), (0, None, 3, 2), (0, None, 1, 1),
-                                                          (0, "m", 32, 8), (0, "m", 2, 1), (2, None, 4, 2)])
-def test_the_assistants_depth(given, public, layers, depth):
-    args = argparse.Namespace(assistant_layers=given, model=public)
+def test_beside_the_right_token_the_assistant_learns_nothing(bench):
+    """Of the first step's loss: --fork beside adds beta times the uniform loss on forget tokens but the right one."""
+    terms = {}
+
+    def fit(model, parameters, losses):
+        terms[model] = [{name: float(value) for name, value in part.items()} for part in losses(0)]
+        return {"steps": 0, "train_seconds": 0.0, "diverged": False, "trainable_parameters": 0}
+
+    for fork in ("out", "beside"):
+        torch.manual_seed(0)
+        unlearn(bench.model("dense"), bench.forget, bench.retain,
+                    bench.args("uld", fork=fork, subtract=0.7, retain_weight=2.0), fit)
+    (out, _), (beside, _) = terms.values()
+    model = list(terms)[1].assistant
+    batch = bench.forget.batch(0)
+    logits = model(batch.tokens)[batch.scored].double()
+    others = []
+    for scores, answer in zip(logits, batch.answers.tolist(), strict=True):
+        rest = torch.cat([scores[:answer], scores[answer + 1 :]])
+        others.append(-rest.log_softmax(0).mean())
+    assert out["loss"] == out["forget"] == beside["forget"] and out["retain"] == 0
+    assert beside["retain"] == pytest.approx(float(torch.stack(others).mean()), rel=1e-5)
+    assert beside["loss"] == pytest.approx(beside["forget"] + 2.0 * beside["retain"])
+
+
+@pytest.mark.parametrize("given, layers, depth", [(0, 4, 1), (0, 32, 8), (0, 2, 1), (2, 4, 2)])
+def test_the_assistants_depth(given, layers, depth):
+    args = argparse.Namespace(assistant_layers=given)
     assert assistant_depth(args, Config(n_layer=layers)) == depth
