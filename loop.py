@@ -95,7 +95,9 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
              weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
              enough: Callable[[int, float], bool] = never, slow: tuple[Tensor, ...] = (),
              slow_factor: float = 1.0) -> dict:
-    """Minimise losses(step)["loss"], or the sum of several, over `parameters`. Every step depends on (seed, step) and the state alone.
+    """Minimise losses(step)["loss"] over `parameters`, or the sum where it yields several (Losses).
+
+    Every step depends on (seed, step) and the state alone.
 
     Logs each step to folder/log.jsonl; every save_every steps, when it is told to stop and at the end keeps
     folder/state.pt, from which `resume` goes on. Whoever has saved the weights may remove it.

@@ -121,7 +121,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork != "in":
         leave_out_forks(retain, forget)
 
-    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up to ULD (3)
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits, answers = labelled(assistant, batch)
             learn = cross_entropy(logits, answers) * batch.share.answers  # ULD (4)
@@ -129,7 +129,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
             yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
         for batch in retain.parts(step):
             flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)
-            yield {"retain": flat, "loss": args.retain_weight * flat}
+            yield {"retain": flat, "loss": args.retain_weight * flat}  # ULD (3)
 
     alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
@@ -342,7 +342,7 @@ class LogitDifference(SeveralModels):
         return self.parts[1]
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: outside the plausible set the assistant is 0."""
+        """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: where not plausible the assistant is 0."""
         logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)

@@ -100,15 +100,15 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
-    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # what it yields adds up
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + alpha * anchor + lambda * retain
         for batch in forget.parts(step):
             logits, trace = forget.run(model, batch)
             f = forget_loss(model, logits, trace, batch) * forget_loss.share(batch)
             a = anchor_losses(trace, places, batch.mask) * batch.share.tokens
-            yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}  # UOE (4), and below its last term
+            yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}  # two terms of equation 4,
         for batch in retain.parts(step):
             r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
-            yield {"retain": r, "loss": args.retain_weight * r}
+            yield {"retain": r, "loss": args.retain_weight * r}  # UOE (4)
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)

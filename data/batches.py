@@ -156,7 +156,7 @@ def batch_at(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def rows_that_fit(examples: list[Example], vocab_size: int, at_most: int = 64) -> int:
-    """How many rows at once keep logits (N, V) of answers within 2^27 numbers, half a gigabyte in float32; at least 1."""
+    """How many rows at once keep logits (N, V) of answers within 2^27 numbers, half a GB in float32; at least 1."""
     most = max((answer_length(e) for e in examples), default=1)
     return max(1, min(at_most, 2**27 // (max(1, most) * vocab_size)))
 
@@ -204,7 +204,7 @@ class Rows:
         return self.at(batch_at(len(self.examples), self.batch_size, self.seed, step))
 
     def parts(self, step: int) -> Iterator[Batch]:
-        """The batch of training step `step`, at most `micro` rows at a time; each says what share of the batch it is."""
+        """The batch of training step `step`, at most `micro` rows at a time; each says what share of it it is."""
         index = batch_at(len(self.examples), self.batch_size, self.seed, step)
 
         def sizes(of: list[int]) -> tuple[int, int, int]:
@@ -216,7 +216,8 @@ class Rows:
             part = index[start : start + at_once]
             batch = self.at(part)
             if part != index:
-                batch.share = Share(*(some / max(1, every) for some, every in zip(sizes(part), sizes(index), strict=True)))
+                both = zip(sizes(part), sizes(index), strict=True)
+                batch.share = Share(*(some / max(1, every) for some, every in both))
             yield batch
 
     @staticmethod

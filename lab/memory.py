@@ -2,9 +2,9 @@
 
     python -m lab.memory > results/memory.md       # public models on cards of 24, 48 and 80 GB, and the flags that fit
 
-Four things add up. *Weights*: one copy, whatever the method; a second where all of them train. *What trains*: its own copy,
-gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the backward pass is to find of one
-micro-batch. *Kept*: what is computed once per row (data/batches.py, KEPT_BYTES).
+Four things add up. *Weights*: one copy, whatever the method. *What trains*: its own copy (a second model where all
+of it trains or LoRA is merged), gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the
+backward pass is to find of one micro-batch. *Kept*: what is computed once per row (data/batches.py, KEPT_BYTES).
 
 Shapes: R rows at once   T tokens of the longest   A of them answers   D width   V vocabulary   F width of an MLP
 """
@@ -116,7 +116,8 @@ def inside(block, config: Config) -> int:
     width = config.d_head * config.n_head
     attention = 4 * config.d_model + 6 * width
     if isinstance(block.mlp, MoE):
-        return attention + 2 * config.d_model + config.top_k * (3 * config.d_model + 5 * config.d_ff) + 4 * config.n_expert
+        routed = config.top_k * (3 * config.d_model + 5 * config.d_ff)
+        return attention + 2 * config.d_model + routed + 4 * config.n_expert
     return attention + 2 * config.d_model + 5 * block.mlp.up.out_features
 
 
@@ -168,11 +169,11 @@ def announce(config: Config, args: argparse.Namespace, rows: list[Row]) -> None:
 EXPERTS_7B = dict(d_model=2048, n_layer=16, n_head=16, n_kv_head=16, d_ff=1024, n_expert=64, top_k=8)
 SHAPES: dict[str, dict] = {
     "OLMoE-1B-7B": dict(EXPERTS_7B, vocab_size=50304, qk_norm="full"),
-    "Qwen1.5-MoE-A2.7B": dict(vocab_size=151936, d_model=2048, n_layer=24, n_head=16, n_kv_head=16, d_ff=1408, n_expert=60,
-                              top_k=4, d_shared=5632, shared_gate=True, qkv_bias=True),
-    "DeepSeek-V2-Lite": dict(vocab_size=102400, d_model=2048, n_layer=27, n_head=16, n_kv_head=16, d_ff=1408, n_expert=64,
-                             top_k=6, n_shared=2, n_dense=1, d_dense=10944, kv_rank=512, d_head=64, d_nope=128,
-                             d_value=128),
+    "Qwen1.5-MoE-A2.7B": dict(vocab_size=151936, d_model=2048, n_layer=24, n_head=16, n_kv_head=16, d_ff=1408,
+                              n_expert=60, top_k=4, d_shared=5632, shared_gate=True, qkv_bias=True),
+    "DeepSeek-V2-Lite": dict(vocab_size=102400, d_model=2048, n_layer=27, n_head=16, n_kv_head=16, d_ff=1408,
+                             n_expert=64, top_k=6, n_shared=2, n_dense=1, d_dense=10944, kv_rank=512, d_head=64,
+                             d_nope=128, d_value=128),
     "Mixtral-8x7B": dict(vocab_size=32000, d_model=4096, n_layer=32, n_head=32, n_kv_head=8, d_ff=14336, n_expert=8,
                          top_k=2, norm_topk_prob=True),
     "Llama-2-7B": dict(vocab_size=32000, d_model=4096, n_layer=32, n_head=32, n_kv_head=32, d_ff=11008),
@@ -180,7 +181,7 @@ SHAPES: dict[str, dict] = {
 }
 CARDS = (24, 48, 80)
 RESERVED = 1.5 * GB  # of a card: CUDA's own, and what its allocator cannot use
-TOFU = Text(tokens=128, answer=100, total=4000 * 64)  # its longest row, by Llama's tokenizer; rows that unlearning meets
+TOFU = Text(tokens=128, answer=100, total=4000 * 64)  # of its longest row, about; and of all rows
 METHODS_SHOWN = {"uoe": "UOE", "uld": "ULD", "lora": "LoRA", "full": "all parameters"}
 WAYS = [{}, {"micro_batch": 8}, {"micro_batch": 2}, {"micro_batch": 8, "checkpointing": True},
         {"micro_batch": 1, "checkpointing": True}]  # the quickest first
@@ -198,7 +199,8 @@ def way_that_fits(config: Config, method: str, card: int) -> str:
     for way in WAYS:
         needed = need(config, arguments(method, **way), TOFU)
         if needed.total() <= card * GB - RESERVED:
-            words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in way.items()]
+            words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+                     for key, value in way.items()]
             return f"{needed.total() / GB:.0f}" + (f" `{' '.join(words)}`" if words else "")
     return f"no ({needed.total() / GB:.0f})"
 
@@ -222,10 +224,10 @@ def table() -> Iterator[str]:
 
 HEAD = """# Memory
 
-Printed by `python -m lab.memory`, by the arithmetic that a run prints before it loads anything; `tests/test_memory.py` holds
-it against measured small models. GB (10^9 bytes) that unlearning TOFU's rows needs, bf16, defaults of public models: 32 rows
-to forget and 32 to keep a step. Flags where the defaults do not fit: the quickest of those tried. *no*: what it would need
-with all of them. Scoring is not counted: it shrinks its batches. No number here was measured on a card.
+Printed by `python -m lab.memory`, by the arithmetic that a run prints before it loads anything; `tests/test_memory.py`
+holds it against measured small models. GB (10^9 bytes) that unlearning TOFU's rows needs, bf16, defaults of public
+models: 32 rows to forget and 32 to keep a step. Flags where the defaults do not fit: the quickest of those tried. *no*:
+what it would need with all of them. Scoring is not counted. No number here was measured on a card.
 """
 
 

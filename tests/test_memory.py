@@ -79,8 +79,8 @@ method, dtype = sys.argv[1], sys.argv[2]
 config = SPARSE if METHODS[method].needs_experts or sys.argv[3] == "moe" else DENSE
 data = load_data("world", subjects=4)
 tokenizer = Tokenizer.train(data.texts(), 2048)
-args = arguments(method, dtype=dtype, epochs=2, seed=0, forget_loss="npo", retain_loss="gd", retain_weight=1.0, npo_beta=0.1,
-                 subtract=0.75)
+args = arguments(method, dtype=dtype, epochs=2, seed=0, forget_loss="npo", retain_loss="gd", retain_weight=1.0,
+                 npo_beta=0.1, subtract=0.75)
 forget, retain = (Rows(rows[:64], tokenizer, 64, 32, 0, "cpu") for rows in METHODS[method].rows(data, args))
 examples = forget.examples + retain.examples
 text = Text(max(len(e.tokens) for e in examples), max(sum(label >= 0 for label in e.labels) for e in examples),

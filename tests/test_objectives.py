@@ -445,4 +445,5 @@ def test_strangers_means_that_are_too_large_to_keep_are_computed_each_time(wordy
     batch = rows.batch(0)
     logits = rows.run(bench.model("dense", 1), batch)[0]
     assert kept.kept and not fresh.kept
-    assert fresh(target, logits, None, batch).item() == pytest.approx(kept(target, logits, None, batch).item(), rel=1e-4)
+    value = kept(target, logits, None, batch).item()
+    assert fresh(target, logits, None, batch).item() == pytest.approx(value, rel=1e-4)
