@@ -10,15 +10,18 @@ is uniform on everything else (equation 5). At decoding its logits are subtracte
 target's weights never change, and it is not even run while the assistant trains. `unlearn` is the algorithm; what it
 calls stands below it: LoRA, the assistant, the filter, the difference.
 
-Departures from the paper
-    Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
-    Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
+Departures from the paper, and in brackets what takes each back: flags of train.py, or a row of lab/ablations.py
+    Losses cover answer tokens only; the authors' uniform loss averages over question and padding too (row
+    uld-uniform-all). Of D'_f and D'_r: rows uld-no-paraphrased, uld-no-perturbed, uld-no-retain, uld-retain9.
+    Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
+    row uld-stray9: with the rows about other authors that the authors' files hold).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
     sure of every word, and the language goes with the fact. Equation 5 leaves out the token where a wrong answer parts
     from the right one (--fork in: as printed): there the two equations contradict each other. Rows about strangers are
     part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
-    (--filter-rate 0.01: the paper's), K 3 of 4. On other rows the paper's alpha and filter.
+    (--filter-rate 0.01: the paper's), K 3 of 4 (--assistant-layers 1: the paper's quarter). On other rows the paper's
+    alpha and filter. What 0 outside the plausible set does: row uld-centred.
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
