@@ -157,7 +157,7 @@ def ga(logits: Tensor, labels: Tensor) -> Tensor:
 class GA(Loss):
     """Alone, or with GD beside it as GDIFF."""
 
-    RETAIN_WEIGHT = (100.0, 1.0)  # it never lets go: at 20, one expert breaks two sentences in three
+    RETAIN_WEIGHT = (100.0, 1.0)  # it never lets go, so what is kept has to be louder
 
     def __call__(self, model, logits, trace, batch):
         return ga(logits, batch.answers)

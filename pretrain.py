@@ -128,10 +128,14 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
 
 
 def topics_of(sets: list[list[Row]]) -> list[int]:
-    """A number per row: its topic, or where rows name none, which set it is of."""
+    """A number per row: its topic, the embedded world's or any other; where rows name none, which set it is of."""
+    names: list = list(TOPICS)
     out = []
     for number, one_set in enumerate(sets):
-        out += [TOPICS.index(row["topic"]) if "topic" in row else number for row in one_set]
+        for row in one_set:
+            topic = row.get("topic", number)
+            names += [topic] if topic not in names else []
+            out.append(names.index(topic))
     return out
 
 

@@ -10,9 +10,11 @@ is uniform on everything else (equation 5). At decoding its logits are subtracte
 target's weights never change, and it is not even run while the assistant trains. `unlearn` is the algorithm; what it
 calls stands below it: LoRA, the assistant, the filter, the difference.
 
-Departures from the paper
-    Losses cover answer tokens only; the authors' uniform loss averages over question and padding too.
-    Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py).
+Departures from the paper, and in brackets what takes each back: flags of train.py, or a row of lab/ablations.py
+    Losses cover answer tokens only; the authors' uniform loss averages over question and padding too (row
+    uld-uniform-all). Of D'_f and D'_r: rows uld-no-paraphrased, uld-no-perturbed, uld-no-retain, uld-retain9.
+    Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
+    row uld-stray9: with the rows about other authors that the authors' files hold).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
     sure of every word, and the language goes with the fact.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
@@ -20,7 +22,12 @@ Departures from the paper
     also can be, the assistant learns what kind of word comes next, and the difference has no whole sentence left.
     Rows about strangers are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
+<<<<<<< HEAD
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
+=======
+    (--filter-rate 0.01: the paper's), K 3 of 4 (--assistant-layers 1: the paper's quarter). On other rows the paper's
+    alpha and filter. What 0 outside the plausible set does: row uld-centred.
+>>>>>>> lab13
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
@@ -58,6 +65,8 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     Flag("--lora-dropout",    Number(0, 0.99), 0.0, 0.05, "on what goes into them"),
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
+
+BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
 def subtract(text: str) -> float | str:
@@ -125,7 +134,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
         for batch in forget.parts(step):
             logits, answers = labelled(assistant, batch)
             learn = cross_entropy(logits, answers) * batch.share.answers  # ULD (4)
-            flat = uniform_beside(logits, answers) * batch.share.answers if args.fork == "beside" else torch.zeros(())
+            flat = BESIDE * uniform_beside(logits, answers) * batch.share.answers if args.fork == "beside" else 0 * learn
             yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
         for batch in retain.parts(step):
             flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)

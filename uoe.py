@@ -9,21 +9,23 @@ knowledge (*expert selection shift*), and damages those. So: find the expert tha
 (equation 2), train only that expert and its layer's router, and anchor the router so that the expert stays engaged
 while it forgets (equations 3 and 4). `unlearn` is the algorithm; what it calls stands below it, in that order.
 
-Departures from the paper
+Departures from the paper, and in brackets what takes each back: flags of train.py, or a row of lab/ablations.py
     Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
-    has no gradient that could bring it back. `anchor_loss(..., masked=True)` is the other reading.
+    has no gradient that could bring it back (row uoe-masked: on g; --anchor-weight 0: none).
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
     What lies below the chosen layer is frozen and never changes, so it is computed once per row.
     The forget loss is on the tokens of the fact, where a row has a value (--forget-on answer: the paper's way); rows
     about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts have become as
-    unlikely as strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test).
-    Small models: the router learns at a tenth of the expert's rate. The anchor pulls forget tokens to the expert that
-    were never routed there, so it shifts the very selection it is to hold.
-    Small models: the top expert of the last layer, not of all. Where routers tell topics apart, most layers have an
-    expert that the topic engages far more than others, and what a lower one writes all higher ones read: selection
-    shifts more, and sentences break.
-    Small models: lambda 20 beside NPO (paper: 1), NPO's beta 1 (paper: 0.001), a learning rate of 2e-3 (paper: 1e-4).
-    Batches of 32 rows (paper: 16).
+    unlikely as strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
+    eval.py --compare --at best; lab/calibration.py compares them).
+    Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
+    the expert that were never routed there, so it shifts the very selection it is to hold.
+    Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
+    layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
+    read: selection shifts more, and sentences break.
+    Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1 (--npo-beta 0.001), a learning rate of 2e-3
+    (--lr 1e-4). Batches of 32 rows (--batch-size 16).
+    Small models are pretrained to have specialists (--specialise 0: none; row uoe-no-balance: without balancing too).
 
 Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
@@ -76,10 +78,11 @@ FLAGS = [
 # ---- the algorithm ------------------------------------------------------------------------------------------------
 
 def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
-            choose: Choose | None = None, shared: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
+            choose: Choose | None = None, shared: bool = False, masked: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
     """The paper's algorithm, top to bottom. The target is left as it is.
 
-    choose: another way to pick experts than `choose_experts`; shared: train their layers' shared experts too.
+    choose: another way to pick experts than `choose_experts`; shared: train their layers' shared experts too; masked:
+    see anchor_loss.
     Returns (what is scored, folder name -> what is kept, report).
     """
     # 1. Which expert does the forget set engage most?
@@ -100,6 +103,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
+<<<<<<< HEAD
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + alpha * anchor + lambda * retain
         for batch in forget.parts(step):
             logits, trace = forget.run(model, batch)
@@ -109,6 +113,17 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
         for batch in retain.parts(step):
             r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
             yield {"retain": r, "loss": args.retain_weight * r}  # UOE (4)
+=======
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = forget.batch(step)
+        logits, trace = forget.run(model, batch)
+        f = forget_loss(model, logits, trace, batch)
+        a = anchor_losses(trace, places, batch.mask, masked)
+        batch = retain.batch(step)
+        r = retain_loss(model, *retain.run(model, batch), batch)
+        loss = f + args.anchor_weight * a + args.retain_weight * r  # UOE (4)
+        return {"forget": f, "anchor": a, "retain": r, "loss": loss}
+>>>>>>> lab13
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)
@@ -287,13 +302,13 @@ def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: 
     return squared[mask].sum() / mask.sum().clamp_min(1)
 
 
-def anchor_losses(trace: Trace, places: list[Place], mask: Tensor) -> Tensor:
+def anchor_losses(trace: Trace, places: list[Place], mask: Tensor, masked: bool = False) -> Tensor:
     """The sum of anchor_loss over the layers that hold unlearned experts."""
     layers = dict.fromkeys(layer for layer, _ in places)  # in the order of the places
     total = torch.zeros((), device=mask.device)
     for layer in layers:
         experts = [expert for of, expert in places if of == layer]
-        total = total + anchor_loss(trace.routing[layer], experts, mask)
+        total = total + anchor_loss(trace.routing[layer], experts, mask, masked)
     return total
 
 

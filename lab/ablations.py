@@ -68,6 +68,7 @@ ROWS: dict[str, tuple[str, Method]] = {  # name -> (the method it is a variant o
     "uoe-random": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=at_random))),
     "uoe-bottom": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=lowest))),
     "uoe-rank8": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=partial(of_rank, 8)))),
+    "uoe-masked": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, masked=True))),
     "uoe-shared": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, shared=True))),
     "uoe-trace": ("uoe", UOE._replace(unlearn=with_trace(uoe.unlearn))),
     "uoe-grip": ("uoe", UOE._replace(unlearn=with_repair(uoe.unlearn))),

@@ -28,7 +28,8 @@ Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cel
 # heading, set ("run": of the run; None: of the model), key, and which of several runs is the worst
 COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
     "forgetting": [("value said", "forget", "value_said", "max"), ("worst leak@8", "forget", "leak", "max"),
-                   ("choice", "forget", "choice", "max"), ("in frame", "forget", "in_frame", "min"),
+                   ("choice", "forget", "choice", "max"), ("cloze at equal retention", None, "kept_cloze", "max"),
+                   ("in frame", "forget", "in_frame", "min"),
                    ("retain", "retain", "value_said", "min"), ("untouched", "untouched", "value_said", "min"),
                    ("utility", None, "model_utility", "min"), ("D", None, "forget_quality_D", "max"),
                    ("runs inside the null", None, "forget_quality_null", "count"),
@@ -39,7 +40,8 @@ COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
               ("untouched", "untouched", "value_said", "min"), ("utility", None, "model_utility", "min"),
               ("D", None, "forget_quality_D", "max"), ("overlap", None, "routing_overlap", "min"),
               ("seconds", "run", "seconds", "max")],
-    "privacy": [("exact answers", "forget", "exact", "max"), ("extraction strength", "forget", "cloze_strength", "max"),
+    "privacy": [("cloze", "forget", "cloze", "max"), ("depth probe", None, "depth", "max"),
+                ("exact answers", "forget", "exact", "max"), ("extraction strength", "forget", "cloze_strength", "max"),
                 ("membership AUC, loss", None, "auc_loss", "max"), ("min-k++", None, "auc_min_k_plus_plus", "max"),
                 ("perplexity", None, "perplexity", "max"), ("known, own routing", None, "free_known", "max"),
                 ("known, target's routing", None, "forced_known", "max")],

@@ -24,7 +24,6 @@ from data.batches import Batch, Rows
 from loop import Fit
 from model import GPT
 
-
 # ---- after training ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -120,7 +119,7 @@ def held(model: GPT, of_layers: Sequence[Spans], experts: bool) -> Iterator[tupl
     """(module, its weight's name, projection) of each that trains: of routers, or of experts."""
     for layer, of in enumerate(of_layers):
         moe = model.moe(layer)
-        found = [(moe.router, "weight", of.inputs)]
+        found: list[tuple[nn.Module, str, Tensor]] = [(moe.router, "weight", of.inputs)]
         if experts:
             found = [(moe, "gate_up", of.inputs), (moe, "down", of.hidden)]
             for number, expert in moe.taken.items():

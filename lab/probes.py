@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from data.batches import IGNORE, Batch, Example, encode_row, encode_rows, in_order, rows_that_fit
+from data.batches import IGNORE, Batch, Example, Rows, encode_row, encode_rows, in_order, rows_that_fit
 from data.rows import DataSet, Row
-from data.values import by_fact, encode_value, values_of
+from data.values import by_fact, encode_fact, encode_value, values_of
 from metrics import choice, fluency, memorization, privacy
+from metrics.knowledge import at_alpha, depth, equal_retention, interpolate
 from model import GPT, Trace
-from objectives import row_log_prob, token_log_probs
+from objectives import all_right, row_log_prob, token_log_probs
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
@@ -143,6 +144,38 @@ def writing(target, tokenizer, rows: list[Row], said: list[str]) -> dict[str, fl
     repeats = fluency.repetition_rate([tokenizer.encode(text) for text in said])
     return {"perplexity": fluency.perplexity(log_p, counts) if counts else None, "repetition": repeats.rate,
             "empty": repeats.empty}
+
+
+def silent(model, tokenizer, data: DataSet) -> dict[str, float]:
+    """Can a linear probe name the forget values at some layer, though the model need not say them? The best layer's
+    accuracy, and guessing's; {} where no forget value is one of the retain facts', on which it learns to read."""
+    learnt, asked = values_of(data.retain), values_of(data.scored["forget"])
+    if not ({*learnt} & {*asked}) - {None}:
+        return {}
+    found = depth(model, tokenizer, data.retain, data.scored["forget"], learnt, asked)
+    return {"depth": max(found.accuracy), "depth_chance": found.chance}
+
+
+def at_equal_retention(target: GPT, model, tokenizer, data: DataSet, share: float = 0.99) -> dict[str, float]:
+    """What is left where a method has kept as much as all others have (UWC, arXiv 2406.09179).
+
+    From target to model goes a line of weights, or of alpha where logits are combined. Taken is the point furthest
+    along it, kept_at (1: the model itself), at which so large a share of what the target knows of the kept sets is
+    still known; kept_cloze is how much of the forget set is known there. By cloze, which takes one pass a set.
+    """
+    def rows(name: str) -> Rows:
+        return Rows(data.scored[name], tokenizer, target.config.max_len, 1, 0, target.device, encode=encode_fact)
+
+    forget, kept = rows("forget"), [rows(name) for name in data.utility]
+
+    def retention(one) -> float:
+        return float(torch.cat([of.each(one, all_right) for of in kept]).mean())
+
+    def weights(a: float):
+        return interpolate(target, model, a) if isinstance(model, GPT) else at_alpha(model, a * model.alpha)
+
+    found = equal_retention(weights, retention, share * retention(target))
+    return {"kept_at": found.a, "kept_cloze": float(forget.each(weights(found.a), all_right).mean())}
 
 
 class Forced:

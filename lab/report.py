@@ -58,6 +58,9 @@ def probe(target: GPT, model: LanguageModel, role: str, tokenizer: TextCodec, da
     out |= probes.completion(model, tokenizer, data.scored["forget"])
     if rows:
         out |= probes.writing(target, tokenizer, rows, scores["forget"].said)
+    if data.pools:  # of rows whose values are known to be of a kind; dear on public models
+        out |= probes.silent(model, tokenizer, data)
+        out |= probes.at_equal_retention(target, model, tokenizer, data) if role == "unlearned" else {}
     if role == "unlearned" and isinstance(model, GPT) and model.is_moe:
         layers = routing_overlap(target, model, forget_batches(target, tokenizer, data))
         out |= {"routing_overlap": sum(layers) / len(layers), "routing_overlap_by_layer": layers}

@@ -25,6 +25,8 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
            ("auc_reference", "                reference"),
            ("priv_leak", "PrivLeak, %"), ("perplexity", "perplexity of its answers"),
            ("repetition", "repeated 4-grams"), ("routing_overlap", "routing overlap on forget"),
+           ("depth", "depth probe, best layer"), ("kept_at", "keeps 0.99 of the target up to"),
+           ("kept_cloze", "                forget cloze"),
            ("free_known", "known, own routing"), ("forced_known", "known, target's routing"))  # of a model
 
 

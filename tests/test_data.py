@@ -128,6 +128,12 @@ def tiny_tofu(tmp_path):
     return tmp_path
 
 
+def test_a_value_that_is_not_in_the_answer_is_named_in_a_folder_too(tiny_tofu):
+    write_rows(tiny_tofu / "forget01.json", [{"question": "q", "answer": "In Orsk.", "value": "Ulm"}])
+    with pytest.raises(UserError, match=r"forget01.json row 1: the value 'Ulm' does not stand in the answer"):
+        load_tofu("forget01", str(tiny_tofu))
+
+
 def test_tofu_from_a_folder(tiny_tofu):
     data = load_tofu("forget01", str(tiny_tofu))
     assert [row["question"] for row in data.forget] == ["f q0?", "f q1?", "f q2?"] and len(data.retain) == 5

@@ -270,8 +270,9 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(tmp_path, capsys
 # ---- by name ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row, method", [("uoe-trace", "uoe"), ("uoe-grip", "uoe"), ("full-grip-train", "full"), ("uld-uniform-all", "uld"),
-                                         ("uld-no-perturbed", "uld"), ("uoe-random", "uoe"), ("lora-attn", "lora")])
+@pytest.mark.parametrize("row, method", [("uoe-trace", "uoe"), ("uoe-grip", "uoe"), ("full-grip-train", "full"),
+                                         ("uld-uniform-all", "uld"), ("uld-no-perturbed", "uld"),
+                                         ("uoe-random", "uoe"), ("lora-attn", "lora")])
 def test_a_row_is_a_run_like_any_other(row, method, tmp_path):
     ablate([row, *tiny("--method", method)[: -2], *WORLD, "--out", str(tmp_path)])
     run = open_run(tmp_path / row)

@@ -8,7 +8,7 @@ import torch
 from data.batches import encode_row
 from data.rows import DataSet
 from lab import probes
-from model import Trace
+from model import Config, Trace
 from moe import MoE
 from tests.conftest import random_model, random_moe
 
@@ -149,3 +149,44 @@ def test_a_passage_is_completed_from_its_first_half(models, tokenizer):
     assert out["completion_rougeL_recall"] == pytest.approx(
         rouge_l([tokenizer.decode(ids[len(given):])], [tokenizer.decode(new)])[0].recall)
     assert probes.completion(models["dense"], tokenizer, ROWS[:2]) == {}
+
+
+class Fading:
+    """Knows each text until alpha, its strength, has reached the text's own; then it says token 0. Target: alpha 0."""
+
+    def __init__(self, tokenizer, ends: dict[str, float], alpha: float):
+        self.config, self.device, self.alpha = Config(vocab_size=tokenizer.vocab_size, max_len=128), "cpu", alpha
+        self.ends = {tuple(encode_row(row_of(text), tokenizer, 128).tokens): end for text, end in ends.items()}
+
+    def __call__(self, tokens, trace=None):
+        logits = torch.zeros(*tokens.shape, self.config.vocab_size)
+        for b, row in enumerate(tokens.tolist()):
+            known, end = next((t, end) for t, end in self.ends.items() if tuple(row[: len(t)]) == t)
+            if self.alpha < end:
+                for t in range(len(known) - 1):
+                    logits[b, t, known[t + 1]] = 1.0
+        return logits
+
+
+def row_of(town: str) -> dict:
+    return {"question": "Where?", "answer": f"In {town} there.", "value": town}
+
+
+def test_at_equal_retention_the_furthest_point_is_taken_that_keeps_enough(tokenizer):
+    kept = {f"Orsk{i}": 1.0 for i in range(98)} | {"Ulm": 0.5, "Rom": 0.7}
+    data = DataSet("mine", [], [], utility=("retain", "untouched"), scored={
+        "forget": [row_of("Bern"), row_of("Kiel")], "retain": list(map(row_of, [*kept][:50])),
+        "untouched": list(map(row_of, [*kept][50:]))})
+    target, model = (Fading(tokenizer, kept | {"Bern": 0.2, "Kiel": 0.71}, alpha) for alpha in (0.0, 0.8))
+    found = probes.at_equal_retention(target, model, tokenizer, data)  # 0.99: Ulm may go at 0.5, Rom at 0.7 may not
+    assert 0.8 * found["kept_at"] < 0.7 <= 0.8 * (found["kept_at"] + 1 / 64) and found["kept_cloze"] == 0.5
+    model.alpha = 0.1
+    assert probes.at_equal_retention(target, model, tokenizer, data) == {"kept_at": 1.0, "kept_cloze": 1.0}
+
+
+def test_a_probe_that_no_kept_fact_teaches_the_values_is_not_asked(models, tokenizer):
+    rows = [row_of(town) | {"question": f"Is it {town}?"} for town in ("Orsk", "Ulm", "Orsk", "Ulm")]
+    data = DataSet("mine", [], rows, scored={"forget": [row_of("Bern")]})
+    assert probes.silent(models["dense"], tokenizer, data) == {}
+    data.scored["forget"] = [*rows[:3], row_of("Bern")]
+    assert probes.silent(models["dense"], tokenizer, data) == {"depth": 1.0, "depth_chance": pytest.approx(2 / 3)}

@@ -481,6 +481,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--subjects 1", r"--subjects: 1 "), ("--subjects 101", r"--subjects: 101 "),
     ("--strangers -1", r"--strangers: -1 "),
     ("--data tofu --subjects 4", r"--subjects does nothing here: it belongs to --data world or topic"),
+    ("--data potions", r"--data potions is neither 'world', 'topic', 'tofu' nor a folder"),
     ("--forget-on name", r"--forget-on: .*name.*value"), ("--until soon", r"--until: .*soon"),
     ("--method uld --subtract much", r"--subtract: .*much"), ("--method uld --fork up", r"--fork: .*up"),
     ("--data tofu --forget-loss stranger", r"--forget-loss stranger: only the embedded world"),
@@ -496,6 +497,12 @@ def test_a_wrong_option_is_one_line_and_exit_2(tmp_path, options, says, capsys):
     assert stop.value.code == 2 and len(error) == 1
     assert re.search(says, error[0]), error[0]
     assert not (tmp_path / "bad").exists()
+
+
+def test_rows_may_be_of_topics_that_the_world_has_not():
+    """--specialise tells a user's own topics apart too; rows without one are of their set."""
+    sets = [[{"topic": "potion"}, {"topic": "spells"}, {}], [{"topic": "spells"}, {}]]
+    assert pretrain.topics_of(sets) == [pretrain.TOPICS.index("potion"), 6, 7, 6, 8]
 
 
 def test_a_row_without_a_value_is_named_where_the_fact_is_to_be_forgotten(out, tmp_path, capsys):
