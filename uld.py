@@ -22,12 +22,8 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     also can be, the assistant learns what kind of word comes next, and the difference has no whole sentence left.
     Rows about strangers are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
-<<<<<<< HEAD
-    (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
-=======
-    (--filter-rate 0.01: the paper's), K 3 of 4 (--assistant-layers 1: the paper's quarter). On other rows the paper's
-    alpha and filter. What 0 outside the plausible set does: row uld-centred.
->>>>>>> lab13
+    (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter. What 0 outside the plausible set
+    does: row uld-centred.
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
@@ -134,7 +130,8 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
         for batch in forget.parts(step):
             logits, answers = labelled(assistant, batch)
             learn = cross_entropy(logits, answers) * batch.share.answers  # ULD (4)
-            flat = BESIDE * uniform_beside(logits, answers) * batch.share.answers if args.fork == "beside" else 0 * learn
+            flat = uniform_beside(logits, answers) if args.fork == "beside" else 0 * learn
+            flat = BESIDE * flat * batch.share.answers
             yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
         for batch in retain.parts(step):
             flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)

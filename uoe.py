@@ -78,7 +78,8 @@ FLAGS = [
 # ---- the algorithm ------------------------------------------------------------------------------------------------
 
 def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
-            choose: Choose | None = None, shared: bool = False, masked: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
+            choose: Choose | None = None, shared: bool = False,
+            masked: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
     """The paper's algorithm, top to bottom. The target is left as it is.
 
     choose: another way to pick experts than `choose_experts`; shared: train their layers' shared experts too; masked:
@@ -103,27 +104,15 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     forget_loss = FORGET[args.forget_loss](target, forget, args)
     retain_loss = RETAIN[args.retain_loss](target, retain, args)
 
-<<<<<<< HEAD
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + alpha * anchor + lambda * retain
         for batch in forget.parts(step):
             logits, trace = forget.run(model, batch)
             f = forget_loss(model, logits, trace, batch) * forget_loss.share(batch)
-            a = anchor_losses(trace, places, batch.mask) * batch.share.tokens
+            a = anchor_losses(trace, places, batch.mask, masked) * batch.share.tokens
             yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}  # two terms of equation 4,
         for batch in retain.parts(step):
             r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
             yield {"retain": r, "loss": args.retain_weight * r}  # UOE (4)
-=======
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = forget.batch(step)
-        logits, trace = forget.run(model, batch)
-        f = forget_loss(model, logits, trace, batch)
-        a = anchor_losses(trace, places, batch.mask, masked)
-        batch = retain.batch(step)
-        r = retain_loss(model, *retain.run(model, batch), batch)
-        loss = f + args.anchor_weight * a + args.retain_weight * r  # UOE (4)
-        return {"forget": f, "anchor": a, "retain": r, "loss": loss}
->>>>>>> lab13
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr)
