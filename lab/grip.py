@@ -11,7 +11,7 @@ Shapes: B batch   T tokens   N real tokens   D model width   E experts   K exper
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from baselines import Unlearned
 from data.batches import Batch, Rows
 from loop import Fit
-from model import GPT
+from model import GPT, own
 
 # ---- after training ---------------------------------------------------------------------------------------------
 
@@ -56,6 +56,8 @@ def with_repair(unlearn: Callable[..., Unlearned]) -> Callable[..., Unlearned]:
     """The same method, its routers repaired at the end."""
     def repaired(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
         model, kept, report = unlearn(target, forget, retain, args, fit)
+        for layer in model.config.moe_layers:
+            own(model.moe(layer).router)
         repair_routers(target, kept["model"], retain.in_order())
         return model, kept, report
 
@@ -115,9 +117,9 @@ class Held(nn.Module):
         return self.start + (rows @ self.projection).view_as(change).to(weight.dtype)
 
 
-def held(model: GPT, of_layers: Sequence[Spans], experts: bool) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def held(model: GPT, of_layers: dict[int, Spans], experts: bool) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(module, its weight's name, projection) of each that trains: of routers, or of experts."""
-    for layer, of in enumerate(of_layers):
+    for layer, of in of_layers.items():
         moe = model.moe(layer)
         found: list[tuple[nn.Module, str, Tensor]] = [(moe.router, "weight", of.inputs)]
         if experts:
@@ -132,7 +134,7 @@ def with_projection(unlearn: Callable[..., Unlearned], experts: bool = False, ke
     """The same method, whose routers (experts: whose experts) train off the span of what retain tokens bring them."""
     def projected(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
         batches = list(retain.in_order())
-        of_layers = [spans(target, batches, layer, keep) for layer in range(target.config.n_layer)]
+        of_layers = {layer: spans(target, batches, layer, keep) for layer in target.config.moe_layers}
 
         def held_fit(model: GPT, *how, **more) -> dict:
             parts = list(held(model, of_layers, experts))
