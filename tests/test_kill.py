@@ -1,4 +1,4 @@
-"""lab/kill.py, shortened: what is left of killed runs, and of two that want one folder. And runs that were tampered with."""
+"""lab/kill.py, shortened: what is left of killed runs, of two that want one folder; and runs that were edited."""
 
 import json
 import random
