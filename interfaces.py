@@ -59,6 +59,10 @@ class TextCodec(Protocol):
     def stops(self) -> Collection[int]:
         """`end`, and whatever else ends one."""
 
+    @property
+    def front(self) -> list[int]:
+        """What stands in front of running text: a beginning-of-text token, or nothing."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...

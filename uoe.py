@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import demo
 from data.batches import Batch, Rows, greedy_answers
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
@@ -295,7 +295,7 @@ def routed_text(model: GPT, tokenizer: TextCodec, question: str, answer: str, at
     chosen = trace.routing[layer].chosen[0, len(prompt) - 1 :].tolist()  # what is written at t is chosen at t - 1
     words = []
     for token, experts in zip(said, chosen, strict=False):
-        text = f"{tokenizer.decode([token]).strip()}·{experts[0]}"
+        text = f"{shown(tokenizer.decode([token]).strip())}·{experts[0]}"
         words.append(demo.colour(text, "red") if expert in experts else text)
     return " ".join(words) or "(nothing)"
 
@@ -316,7 +316,7 @@ def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], p
         question = next((row["question"] for row in rows.rows if "question" in row), None)
         if question is None:
             continue
-        print(f"[{name}] {question}")
+        print(shown(f"[{name}] {question}"))
         for when, m in (("before", target), ("after", model)):
             answer, = greedy_answers(m, tokenizer, [question])
             print(f"    {when:<7} {routed_text(m, tokenizer, question, answer, at)}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.rows import DataSet, Limits, Row, augment, check_no_leak, read_rows
+from data.rows import DataSet, Limits, Row, augment, check_apart, check_no_leak, read_rows
 from data.tofu import load_tofu
 from data.values import check_value
 from data.world import make_world
@@ -27,6 +27,7 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
         for name, path in (("forget", forget), ("retain", retain)):
             for number, row in enumerate(rows[name], 1):
                 check_value(row, f"{path} row {number}")
+        check_apart(rows["forget"], rows["retain"])
         scored = {}
         for name in rows:
             rows[name], scored[name] = (list(of) for of in zip(*map(shared_out, rows[name]), strict=True))
