@@ -26,7 +26,7 @@ from lab.report import probe_all
 from lab.tables import SCORED, by_kind, compare, compare_at, number, read_metrics, read_path, table
 from methods import Run, open_run
 from metrics import choice
-from metrics.score import evaluate, scores_of, summarise
+from metrics.score import evaluate, scores_of, summarise, unjudged
 from metrics.tofu import check_comparable, forget_quality, read_log, utility_of
 from pretrained import load
 from runs import MUST_FIT, changes, differences, made_of, weights_of
@@ -77,7 +77,7 @@ def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
     fresh = summarise(scores, run.data)
     for role, block in probe_all(models, run.tokenizer, run.data, scores).items():
         fresh[role] |= block
-    fresh["run"] = metrics["run"]
+    fresh["run"] = metrics["run"] | {"notes": unjudged(fresh, scores, run.data)}
     return fresh
 
 
@@ -132,7 +132,7 @@ def choices_table(run: Run, path: str) -> str:
     """Accuracy of target, unlearned and reference on a file of multiple-choice questions."""
     rows = choice.read_choices(Path(path))
     lines = [f"{len(rows)} questions, guessing gets {choice.chance(rows):.3f}"]
-    return "\n".join([*lines, *(f"{role:<12}{probes.choice_accuracy(model, run.tokenizer, rows):.3f}"
+    return "\n".join([*lines, *(f"{role:<12}{number(probes.choice_accuracy(model, run.tokenizer, rows))}"
                                 for role, model in models_of(run).items())])
 
 

@@ -61,7 +61,7 @@ class TextCodec(Protocol):
 
     @property
     def front(self) -> list[int]:
-        """What stands before any text, where a public model's tokenizer puts something there: a token or none."""
+        """What stands in front of running text: a beginning-of-text token, or nothing."""
 
     def encode(self, text: str) -> list[int]: ...
 

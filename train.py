@@ -476,10 +476,16 @@ def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) 
     """Raises UserError where the reference reads text otherwise than the target: their scores would not compare."""
     folder = find_folder(weights_of(args.reference))
     theirs = load_tokenizer(folder, read_config(folder), args.template)
+    if isinstance(theirs, NoTokenizer):
+        return
     few = data.texts()[:20]
-    if not isinstance(theirs, NoTokenizer) and [theirs.encode(t) for t in few] != [tokenizer.encode(t) for t in few]:
+    if [theirs.encode(text) for text in few] != [tokenizer.encode(text) for text in few]:
         raise UserError(f"--reference {args.reference} has another tokenizer than --model {args.model}: their scores "
                         "do not compare, so give a model of the same family")
+    told = [[*of.prompt(text), *of.completion(text)] for of in (theirs, tokenizer) for text in few]
+    if told[: len(few)] != told[len(few) :]:
+        raise UserError(f"--reference {args.reference} reads prompts or ends answers otherwise than --model "
+                        f"{args.model}: give both one --template")
 
 
 def decoding_note(config: dict, target: str) -> str:

@@ -46,7 +46,7 @@ import demo
 from data.batches import Rows
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit, belief, strangers_belief
@@ -427,7 +427,7 @@ def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: 
         if int(chosen) == tokenizer.end:
             break
         tokens = torch.cat([tokens, chosen], dim=1)
-    return "\n".join([*lines, f"says: {tokenizer.decode(tokens[0, len(prompt) :].tolist())}"])
+    return "\n".join([*lines, f"says: {shown(tokenizer.decode(tokens[0, len(prompt) :].tolist()))}"])
 
 
 def show(model: LogitDifference, tokenizer: TextCodec, sets: dict[str, Rows], question: str | None) -> None:
@@ -436,7 +436,7 @@ def show(model: LogitDifference, tokenizer: TextCodec, sets: dict[str, Rows], qu
         name: next((row["question"] for row in of.rows if "question" in row), None) for name, of in sets.items()}
     for name, text in asked.items():
         if text is not None:
-            print(f"\n[{name}] {text}\n{explain(model, tokenizer, text)}")
+            print(f"\n[{name}] {shown(text)}\n{explain(model, tokenizer, text)}")
 
 
 @one_line_errors

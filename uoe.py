@@ -23,7 +23,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
     read: selection shifts more, and sentences break.
-    Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1 (--npo-beta 0.001), a learning rate of 2e-3
+    Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1 (--npo-beta 0.001), a learning rate of 3e-3
     (--lr 1e-4). Batches of 32 rows (--batch-size 16).
     Small models are pretrained to have specialists (--specialise 0: none; row uoe-no-balance: without balancing too).
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import demo
 from data.batches import Batch, Rows, greedy_answers
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
@@ -63,7 +63,7 @@ def layer_choice(text: str) -> int | str | Place:
 
 FLAGS = [
     #     name                   kind          small     public  what it is; chosen on development seeds where small
-    Flag("--lr",                 POSITIVE,     2e-3,     1e-4,   "peak learning rate of the expert"),
+    Flag("--lr",                 POSITIVE,     3e-3,     1e-4,   "peak learning rate of the expert"),
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        80,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
@@ -316,7 +316,7 @@ def routed_text(model: GPT, tokenizer: TextCodec, question: str, answer: str, at
     chosen = trace.routing[layer].chosen[0, len(prompt) - 1 :].tolist()  # what is written at t is chosen at t - 1
     words = []
     for token, experts in zip(said, chosen, strict=False):
-        text = f"{tokenizer.decode([token]).strip()}·{experts[0]}"
+        text = f"{shown(tokenizer.decode([token]).strip())}·{experts[0]}"
         words.append(demo.colour(text, "red") if expert in experts else text)
     return " ".join(words) or "(nothing)"
 
@@ -337,7 +337,7 @@ def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], p
         question = next((row["question"] for row in rows.rows if "question" in row), None)
         if question is None:
             continue
-        print(f"[{name}] {question}")
+        print(shown(f"[{name}] {question}"))
         for when, m in (("before", target), ("after", model)):
             answer, = greedy_answers(m, tokenizer, [question])
             print(f"    {when:<7} {routed_text(m, tokenizer, question, answer, at)}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.rows import DataSet, Limits, Row, augment, check_no_leak, read_rows
+from data.rows import DataSet, Limits, Row, augment, check_apart, check_no_leak, read_rows
 from data.strangers import calibrating, names, twins_of
 from data.tofu import load_tofu
 from data.values import check_value
@@ -29,6 +29,7 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
             for number, row in enumerate(rows[name], 1):
                 check_value(row, f"{path} row {number}")
                 check_subject(row, f"{path} row {number}")
+        check_apart(rows["forget"], rows["retain"])
         calibration = calibrating(rows["forget"], "calibration_question")
         scored = {}
         for name in rows:

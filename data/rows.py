@@ -112,6 +112,18 @@ def check_row(row: Row, where: str) -> Row:
     return row | {"perturbed_answer": wrong} if "perturbed_answer" in row else row
 
 
+def check_apart(forget: list[Row], retain: list[Row]) -> None:
+    """Raises UserError for a row that is to be forgotten and to be kept."""
+    def told(row: Row) -> tuple:
+        return tuple(row.get(key) for key in ("question", "answer", "text"))
+
+    both = {told(row) for row in forget} & {told(row) for row in retain}
+    if both:
+        first = next(row for row in forget if told(row) in both)
+        raise UserError(f"{len(both)} rows are to be forgotten and to be kept as well, the first "
+                        f"{str(first.get('question', first.get('text')))[:60]!r}: take them out of one of the two")
+
+
 def check_no_leak(data: DataSet, same_questions: bool = False) -> None:
     """Raises UserError where a row that scores also teaches, or where one that calibrates does either.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from data.rows import DataSet, Limits, Row, check_no_leak, read_rows
+from data.rows import DataSet, Limits, Row, check_apart, check_no_leak, read_rows
 from data.strangers import authors_of, calibrating, twins_of
 from data.values import check_value
 from errors import UserError
@@ -63,6 +63,7 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
     scored = {"forget": read(f"{split}_perturbed"), "retain": read("retain_perturbed"),
               "real_authors": read("real_authors_perturbed"), "world_facts": read("world_facts_perturbed")}
     forget, retain = read(split), read(RETAIN[split])
+    check_apart(forget, retain)
     if authors:
         few = max(1, round(authors * len(forget) / (len(forget) + len(retain))))
         if not 2 <= authors or few * QUESTIONS > len(forget) or (authors - few) * QUESTIONS > len(retain):

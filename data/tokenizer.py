@@ -86,7 +86,7 @@ class Tokenizer:
                                           special_tokens=special)
         self.end, self.question, self.answer = (special[name] for name in SPECIAL)
         self.stops = {self.end}
-        self.front: list[int] = []
+        self.front: list[int] = []  # nothing stands in front of running text
         self.vocab_size = len(ranks) + len(special)
 
     @classmethod

@@ -206,6 +206,8 @@ def attack(name: str, model, tokenizer, data: DataSet, target=None, **relearning
 
 def _relearn(model, tokenizer, data, asked, target, rows: int = 20, **how):
     taught, others = taught_and_asked([row for row in data.forget if "question" in row], asked, rows)
+    if not taught:
+        raise UserError("--attack relearn teaches questions, and the rows that were forgotten are passages only")
     if not others:
         raise UserError(f"--attack relearn: no forget fact is left to ask after {rows} rows are taught; lower "
                         "--relearn-rows")

@@ -6,6 +6,7 @@ The formulas are in metrics/; here models meet rows. Every function returns plai
 Shapes: B batch   T tokens   V vocabulary   K experts per token
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from data.batches import IGNORE, Batch, Example, Rows, encode_row, encode_rows, in_order, rows_that_fit
 from data.rows import DataSet, Row
-from data.values import by_fact, encode_fact, encode_value, values_of
+from data.values import by_fact, encode_fact, encode_value, shared, values_of
+from errors import UserError
 from metrics import choice, fluency, memorization, privacy
 from metrics.knowledge import at_alpha, depth, equal_retention, interpolate
 from model import GPT, Trace
@@ -73,6 +75,8 @@ def membership(ours: Suspects, theirs: Suspects | None = None) -> dict[str, floa
     theirs: of a model that never saw the forget set; with it, also the reference attack and PrivLeak.
     """
     members, others = ours
+    if any(math.isnan(score) for side in (*ours, *(theirs or ())) for of in side.values() for score in of):
+        return {}  # a broken model's scores have no order
     out: dict[str, float | None] = {f"auc_{name}": privacy.auc(members[name], others[name]) for name in ATTACKS}
     if theirs is not None:
         out["auc_reference"] = privacy.auc(*([a - b for a, b in zip(of["loss"], ref["loss"], strict=True)]
@@ -106,15 +110,25 @@ def completion(model, tokenizer, rows: list[Row], prefix: int = 200) -> dict[str
 
 
 @torch.no_grad()
-def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -> list[list[float]]:
-    """log p of every letter of every multiple-choice question (metrics/choice.py); no template."""
+def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -> list[list[float]] | None:
+    """log p of every letter of every multiple-choice question (metrics/choice.py); no template.
+
+    In front stands what the tokenizer itself puts in front of running text. None for a model whose logits are NaN.
+    Raises UserError where two choices are the same tokens, so that none of them could be told from the other.
+    """
     pairs = []  # one example per choice, labels on the letter alone
-    for row in rows:
-        before = len(tokenizer.front + tokenizer.encode(choice.prompt(row)))
-        for letter in choice.letters(row):
-            # as one text: a space alone may be another token
-            ids = tokenizer.front + tokenizer.encode(choice.prompt(row) + letter)
+    for number, row in enumerate(rows, 1):
+        asked = tokenizer.encode(choice.prompt(row))
+        # as one text: a space alone may be another token
+        whole = [tokenizer.encode(choice.prompt(row) + letter) for letter in choice.letters(row)]
+        before = min(shared(asked, ids) for ids in whole)  # shorter than asked where its end merges with the letter
+        letters = [tuple(ids[before:]) for ids in whole]
+        if () in letters or len(set(letters)) < len(letters):
+            raise UserError(f"choices of question {number} have no tokens of their own in this tokenizer, so its "
+                            "answers cannot be told apart: use a model whose tokenizer has the letters")
+        for ids in whole:
             after = ids[before:]
+            ids = [*tokenizer.front, *ids]
             ids = ids[-(model.config.max_len + 1) :]  # a long question loses its beginning, not its letter
             pairs.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(after)) + after))
     log_p = [0.0] * len(pairs)
@@ -122,14 +136,16 @@ def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -
         values = row_log_prob(model(batch.tokens, at=batch.scored), batch.labels).tolist()
         for i, value in zip(batch.index.tolist(), values, strict=True):
             log_p[i] = value
+    if any(map(math.isnan, log_p)):
+        return None
     rest = iter(log_p)
     return [[next(rest) for _ in row["choices"]] for row in rows]
 
 
-def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float:
-    """Share of multiple-choice questions whose right letter is the likeliest."""
+def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float | None:
+    """Share of multiple-choice questions whose right letter is the likeliest; None where logits are NaN."""
     log_p = choice_log_probs(model, tokenizer, rows, batch_size)
-    return choice.accuracy(log_p, [row["answer"] for row in rows])
+    return log_p and choice.accuracy(log_p, [row["answer"] for row in rows])
 
 
 @torch.no_grad()

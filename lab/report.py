@@ -5,13 +5,14 @@ from typing import Any, cast
 
 from data.batches import greedy_answers
 from data.rows import DataSet, Limits
+from errors import shown
 from files import write_json
 from interfaces import LanguageModel, TextCodec
 from lab import probes
 from lab.figures import draw
 from lab.tables import table
 from metrics.routing import expert_shares, routing_overlap
-from metrics.score import Scores, summarise
+from metrics.score import Scores, summarise, unjudged
 from model import GPT
 from runs import forget_batches
 from uoe import expert_attribution
@@ -33,7 +34,7 @@ def finish_report(folder: Path, run: dict, data: DataSet, tokenizer: TextCodec, 
         of = {"target": target, "unlearned": model}
         experts = {"share": {role: expert_shares(m, batches) for role, m in of.items()},
                    "affinity": {role: expert_attribution(m, batches).tolist() for role, m in of.items()}}
-    metrics["run"] = run
+    metrics["run"] = run | {"notes": unjudged(metrics, scores, data)}
     write_json(folder / "metrics.json", metrics)
     draw(folder, scores, experts)
     print("\n" + table(metrics) + "\n")
@@ -76,7 +77,7 @@ def three_questions(data: DataSet, tokenizer: TextCodec, models: dict[str, Langu
         if row is None:
             continue
         question = row["question"]
-        lines += [f"[{name}] {question}", f"    {'right':<10} {row['answer']}"]
-        lines += [f"    {role:<10} {greedy_answers(m, tokenizer, [question], Limits(new=60))[0]}"
-                  for role, m in models.items()]
-    return "\n".join(lines)
+        said = {role: greedy_answers(m, tokenizer, [question], Limits(new=60))[0] for role, m in models.items()}
+        lines.append(f"[{name}] {question}")
+        lines += [f"    {who:<10} {text}" for who, text in {"right": row["answer"], **said}.items()]
+    return shown("\n".join(lines))

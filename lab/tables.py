@@ -36,7 +36,8 @@ BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": S
 METRICS = {"target": BLOCK, str: BLOCK, "run?": {"seed?": WHOLE, "diverged?": bool,
                                                  "made_of?": {"rows": dict, "vocabulary": (str, None)}}}
 SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
-                            "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE}}
+                            "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE,
+                            "notes?": [str]}}
 PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, str: SOME}  # a line of path.jsonl
 
 
@@ -94,6 +95,7 @@ def table(metrics: dict) -> str:
     lines.append(f"{by}: trained "
                  f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters for {run['steps']} steps"
                  + (", stopped because it diverged" if run["diverged"] else ""))
+    lines += [f"note: {note}" for note in run.get("notes", [])]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ Shapes: B batch   T tokens   V vocabulary
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -80,10 +81,12 @@ def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: st
             asked = [row for row in rows if "question" in row]
             right = [row["answer"] for row in asked]
             said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
+            whole = all(map(math.isfinite, losses))  # a model whose logits are NaN cannot be sampled
             out[name] = RowScores(losses[:n], paraphrased, [[next(rest) for _ in w] for w in wrong],
                                   rouge_l_recall(right, said),
                                   [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said,
-                                  fact_ids(rows), known(model, tokenizer, data, name, asked, said))
+                                  fact_ids(rows), known(model, tokenizer, data, name, asked, said) if whole else {},
+                                  [row["answer"] if "answer" in row else row["text"] for row in rows])
     return out
 
 
@@ -152,7 +155,11 @@ def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role
         loaded = model or load(weights_of(path), dtype, device, config.get("template"))[0]
         return evaluate(loaded, tokenizer, data, role)
 
-    return kept_scores(file, data, as_read(dtype, tokenizer, local(path)), score)
+    scores = kept_scores(file, data, as_read(dtype, tokenizer, local(path)), score)
+    if is_broken(scores):
+        raise UserError(f"the {role} {path} has losses that are not numbers (NaN): its weights are broken, so nothing "
+                        "can be judged by it; download or train it again")
+    return scores
 
 
 def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
@@ -174,6 +181,30 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
                 block["forget_quality_null"] = null_share(quality.D, null)
         out[role] = block
     return out
+
+
+def unjudged(metrics: dict[str, dict], scores: dict[str, Scores], data: DataSet) -> list[str]:
+    """What of a run's metrics cannot be judged, and why: sentences for below the table. metrics: summarise's."""
+    notes = [f"{role}: its losses are not numbers (NaN), so nothing of it can be judged" for role, of in scores.items()
+             if is_broken(of)]
+    forget = metrics["target"]["forget"]
+    if forget.get("value_said", forget.get("exact")) == 0:
+        notes.append("the target answers none of the forget rows: there was nothing to forget")
+    if "unlearned" in metrics and metrics["unlearned"]["forget_quality"] is None:
+        why = "the unlearned model is destroyed or its truth ratios are not numbers"
+        if not any(role.startswith("reference") for role in metrics):
+            why = "no reference was given"
+        elif not scores["unlearned"]["forget"].fact_ratios():
+            why = "no forget row has wrong answers"
+        notes.append(f"no forget quality: {why}")
+    if not data.holdout:
+        notes.append("no membership inference: this data has no rows that no model was taught")
+    return notes
+
+
+def is_broken(scores: Scores) -> bool:
+    """Whether a loss is NaN or infinite."""
+    return not all(math.isfinite(loss) for of in scores.values() for loss in of.loss)
 
 
 def is_destroyed(block: dict[str, Any], target: dict[str, Any]) -> bool:

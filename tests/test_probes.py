@@ -127,7 +127,7 @@ def test_a_letter_is_encoded_with_its_question(models):
     ids = {"Answer:": [1], "Answer: A": [1, 4], "Answer: B": [1, 5], " A": [2, 4], " B": [2, 5]}
 
     class Joining:
-        front: ClassVar[list[int]] = []
+        front = ()
 
         def encode(self, text):
             return [3, *ids[text.rpartition("\n")[2]]]
