@@ -1,7 +1,5 @@
 """lab/probes.py: what models are asked beyond TOFU's measures, against one row at a time."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 
@@ -158,14 +156,14 @@ class Fading:
         self.config, self.device, self.alpha = Config(vocab_size=tokenizer.vocab_size, max_len=128), "cpu", alpha
         self.ends = {tuple(encode_row(row_of(text), tokenizer, 128).tokens): end for text, end in ends.items()}
 
-    def __call__(self, tokens, trace=None):
+    def __call__(self, tokens, trace=None, at=None):
         logits = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             known, end = next((t, end) for t, end in self.ends.items() if tuple(row[: len(t)]) == t)
             if self.alpha < end:
                 for t in range(len(known) - 1):
                     logits[b, t, known[t + 1]] = 1.0
-        return logits
+        return logits if at is None else logits[at]
 
 
 def row_of(town: str) -> dict:
