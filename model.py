@@ -417,6 +417,14 @@ def own(module: nn.Module) -> None:
         p.data = p.data.clone()
 
 
+def whole(model: GPT) -> GPT:
+    """A copy on weights of its own, every expert that was taken out back in its stack."""
+    out = copy.deepcopy(model)
+    for layer in out.config.moe_layers:
+        out.moe(layer).put_back()
+    return out
+
+
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Number of parameters, shared ones once; with trainable=True only those that get a gradient."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
