@@ -79,7 +79,8 @@ FLAGS = [
 # ---- the algorithm ------------------------------------------------------------------------------------------------
 
 def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
-            choose: Choose | None = None, shared: bool = False, masked: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
+            choose: Choose | None = None, shared: bool = False,
+            masked: bool = False) -> tuple[GPT, dict[str, GPT], dict]:
     """The paper's algorithm, top to bottom. The target is left as it is.
 
     choose: another way to pick experts than `choose_experts`; shared: train their layers' shared experts too; masked:
