@@ -90,6 +90,8 @@ def told(error: BaseException, message: str) -> str:
 def of_the_machine(error: Exception) -> str | None:
     """What went wrong and the way out where it is the machine's fault; None where it is ours."""
     text = str(error)
+    if "inline_container" in text and isinstance(error.__context__, OSError):  # torch.save, closing a file it cannot
+        error = error.__context__
     if isinstance(error, torch.cuda.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in text:
         return "the GPU ran out of memory: lower --batch-size (--score-batch in scoring), or add --checkpointing"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

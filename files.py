@@ -67,7 +67,8 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
 
     Raises UserError saying who has it; or with `wait` says so and waits.
     """
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.resolve()
+    path = path.with_name(f".{path.name}.lock")
     while True:
         file = open(path, "a+")
         try:

@@ -176,8 +176,8 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
             raise UserError(f"pretraining the {role} diverged: lower --pretrain-lr (now {args.pretrain_lr})")
         save(model, tokenizer, partial / "model")
         write_json(partial / MARK, {"key": key, "weights": digest_of(partial / "model")})
-        (partial / "state.pt").unlink(missing_ok=True)
         publish(partial, folder)
+        (folder / "state.pt").unlink(missing_ok=True)
     return folder
 
 

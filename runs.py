@@ -172,6 +172,8 @@ class RunFolder:
         self.lock.__exit__(None, None, None)
         if error is not None and self.cut_off() and (self.opened or not isinstance(error, UserError)):
             error.add_note(f"{self.partial} holds the run so far: the same command with --resume goes on")
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note("the same command goes on")
 
     def open(self, of: dict) -> Path:
         """The folder to write to. of: made_of. Raises UserError where a cut-off run began from something else."""

@@ -188,7 +188,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_name(name: str) -> None:
     """Raises UserError for what is no folder name, is one of ours for something else, or has no room for a suffix."""
-    if not name or Path(name).name != name or name == "cache" or name.startswith((".", "-")) or name.endswith(".partial"):
+    plain = name and Path(name).name == name and name != "cache"
+    if not plain or name.startswith((".", "-")) or name.endswith(".partial"):
         raise UserError(f"--name {name} is not a plain folder name of its own: --out says where it goes")
     if not name.isprintable() or len(name.encode()) > LONGEST:
         raise UserError(f"--name {name[:40]!r}... is not one line of at most {LONGEST} bytes: shorten it")

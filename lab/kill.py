@@ -37,14 +37,14 @@ from flags import NATURAL, Parser
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EVERY = 5  # --save-every: so many steps may be done again, and no more
-TINY = (f"--depth 1 --width 32 --pretrain-steps 40 --save-every {EVERY} --subjects 2 --score-rows 4 --epochs 20 "
+TINY = (f"--depth 1 --width 32 --pretrain-steps 20 --save-every {EVERY} --subjects 2 --score-rows 2 --epochs 10 "
         "--batch-size 8 --device cpu --name run").split()
 MOE = "--experts 4 --top-k 2".split()
 COMMANDS = {
     "uoe": ["--method", "uoe", "--data", "world", "--until", "never", *MOE, *TINY],
     "uld": ["--method", "uld", *TINY],
     "full": ["--method", "full", "--data", "world", "--until", "never", "--score-every-epoch", *MOE, *TINY],
-    "finetune": ["--method", "finetune", "--data", "world", "--subjects", "2", "--score-rows", "4", "--epochs", "10",
+    "finetune": ["--method", "finetune", "--data", "world", "--subjects", "2", "--score-rows", "2", "--epochs", "6",
                  "--batch-size", "8", "--save-every", str(EVERY), "--dtype", "float32", "--context", "64",
                  "--device", "cpu", "--name", "run"],
     "attack": ["--attack", "int8", "relearn"],
@@ -130,7 +130,7 @@ def outcome(name: str, folder: Path) -> dict:
 
 
 def repeated(steps: Path) -> int:
-    """The most times that one kill made a step be done again: per step, how often it was begun beyond once, added up."""
+    """How many steps were begun more than once, each as often as it was begun again."""
     begun = Counter(steps.read_text().splitlines()) if steps.is_file() else Counter()
     return sum(times - 1 for times in begun.values())
 

@@ -1,13 +1,17 @@
 """errors.py: what a user can cause is one line on standard error and exit status 2."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from errors import UserError, fail, one_line_errors
+from errors import Stopped, UserError, fail, held, one_line_errors
 
 
 def run(raised: BaseException) -> int:
@@ -37,6 +41,68 @@ def test_control_c_is_one_line_and_exit_130(capsys):
     assert run(KeyboardInterrupt()) == 130
     err = capsys.readouterr().err
     assert err.startswith("stopped") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_told_to_stop_is_one_line_and_a_shells_status(number, capsys):
+    @one_line_errors
+    def main():
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 128 + number and capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(number) is before
+
+
+def test_a_stop_that_is_held_is_noted_and_the_second_is_obeyed():
+    with pytest.raises(Stopped) as stopped, held() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.value.status == 130
+
+
+@pytest.mark.parametrize(("raised", "says"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "the disk is full (No space left on device): make room"),
+    (OSError(errno.EROFS, "Read-only file system", "out/u"), "out/u: Read-only file system: give a place"),
+    (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: see to it"),
+    (MemoryError(), "memory ran out: lower --batch-size (--score-batch in scoring)"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: lower --batch-size"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "the GPU ran out of memory: lower --batch-size"),
+])
+def test_a_fault_of_the_machine_is_one_line_with_the_way_out_and_how_to_go_on(raised, says, capsys):
+    raised.add_note("out/u.partial holds the run so far")
+    assert run(raised) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {says}") and err.endswith("; out/u.partial holds the run so far\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_memory_and_disk_that_really_run_out_are_one_line(tmp_path):
+    """An address space of 6 GB, and files of at most 5,000 bytes: in a process of its own."""
+    for limit, does, says in (("RLIMIT_AS, (6 << 30, 6 << 30)", "torch.zeros(1 << 34)", "memory ran out"),
+                              ("RLIMIT_FSIZE, (5000, 5000)", "save()", "the disk is full")):
+        script = f"""
+import resource, torch
+from pathlib import Path
+from errors import one_line_errors
+from files import whole
+
+def save():
+    with whole(Path({str(tmp_path / "state.pt")!r})) as file:
+        torch.save({{"a": torch.zeros(9000), "b": torch.zeros(9000)}}, file)
+
+resource.setrlimit(resource.{limit})
+one_line_errors(lambda: {does})()
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                              cwd=Path(__file__).resolve().parents[1])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: {says}") and not list(tmp_path.iterdir())
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

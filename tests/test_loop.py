@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from data.values import encode_fact
-from errors import UserError
+from errors import Stopped, UserError
 from loop import (
     Belief,
     Weights,
@@ -90,6 +92,58 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(tmp_path, dtype):
     report = minimise([q], losses(q), 20, 0.1, tmp_path / "cut", "x", 3, save_every=4, resume=True)
     assert torch.equal(p, q) and report["steps"] == 20
     assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+def toy(folder, stop_at=None, **options):
+    """(weight, steps that were begun, report or what was raised) of twelve steps; a signal comes within one of them."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    p, begun = torch.nn.Parameter(torch.randn(5)), []
+
+    def losses(step):
+        begun.append(step)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": ((p - step % 3) ** 2 * torch.rand(5)).sum()}
+
+    try:
+        report = minimise([p], losses, 12, 0.1, folder, "toy", 3, save_every=5, **options)
+    except Stopped as stopped:
+        report = stopped
+    return p.detach(), begun, report
+
+
+@pytest.mark.parametrize("step", [0, 6, 11])
+def test_a_run_that_is_told_to_stop_finishes_its_step_and_does_none_twice(tmp_path, step):
+    whole, _, _ = toy(tmp_path / "whole")
+    _, begun, stopped = toy(tmp_path / "cut", step)
+    assert begun == list(range(step + 1)) and stopped.status == 143
+    assert str(stopped).startswith(f"toy stopped after step {step + 1} of 12" if step < 11 else "toy stopped after its")
+    p, begun, report = toy(tmp_path / "cut", resume=True)
+    assert torch.equal(p, whole) and begun == list(range(step + 1, 12)) and report["steps"] == 12
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("enough", [lambda done, spent: False, lambda done, spent: done == 7])
+def test_training_that_has_ended_is_not_done_again(tmp_path, enough):
+    p, _, report = toy(tmp_path / "run", enough=enough)
+    again, begun, same = toy(tmp_path / "run", resume=True, enough=enough)
+    assert torch.equal(p, again) and begun == []
+    assert same.pop("resumed_seconds") == pytest.approx(report["train_seconds"], abs=0.1) and same == report
+
+
+def test_a_state_that_is_damaged_or_of_another_model_is_named(tmp_path):
+    toy(tmp_path / "run", 6)
+    state = tmp_path / "run" / "state.pt"
+    for damaged in (state.read_bytes()[:-50], b"", b"not a state"):
+        state.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"state.pt is damaged, or the state of another model: remove .*run and"):
+            toy(tmp_path / "run", resume=True)
+    for other in ({"step": 1}, [], {"step": 1, "seconds": 0.0, "log": "", "report": None, "optimizer": {},
+                                    "parameters": [torch.zeros(1)]}):  # one number would be broadcast
+        torch.save(other, state)
+        with pytest.raises(UserError, match=r"state.pt is damaged"):
+            toy(tmp_path / "run", resume=True)
 
 
 # ---- rows as the loop meets them ---------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,15 +17,17 @@ import torch
 from conftest import TINY, WORLD, tiny
 
 import eval as scoring
+import loop
 import pretrain
 import train
 import uld
 import uoe
 from data import DataSet, load_data
 from errors import UserError
+from files import MARK, alone
 from loop import minimise
 from methods import open_run
-from model import GPT
+from model import GPT, Config
 from pretrained import load, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -294,6 +298,110 @@ def test_a_folder_that_is_no_run_is_never_overwritten(out, capsys):
     assert "--out" in capsys.readouterr().err
 
 
+def test_what_stands_in_the_way_of_a_run_is_said_before_anything_is_trained(out, tmp_path, monkeypatch, capsys):
+    """Somebody's checkpoint, a file, a link: under the run's name, under its name while it is written, of any seed."""
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("something was trained"))
+    makes = {"is no run or model that this program wrote": lambda path: save(GPT(Config(
+                 vocab_size=9, n_layer=1, n_head=1, n_kv_head=1, d_model=8, d_ff=8)), None, path) or (
+                     path / MARK).unlink(),
+             "is a file": lambda path: path.write_text("mine"), "is a link": lambda path: path.symlink_to(tmp_path)}
+    for says, make in makes.items():
+        for name in ("run-seed1", "run-seed1.partial"):
+            make(tmp_path / name)
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(SystemExit) as stop:
+                run(tmp_path, "--seed", "0,1")
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and says in error and f"{name} " in error and error.count("\n") == 1
+            assert sorted(tmp_path.rglob("*")) == before
+            shutil.rmtree(tmp_path / name) if says.startswith("is no run") else (tmp_path / name).unlink()
+
+
+def test_a_second_start_is_told_who_writes_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("something was trained"))
+    with alone(tmp_path / "run"), pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"run is being written by process {os.getpid()} on " in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_goes_on_where_it_failed_and_is_discarded_only_when_asked(out, tmp_path, monkeypatch, capsys):
+    """In scoring, and between training and saving: training is not done again, and the bits are the same."""
+    whole = run(out, name="whole")
+
+    def failing(error: BaseException):
+        def fails(*_, **__):
+            raise error
+        return fails
+
+    for where, error, says in (("evaluate", MemoryError(), "error: memory ran out"),
+                               ("save", KeyboardInterrupt(), "stopped"),
+                               ("finish_report", OSError(28, "No space left on device"), "error: the disk is full")):
+        with monkeypatch.context() as broken:
+            broken.setattr(train, where, failing(error))
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                run(out, name=where)
+        said = [line for line in capsys.readouterr().err.splitlines() if not re.search(r"\d+%\|", line)]
+        assert len(said) == 1 and said[0].startswith(says) and not (out / where).exists()
+        assert f"{where}.partial holds the run so far: the same command with --resume goes on" in said[0]
+        with pytest.raises(SystemExit):
+            run(out, name=where)
+        assert "--resume goes on with it, --restart discards it" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            run(out, "--lr", "0.5", "--resume", name=where)
+        assert "is a run with --lr 0.012, not 0.5" in capsys.readouterr().err
+        with monkeypatch.context() as watched:
+            watched.setattr(loop.torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was done again"))
+            if where == "finish_report":  # its scores are there too
+                watched.setattr(train, "evaluate", lambda *_: pytest.fail("it was scored again"))
+            folder = run(out, "--resume", "--score-batch", "3", name=where)
+        assert all(torch.equal(a, b) for a, b in zip(*(weights(f / "model").values() for f in (whole, folder)),
+                                                      strict=True))
+        ours, theirs = (json.loads((f / "metrics.json").read_text())["unlearned"] for f in (folder, whole))
+        assert ours["forget"]["loss"] == pytest.approx(theirs["forget"]["loss"], rel=1e-5)
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "evaluate", failing(MemoryError()))
+        with pytest.raises(SystemExit):
+            run(out, "--lr", "0.1", name="evaluate")
+    folder = run(out, "--restart", name="evaluate")
+    assert json.loads((folder / "config.json").read_text())["lr"] == 0.012
+
+
+@pytest.mark.slow
+def test_rows_that_were_edited_between_the_cut_and_resume_are_refused(tmp_path, monkeypatch, capsys):
+    rows = [{"question": f"Where is {name}?", "answer": f"In {name}burg."} for name in ("Ana", "Bor", "Cid", "Dua")]
+    for name, of in (("f", rows[:2]), ("r", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    words = [*tiny("--method", "full"), "--out", str(tmp_path / "out"), "--name", "own", "--forget",
+             str(tmp_path / "f.jsonl"), "--retain", str(tmp_path / "r.jsonl")]
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "finish_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            train.main(words)
+    (tmp_path / "r.jsonl").write_text(json.dumps(rows[2]) + "\n" + json.dumps(rows[3] | {"answer": "In Orsk."}) + "\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.main([*words, "--resume"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "own.partial began from other retain rows, scored retain rows" in error and "target weights" in error
+
+
+def test_a_cached_model_that_was_edited_is_named(out, monkeypatch):
+    monkeypatch.setattr(pretrain, "learn", lambda *_, **__: {"diverged": False})
+    args = parsed(*TINY, *WORLD, "--out", str(out / "edited"))
+    data = load_data("world", subjects=2)
+    tokenizer = train.Tokenizer.train(data.texts(), args.vocab_size)
+    folder = pretrain.cached_model(args, data, tokenizer, "reference")
+    assert pretrain.cached_model(args, data, tokenizer, "reference") == folder
+    file = folder / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"model was damaged or edited since it was trained: remove .*reference"):
+        pretrain.cached_model(args, data, tokenizer, "reference")
+
+
 @pytest.mark.slow
 def test_seeds_go_on_after_a_cut_with_those_that_are_not_finished(out, monkeypatch):
     finished, options = [], [*TINY, *WORLD, "--out", str(out), "--seed", "0,1,2", "--name", "many"]
@@ -456,6 +564,12 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--method uld --forget-loss npo", r"--method uld: its own are ce and uniform"),
     ("--method full --forget-loss ce", r"--forget-loss: .*ce.*npo"),
     ("--method divergence --retain-loss kl", r"its own are ce and gd"), ("--seed 0,a", r"--seed: 0,a "),
+    ("--resume --restart", r"--resume goes on with a cut-off run and --restart discards it: give one"),
+    ("--name run.partial", r"--name run\.partial is not a plain"),
+    ("--name .hidden", r"--name \.hidden is not a plain"),
+    ("--name=", r"--name  ?is not a plain"), ("--name=-x", r"--name -x is not a plain"),
+    ("--name " + "n" * 151, r"nn'\.\.\. is not one line of at most 150 bytes"),
+    ("--name " + "ü" * 76, r"üü'\.\.\. is not one line of at most 150 bytes"),
     ("--name ..", r"--name \.\."), ("--name cache", r"--name cache"), ("--experts 0", r"--experts: 0 "),
     ("--reference x", r"--reference does nothing here: it belongs to --model"),
     ("--model x --method finetune --reference y", r"--reference does nothing here"),
