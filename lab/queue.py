@@ -44,7 +44,9 @@ def cut_off(line: str, out: Path) -> bool:
 
 def run_line(number: int, line: str, out: Path, threads: int) -> int:
     """One command in a process of its own; returns its exit status."""
-    words = shlex.split(line) + (["--resume"] if cut_off(line, out) else [])
+    words = shlex.split(line)
+    words += [] if "--out" in words else ["--out", str(out)]
+    words += ["--resume"] if cut_off(line, out) else []
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with open(out / "queue" / f"{number}.log", "w") as log:
         return subprocess.run([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT,
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=COUNT, default=1, help="commands at a time")
     parser.add_argument("--threads", type=COUNT, default=1, help="of each")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2, 3, 4, 5], help="for lines that hold SEED")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the runs go, as in the commands")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where the runs go, given to every command that does not say")
     args = parser.parse_args(argv)
     lines = read_lines(args.file, args.seeds)
     (args.out / "queue").mkdir(parents=True, exist_ok=True)
