@@ -42,6 +42,9 @@ class Share(NamedTuple):
     tokens: float = 1.0  # real ones
 
 
+WHOLE = Share()
+
+
 @dataclass
 class Batch:
     """Right-padded rows. A causal model never looks right, so padding cannot reach a real token."""
@@ -50,7 +53,7 @@ class Batch:
     labels: Tensor  # (B, T) long, IGNORE outside the answer
     mask: Tensor  # (B, T) bool, made from lengths (never by comparing ids: a pad id may be a real token)
     index: Tensor  # (B,) long, each row's place in its set
-    share: Share = Share()
+    share: Share = WHOLE
 
     @property
     def scored(self) -> Tensor:
@@ -63,8 +66,9 @@ class Batch:
         return self.labels[self.scored]
 
     def to(self, device) -> "Batch":
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.mask, self.index))
-        return Batch(*moved, self.share)
+        tokens, labels, mask, index = (t.to(device, non_blocking=True)
+                                       for t in (self.tokens, self.labels, self.mask, self.index))
+        return Batch(tokens, labels, mask, index, self.share)
 
 
 def answer_length(example: Example) -> int:
