@@ -35,8 +35,9 @@ class LanguageModel(Protocol):
         """
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Up to max_new_tokens tokens that follow each row, (B, N)."""
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+                 of: Tensor | None = None) -> Tensor:
+        """Up to max_new_tokens tokens that follow each row, or those named by `of` (R,), (R, N)."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 

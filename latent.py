@@ -56,7 +56,8 @@ class LatentAttention(nn.Module):
                 .split([self.plain, self.value], -1))  # (B, H, S, N), (B, H, S, W)
         q = torch.cat([q, q_turned], -1)
         k = torch.cat([k, k_turned.expand(-1, self.heads, -1, -1)], -1)
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale)
+        causal = mask is None and T == k.shape[2]  # one query after the last key sees all of them
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return self.out(x.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -104,24 +104,39 @@ Stem = tuple[int, Tensor]  # (layer, (B, T, D)): a pass that is already there, s
 
 
 class Cache:
-    """Keys and values of all layers for the tokens seen so far, one (B, G, max_len, C) tensor each per layer.
+    """Keys and values of all layers for the tokens seen so far, (B, G, room, C) each per layer; room grows with them.
 
     With latent attention: the latents and the rotated keys that all heads share, so G is 1 and the widths differ.
     """
 
     def __init__(self, config: Config, batch: int, max_len: int, device, dtype):
         groups, width = (1, config.kv_rank) if config.kv_rank else (config.n_kv_head, config.d_head)
-        shape = (config.n_layer, batch, groups, max_len)
-        self.k = torch.zeros(*shape, width, device=device, dtype=dtype)
-        self.v = torch.zeros(*shape, config.d_head, device=device, dtype=dtype)
-        self.length = 0
+        self.k, self.v = ([torch.empty(batch, groups, 0, of, device=device, dtype=dtype)] * config.n_layer
+                          for of in (width, config.d_head))
+        self.length, self.max_len = 0, max_len
+        self.visible: Tensor | None = None  # (B, 1, 1, max_len) bool, False on padding, where there is some
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, G, T, C) keys and values of `layer`; returns all of that layer's, (B, G, S, C)."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        if end > self.k[layer].shape[2]:
+            room = min(self.max_len, max(end, 32) * 3 // 2)
+            self.k[layer], self.v[layer] = (self.grown(old, max(end, room)) for old in (self.k[layer], self.v[layer]))
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def grown(self, old: Tensor, room: int) -> Tensor:
+        B, G, _, C = old.shape
+        new = old.new_empty(B, G, room, C)
+        new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows alone, (R,) long; one may be there several times."""
+        self.k, self.v = ([layer[rows] for layer in layers] for layers in (self.k, self.v))
+        if self.visible is not None:
+            self.visible = self.visible[rows]
 
 
 def rope_frequencies(config: Config) -> Tensor:
@@ -183,8 +198,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, G, S, C)
         grouped = self.groups != self.heads
-        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale,
-                                           enable_gqa=grouped)
+        causal = mask is None and T == k.shape[2]  # one query after the last key sees all of them
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
         return self.out(x.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -253,6 +268,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_head:
             self.head.weight = self.embed.weight
+        self.rotary: tuple[Tensor, Tensor] | None = None  # of the positions met so far, see `positions`
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its insides
         self.init_weights()
 
@@ -283,29 +299,51 @@ class GPT(nn.Module):
         """The MoE layer of block `layer`, one of config.moe_layers."""
         return cast(MoE, self.blocks[layer].mlp)
 
+    def turns(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary cos and sin of positions 0 to length - 1 or more, (length, C/2), made once and kept."""
+        weight = self.embed.weight
+        kept = self.rotary
+        if kept is None or len(kept[0]) < length or kept[0].device != weight.device or kept[0].dtype != weight.dtype:
+            positions = torch.arange(2 * length, device=weight.device).float()
+            angle = positions[:, None] * rope_frequencies(self.config).to(weight.device)
+            scaling = self.config.rope_scaling or {}
+            by = yarn_magnitude(scaling) if scaling.get("rope_type") == "yarn" else 1.0
+            self.rotary = kept = (angle.cos() * by).to(weight.dtype), (angle.sin() * by).to(weight.dtype)
+        return kept
+
     def positions(self, length: int, cache: Cache | None, pad: Tensor | None):
         """Rotary cos and sin (B or 1, 1, T, C/2), and the attention mask (B or 1, 1, T, S), None where causal.
 
         pad: (B,) number of padding tokens at the left of each row; a row's first real token has position 0.
         """
         start = cache.length if cache is not None else 0
-        query = torch.arange(start, start + length, device=self.device)  # (T,)
-        left = torch.zeros(1, dtype=torch.long, device=self.device) if pad is None else pad
-        position = (query[None, :] - left[:, None]).clamp_min(0)  # (B or 1, T)
-        angle = position[:, None, :, None].float() * rope_frequencies(self.config).to(self.device)
-        mask, window = None, self.config.window
-        if pad is not None or start > 0 or (window and window < length):
-            key = torch.arange(start + length, device=self.device)  # (S,)
+        end, window = start + length, self.config.window
+        cos, sin = self.turns(end)
+        if pad is None:
+            cos, sin = cos[None, None, start:end], sin[None, None, start:end]
+        else:
+            query = torch.arange(start, end, device=self.device)  # (T,)
+            position = (query - pad[:, None]).clamp_min(0)  # (B, T)
+            cos, sin = cos[position][:, None], sin[position][:, None]
+        sees_all = not window or end <= window
+        if cache is not None and start > 0 and length == 1 and sees_all:  # a token that is decoded: all but the padding
+            if pad is None:
+                return cos, sin, None
+            if cache.visible is None:
+                cache.visible = (torch.arange(cache.max_len, device=self.device) >= pad[:, None])[:, None, None]
+            mask = cache.visible[..., :end].clone()
+            mask[..., -1] = True  # and itself, which matters where it is padding: see below
+            return cos, sin, mask
+        mask = None
+        if pad is not None or start > 0 or not sees_all:
+            query, key = torch.arange(start, end, device=self.device), torch.arange(end, device=self.device)
+            left = torch.zeros(1, dtype=torch.long, device=self.device) if pad is None else pad
             mask = (key[None, None, :] <= query[None, :, None]) & (key[None, None, :] >= left[:, None, None])
             if window:
                 mask = mask & (key > query[:, None] - window)
             # a padding query sees itself: a row that may attend to nothing would be a softmax over nothing, NaN
             mask = (mask | (key[None, None, :] == query[None, :, None]))[:, None]
-        cos, sin = angle.cos(), angle.sin()
-        if (scaling := self.config.rope_scaling) and scaling["rope_type"] == "yarn":
-            cos, sin = cos * yarn_magnitude(scaling), sin * yarn_magnitude(scaling)
-        dtype = self.embed.weight.dtype
-        return cos.to(dtype), sin.to(dtype), mask
+        return cos, sin, mask
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """The residual stream (B, T, D) below the first block."""
@@ -367,42 +405,80 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens, cache, pad)[:, -1])
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+                 of: Tensor | None = None) -> Tensor:
         """See `generate` below; every model here has this method."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
+
+
+def take(cache, rows: Tensor) -> None:
+    """Cache.take, of a model's one cache or of all of its parts'."""
+    for part in cache if isinstance(cache, list) else [cache]:
+        if isinstance(part, Cache):
+            part.take(rows)
 
 
 @torch.no_grad()
 def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-             end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Continue each row of tokens (B, T), left-padded by pad (B,), by up to max_new_tokens: LongTensor (B, N).
+             end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+             of: Tensor | None = None) -> Tensor:
+    """Continue each row of tokens (B, T), left-padded by pad (B,), by up to max_new_tokens: LongTensor (R, N).
 
-    temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end` (or one of
-    several), the rest of it is that token; the loop stops when all rows have. `model` needs new_cache and
-    next_logits: a GPT, or ULD's LogitDifference, which keeps one cache per part.
+    of: (R,) the row that each answer continues, so that a prompt is read once however many answers it gets; default:
+    one each. temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`
+    (or one of several), the rest of it is that token; the loop stops when all rows have, and once half of them have it
+    goes on with the others. `model` needs new_cache and next_logits: a GPT, or ULD's LogitDifference, which keeps one
+    cache per part.
     """
     B, T = tokens.shape
+    device = tokens.device
     if T == 0:
         raise ValueError("generate needs at least one prompt token per row")
-    ends = None if end is None else torch.tensor([end] if isinstance(end, int) else sorted(end), device=tokens.device)
-    last = tokens[:, -1]
+    R = B if of is None else len(of)
+    said = tokens.new_zeros(R, max_new_tokens)
+    if max_new_tokens == 0:
+        return said
+    end = [] if end is None else [end] if isinstance(end, int) else sorted(end)
+    ends = torch.tensor(end, dtype=torch.long, device=device)
+    look = 1 if device.type == "cpu" else 8  # tokens between two looks at who has ended: to look stops a GPU
     cache = model.new_cache(B, T + max_new_tokens)
-    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    out = []
-    for _ in range(max_new_tokens):
-        logits = model.next_logits(tokens, cache, pad).float()  # (B, V)
-        if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        else:
+    logits = model.next_logits(tokens, cache, pad).float()  # (B, V)
+    if of is not None:
+        take(cache, of)
+        logits, pad = logits[of], None if pad is None else pad[of]
+    rows = torch.arange(R, device=device)  # those that go on
+    done = torch.zeros(R, dtype=torch.bool, device=device)  # of them, those that have ended since
+    spread = torch.ones_like(logits) if temperature > 0 else None  # of all rows, so that the generator's draw for one
+    for step in range(max_new_tokens):  # does not depend on who has ended
+        if spread is None:
             chosen = logits.argmax(-1)
-        if ends is not None:
-            last = chosen = torch.where(done, last, chosen)
-            done = done | torch.isin(chosen, ends)
-        out.append(chosen)
-        if ends is not None and done.all():
+        else:
+            spread[rows] = (logits / temperature).softmax(-1)
+            chosen = torch.multinomial(spread, 1, generator=generator)[rows, 0]
+        said[rows, step] = chosen
+        done |= torch.isin(chosen, ends)
+        if step + 1 == max_new_tokens:
             break
-        tokens = chosen[:, None]
-    return torch.stack(out, dim=1) if out else tokens.new_zeros(B, 0)
+        if len(ends) and step % look == look - 1:
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
+                return ended(said[:, : step + 1], ends)
+            if len(left) <= len(rows) // 2:
+                take(cache, left)
+                rows, done, chosen, pad = rows[left], done[left], chosen[left], None if pad is None else pad[left]
+        logits = model.next_logits(chosen[:, None], cache, pad).float()
+    return ended(said, ends)
+
+
+def ended(said: Tensor, ends: Tensor) -> Tensor:
+    """Answers (R, N), each with its first end token to its end, cut where the last one ends."""
+    if not len(ends):
+        return said
+    here = torch.isin(said, ends)
+    last = said.shape[1] - 1
+    first = torch.where(here.any(1), here.int().argmax(1), last)  # (R,)
+    places = torch.arange(last + 1, device=said.device).minimum(first[:, None])  # (R, N)
+    return said.gather(1, places)[:, : int(first.max()) + 1 if len(said) else 0]
 
 
 def sharing(model: GPT) -> GPT:
@@ -415,6 +491,14 @@ def own(module: nn.Module) -> None:
     """Give a module of a `sharing` model a copy of its weights, to be trained."""
     for p in module.parameters():
         p.data = p.data.clone()
+
+
+def whole(model: GPT) -> GPT:
+    """A copy on weights of its own, every expert that was taken out back in its stack."""
+    out = copy.deepcopy(model)
+    for layer in out.config.moe_layers:
+        out.moe(layer).put_back()
+    return out
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:

@@ -325,9 +325,10 @@ class SeveralModels(nn.Module):
         return [part.next_logits(tokens, c, pad) for part, c in zip(self.parts, cache, strict=True)]
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+                 of: Tensor | None = None) -> Tensor:
         """See model.generate."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
 
 class LogitDifference(SeveralModels):

@@ -319,12 +319,16 @@ def answers(model: LanguageModel, tokenizer: TextCodec, questions: Sequence[str]
     order = [i for i in by_length for _ in range(n)]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        tokens, pad = left_pad([prompts[i] for i in part], model.device)
+        asked = list(dict.fromkeys(part))  # each prompt once, however many answers it gets
+        tokens, pad = left_pad([prompts[i] for i in asked], model.device)
+        of = torch.tensor([asked.index(i) for i in part], device=model.device)
         if tokens.shape[1] >= model.config.max_len:
             raise UserError(f"the question {questions[part[-1]][:40]!r} has {tokens.shape[1]} tokens and the context "
                             f"holds {model.config.max_len}: shorten it")
         rooms = [max(0, min(context - len(prompts[i]), limits.new or context)) for i in part]
-        new = model.generate(tokens, max(rooms), temperature, pad=pad, end=tokenizer.stops, generator=generator)
+        one_length = len(prompts[part[0]]) == tokens.shape[1]
+        new = model.generate(tokens, max(rooms), temperature, pad=None if one_length else pad, end=tokenizer.stops,
+                             generator=generator, of=of)
         for i, ids, room in zip(part, new.tolist(), rooms, strict=True):
             out[i].append(tokenizer.decode(ids[:room]))  # by the row's own length, whatever it is batched with
         if bar is not None:

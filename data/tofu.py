@@ -142,6 +142,8 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
                 number += 1
         except (ValueError, SyntaxError, csv.Error, RecursionError, MemoryError):  # the last two: nested too deep
             raise UserError(f"{path} row {number} is not question, answer, list, list in UTF-8") from None
+        if not into:
+            raise UserError(f"{path} has no row about a forget question of {split}: give the CSV files of this split")
     return paraphrased, perturbed, others
 
 

@@ -225,7 +225,7 @@ def hub_config(config: Config, dtype: torch.dtype, tokenizer) -> dict:
 # What config.json may hold: wide enough for every published model, too narrow for what no machine holds.
 SIZE, HEADS = Number(1, 2**24, whole=True), Number(1, 4096, whole=True)
 FACTOR = Number(0, 1e12, above=True)
-ROPE = {"rope_type?": str, "type?": str, "rope_theta?": FACTOR, "factor?": FACTOR, "low_freq_factor?": FACTOR,
+ROPE_SCHEMA = {"rope_type?": str, "type?": str, "rope_theta?": FACTOR, "factor?": FACTOR, "low_freq_factor?": FACTOR,
         "high_freq_factor?": FACTOR, "original_max_position_embeddings?": SIZE, "partial_rotary_factor?": FACTOR}
 CONFIG: dict = {"model_type?": str, "vocab_size?": SIZE, "num_hidden_layers?": HEADS, "num_attention_heads?": HEADS,
                 "num_key_value_heads?": HEADS, "hidden_size?": SIZE, "head_dim?": SIZE, "rms_norm_eps?": Number(0, 1),
@@ -234,7 +234,8 @@ CONFIG: dict = {"model_type?": str, "vocab_size?": SIZE, "num_hidden_layers?": H
                 "num_experts?": HEADS, "num_local_experts?": HEADS, "num_experts_per_tok?": HEADS,
                 "norm_topk_prob?": bool, "shared_expert_intermediate_size?": Number(0, 2**24, whole=True),
                 "qkv_bias?": bool, "use_sliding_window?": bool,
-                "sliding_window?": Number(0, 2**31, whole=True), "rope_parameters?": ROPE, "rope_scaling?": ROPE}
+                "sliding_window?": Number(0, 2**31, whole=True), "rope_parameters?": ROPE_SCHEMA,
+                "rope_scaling?": ROPE_SCHEMA}
 CONFIG = {key: (kind, None) for key, kind in CONFIG.items()}  # null: as if it were not there
 
 

@@ -117,7 +117,7 @@ def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Pat
 
 
 def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
-    """Share of forget values said after each attack of attacks.json."""
+    """Share of forget values said after each attack of attacks.json, and how large a difference by experts is noise."""
     found = []
     for kind, role, label in entries(spec):
         files = [folder / "attacks.json" for folder in kinds.get(kind, []) if (folder / "attacks.json").is_file()]
@@ -125,9 +125,10 @@ def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], l
     names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run))
     lines = []
     for kind, role, label, runs in found:
-        cells = [spread([run.get(name, {}).get(role, {}).get("value_said") for run in runs]) for name in names]
+        asked = [(name, "value_said") for name in names] + [("experts", "unforced"), ("experts", "noise")]
+        cells = [spread([run.get(name, {}).get(role, {}).get(key) for run in runs]) for name, key in asked]
         lines.append((kind, label, f"({len(runs)})", cells if runs else None))
-    return ["value said (runs)", *names], lines
+    return ["value said (runs)", *names, "experts unforced", "noise of two halves"], lines
 
 
 def markdown(heads: list[str], lines: list[Line], old: str) -> str:

@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -350,6 +351,7 @@ def run_apart(read: Callable[[Path], None], folder: Path, log: Path) -> str:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1)
             os.chdir(folder)
             one_line_errors(read)(folder)
             os._exit(0)

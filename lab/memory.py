@@ -3,7 +3,7 @@
     python -m lab.memory > results/memory.md       # public models on cards of 24, 48 and 80 GB, and the flags that fit
 
 Four things add up. *Weights*: one copy, whatever the method. *What trains*: its own copy (a second model where all
-of it trains or LoRA is merged), gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the
+trains or LoRA is merged), gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the
 backward pass is to find of one micro-batch. *Kept*: what is computed once per row (data/batches.py, KEPT_BYTES).
 
 Shapes: R rows at once   T tokens of the longest   A of them answers   D width   V vocabulary   F width of an MLP

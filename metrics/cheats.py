@@ -80,9 +80,10 @@ class Changed(nn.Module):
         return self.change(self.target.next_logits(tokens, cache, pad))
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+                 of: Tensor | None = None) -> Tensor:
         """See model.generate."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator)
+        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
 
 class Flattened(Changed):

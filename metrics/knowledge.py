@@ -39,7 +39,7 @@ from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
 from metrics.memorization import extraction_strength, right_tokens
 from metrics.tofu import forget_quality, mean
-from model import Trace
+from model import GPT, Trace, whole
 from objectives import row_log_prob
 
 Values = Sequence[str | None]
@@ -374,12 +374,12 @@ def probe(x: Tensor, y: Tensor, classes: int, ridge: float = 0.1) -> Callable[[T
 # ---- at equal retention -----------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def interpolate(target: nn.Module, unlearned: nn.Module, a: float) -> nn.Module:
+def interpolate(target: GPT, unlearned: GPT, a: float) -> GPT:
     """A new model with weights (1 - a) target + a unlearned; what both share stays the same bits (arXiv 2406.09179).
 
     Raises ValueError where their weights do not match in name and shape.
     """
-    ours, theirs = dict(target.named_parameters()), dict(unlearned.named_parameters())
+    ours, theirs = dict(target.named_parameters()), dict(whole(unlearned).named_parameters())
     if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in theirs.items()}:
         raise ValueError("only weights of one shape can be interpolated: the two models' differ")
     out = copy.deepcopy(target).requires_grad_(False)

@@ -128,6 +128,8 @@ def model_utility(numbers: Sequence[float]) -> float:
     """Harmonic mean (section 2.2.1); 0 as soon as one is. TOFU: 3 measures x retain, real authors, world facts."""
     if not len(numbers) or min(numbers) < 0:
         raise ValueError("model utility needs numbers of at least 0")
+    if any(math.isnan(x) for x in numbers):
+        return math.nan
     return 0.0 if min(numbers) == 0 else len(numbers) / sum(1 / x for x in numbers)  # TOFU 2.2.1
 
 

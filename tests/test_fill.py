@@ -78,12 +78,15 @@ def test_every_column_of_a_run_is_in_its_metrics(runs):
 def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
     for i, folder in enumerate(kinds["x"]):
         outcomes = {"none": {"target": {"value_said": 1.0}, "unlearned": {"value_said": 0.1 * i}},
-                    "int4": {"target": {"value_said": 0.5}, "unlearned": {"value_said": 0.3}}}
+                    "int4": {"target": {"value_said": 0.5}, "unlearned": {"value_said": 0.3}},
+                    "experts": {role: {"value_said": 0.2, "unforced": 0.1, "noise": 0.05 * i}
+                                for role in ("target", "unlearned")}}
         (folder / "attacks.json").write_text(json.dumps({"outcomes": outcomes}))
     new = fill.fill("<!-- attacks: x=Ours; x:target=Target; gone=Missing -->\n<!-- end -->\n", kinds)
-    assert "| value said (runs) | none | int4 |" in new
-    assert "| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 |" in new
-    assert "| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 |" in new
+    assert "| value said (runs) | none | int4 | experts | experts unforced | noise of two halves |" in new
+    ends = "| 0.200 ± 0.000 | 0.100 ± 0.000 | 0.025 ± 0.035 |"
+    assert f"| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 {ends}" in new
+    assert f"| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 {ends}" in new
     assert "nothing of gone" in capsys.readouterr().err
 
 

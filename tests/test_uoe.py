@@ -212,6 +212,17 @@ def test_only_the_unmasked_anchor_can_bring_an_expert_back():
         assert r.probs.grad[0, 1, 0].item() == pytest.approx(0 if masked else 2 * (0.1 - 1))
 
 
+def test_a_run_with_the_masked_anchor_begins_at_its_value(bench):
+    target, args = bench.model(), bench.args("uoe", layer=(1, 2))
+    for masked in (True, False):
+        bench.unlearn(target, args, masked=masked)
+        first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+        batch, trace = bench.forget.batch(0), Trace()
+        target.hidden(batch.tokens, trace=trace)
+        expected = anchor_loss(trace.routing[1], [2], batch.mask, masked).item()
+        assert first["anchor"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_anchor_of_nothing_but_padding_is_zero():
     assert anchor_loss(routing(), [0], torch.zeros(2, 2, dtype=torch.bool)).item() == 0
 
