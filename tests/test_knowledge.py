@@ -72,8 +72,10 @@ class Scripted:
                 p[said[len(ids) - at]] += chance
         return (p / p.sum()).log() if p.sum() > 0 else torch.zeros_like(p)
 
-    def __call__(self, tokens, pad=None, trace=None):
-        return torch.stack([torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()])
+    def __call__(self, tokens, pad=None, trace=None, at=None):
+        logits = torch.stack([torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))])
+                              for ids in tokens.tolist()])
+        return logits if at is None else logits[at]
 
     def new_cache(self, batch, max_len):
         return [[] for _ in range(batch)]
@@ -132,8 +134,8 @@ def test_a_tie_and_a_nan_are_no_knowledge():
     assert choice(even, TOK, ROWS[:1])[0].hit is False
 
     class Broken(Scripted):
-        def __call__(self, tokens, pad=None, trace=None):
-            return torch.full((*tokens.shape, self.config.vocab_size), math.nan)
+        def __call__(self, tokens, pad=None, trace=None, at=None):
+            return torch.full((int(at.sum()), self.config.vocab_size), math.nan)
 
     assert choice(Broken({}), TOK, ROWS[:1])[0].hit is False
     assert cloze(Broken({}), TOK, ROWS[:1])[0].hit is False
@@ -296,14 +298,14 @@ def test_the_null_is_every_pair_of_references():
 class Layered(Scripted):
     """Its first layer's state is noise, its second's tells the value's first letter at the place before the value."""
 
-    def __call__(self, tokens, pad=None, trace=None):
+    def __call__(self, tokens, pad=None, trace=None, at=None):
         noise = torch.randn(2, *tokens.shape, 8, generator=torch.Generator().manual_seed(tokens.numel()))
         for b, ids in enumerate(tokens.tolist()):
             for i, city in enumerate(CITIES):
                 if city in TOK.decode(ids):
                     noise[1, b, :, i] += 30
         trace.hidden = {0: noise[0], 1: noise[1]}
-        return torch.zeros(*tokens.shape, self.config.vocab_size)
+        return torch.zeros(int(at.sum()), self.config.vocab_size)
 
 
 def test_a_probe_reads_what_is_there_and_only_there():
