@@ -35,7 +35,7 @@ from metrics.knowledge import (
     states,
 )
 from metrics.tofu import forget_quality
-from model import GPT, Trace, generate
+from model import GPT, Cache, Trace, generate
 from tests.conftest import random_model, random_moe
 from uld import LogitDifference, first_layers
 
@@ -52,6 +52,16 @@ def row(name: str, city: str, asked: str = "Where was {} born?", **more) -> dict
 
 ROWS = [row("Ana", "Orsk"), row("Bo", "Ulm"), row("Cy", "Tarn"), row("Di", "Zubek")]
 TOK = Tokenizer.train([r[key] for r in ROWS for key in ("question", "answer")], 400)
+
+
+class Seen(Cache):
+    """All tokens of each row so far."""
+
+    def __init__(self, batch: int):
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
+
+    def take(self, rows):
+        self.rows = [self.rows[i] for i in rows.tolist()]
 
 
 class Scripted:
@@ -78,12 +88,12 @@ class Scripted:
         return logits if at is None else logits[at]
 
     def new_cache(self, batch, max_len):
-        return [[] for _ in range(batch)]
+        return Seen(batch)
 
     def next_logits(self, tokens, cache, pad):
-        for seen, ids in zip(cache, tokens.tolist(), strict=True):
-            seen += ids
-        return torch.stack([self.next(seen[n:]) for seen, n in zip(cache, pad.tolist(), strict=True)])
+        cache.rows = [seen + ids for seen, ids in zip(cache.rows, tokens.tolist(), strict=True)]
+        left = [0] * len(tokens) if pad is None else pad.tolist()
+        return torch.stack([self.next(seen[n:]) for seen, n in zip(cache.rows, left, strict=True)])
 
     generate = generate
 
