@@ -83,9 +83,8 @@ class Scripted:
         return (p / p.sum()).log() if p.sum() > 0 else torch.zeros_like(p)
 
     def __call__(self, tokens, pad=None, trace=None, at=None):
-        logits = torch.stack([torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))])
-                              for ids in tokens.tolist()])
-        return logits if at is None else logits[at]
+        each = [torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()]
+        return torch.stack(each) if at is None else torch.stack(each)[at]
 
     def new_cache(self, batch, max_len):
         return Seen(batch)
@@ -315,7 +314,7 @@ class Layered(Scripted):
                 if city in TOK.decode(ids):
                     noise[1, b, :, i] += 30
         trace.hidden = {0: noise[0], 1: noise[1]}
-        return torch.zeros(int(at.sum()), self.config.vocab_size)
+        return torch.zeros(*tokens.shape, self.config.vocab_size)
 
 
 def test_a_probe_reads_what_is_there_and_only_there():
