@@ -331,9 +331,9 @@ class GPT(nn.Module):
                 return cos, sin, None
             if cache.visible is None:
                 cache.visible = (torch.arange(cache.max_len, device=self.device) >= pad[:, None])[:, None, None]
-            mask = cache.visible[..., :end].clone()
-            mask[..., -1] = True  # and itself, which matters where it is padding: see below
-            return cos, sin, mask
+            visible = cache.visible[..., :end].clone()
+            visible[..., -1] = True  # and itself, which matters where it is padding: see below
+            return cos, sin, visible
         mask = None
         if pad is not None or start > 0 or not sees_all:
             query, key = torch.arange(start, end, device=self.device), torch.arange(end, device=self.device)

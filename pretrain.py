@@ -43,8 +43,8 @@ SMALL = [  # the small models
     Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 700 on the world, after a base; "
                                                                                   "8 epochs elsewhere"),
     Flag("--pretrain-lr",      POSITIVE,                       6e-3, None,        "peak learning rate", 3e-3),
-    Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "retain-only models beside the one; "
-                                                                                  "they give forget quality's null"),
+    Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "further retain-only models, "
+                                                                                  "forget quality's null"),
 ]
 SMALL_MOE = [  # if they are mixtures of experts
     Flag("--experts",          Number(1, 4096, whole=True),    16,   None,        "per layer"),

@@ -67,8 +67,8 @@ FLAGS = [
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        80,       5,      "passes over the forget set, at most"),
     Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
-    Flag("--layer",              layer_choice, "last",   "all",  "where to choose: all, middle, last, a number, top "
-                                                                 "(which holds the first); or LAYER,EXPERT"),
+    Flag("--layer",              layer_choice, "last",   "all",  "where: all, middle, last, a number, top (the best "
+                                                                 "expert's); or LAYER,EXPERT"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
     UNTIL,
@@ -265,7 +265,7 @@ def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: 
     model.requires_grad_(False)
     for layer, expert in places:
         model.moe(layer).take_out(expert)
-        also = [model.moe(layer).router] if train_router else []
+        also: list[nn.Module] = [model.moe(layer).router] if train_router else []
         if shared:
             always_on = model.moe(layer).shared
             if always_on is None:

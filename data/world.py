@@ -47,7 +47,7 @@ POOL = 20  # values per kind of fact
 FIRST, SECOND = 40, 16  # words that names begin with, shared by all topics; words that they end with, per topic
 FLAGS = [  # of --data world and --data topic
     #     name            kind                         small    public  what it is
-    Flag("--subjects",    Number(2, 100, whole=True),  10,      10,     "known ones per topic; authors twice as many"),
+    Flag("--subjects",    Number(2, 100, whole=True),  10,      10,     "known per topic; authors twice as many"),
     Flag("--strangers",   WEIGHT,                      1.0,     1.0,    "rows about strangers among what is kept, as a "
                                                                         "multiple of the retain rows"),
 ]

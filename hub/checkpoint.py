@@ -225,8 +225,11 @@ def hub_config(config: Config, dtype: torch.dtype, tokenizer) -> dict:
 # What config.json may hold: wide enough for every published model, too narrow for what no machine holds.
 SIZE, HEADS = Number(1, 2**24, whole=True), Number(1, 4096, whole=True)
 FACTOR = Number(0, 1e12, above=True)
-ROPE_SCHEMA = {"rope_type?": str, "type?": str, "rope_theta?": FACTOR, "factor?": FACTOR, "low_freq_factor?": FACTOR,
-        "high_freq_factor?": FACTOR, "original_max_position_embeddings?": SIZE, "partial_rotary_factor?": FACTOR}
+ROPE_SCHEMA: dict = {"rope_type?": str, "type?": str, "original_max_position_embeddings?": SIZE, "truncate?": bool}
+ROPE_SCHEMA |= dict.fromkeys(("rope_theta?", "factor?", "low_freq_factor?", "high_freq_factor?",
+                              "partial_rotary_factor?", "beta_fast?", "beta_slow?", "attention_factor?"), FACTOR)
+ROPE_SCHEMA |= dict.fromkeys(("mscale?", "mscale_all_dim?"), Number(0, 1e12))
+ROPE_SCHEMA = {key: (kind, None) for key, kind in ROPE_SCHEMA.items()}
 CONFIG: dict = {"model_type?": str, "vocab_size?": SIZE, "num_hidden_layers?": HEADS, "num_attention_heads?": HEADS,
                 "num_key_value_heads?": HEADS, "hidden_size?": SIZE, "head_dim?": SIZE, "rms_norm_eps?": Number(0, 1),
                 "max_position_embeddings?": Number(1, 2**31, whole=True), "rope_theta?": FACTOR,
@@ -236,6 +239,12 @@ CONFIG: dict = {"model_type?": str, "vocab_size?": SIZE, "num_hidden_layers?": H
                 "qkv_bias?": bool, "use_sliding_window?": bool,
                 "sliding_window?": Number(0, 2**31, whole=True), "rope_parameters?": ROPE_SCHEMA,
                 "rope_scaling?": ROPE_SCHEMA}
+CONFIG |= dict.fromkeys(("embedding_multiplier?", "residual_multiplier?", "attention_multiplier?", "logits_scaling?"),
+                        FACTOR)  # Granite
+CONFIG |= dict.fromkeys(("n_routed_experts?", "n_shared_experts?", "first_k_dense_replace?"),
+                        Number(0, 4096, whole=True))  # DeepSeek-V2
+CONFIG |= dict.fromkeys(("qk_rope_head_dim?", "qk_nope_head_dim?", "v_head_dim?", "kv_lora_rank?", "q_lora_rank?"),
+                        SIZE)
 CONFIG = {key: (kind, None) for key, kind in CONFIG.items()}  # null: as if it were not there
 
 

@@ -96,6 +96,7 @@ class Numbers:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
+        self.front: list[int] = []
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -145,7 +145,7 @@ def choice_log_probs(model, tokenizer, rows: list[dict], batch_size: int = 16) -
 def choice_accuracy(model, tokenizer, rows: list[dict], batch_size: int = 16) -> float | None:
     """Share of multiple-choice questions whose right letter is the likeliest; None where logits are NaN."""
     log_p = choice_log_probs(model, tokenizer, rows, batch_size)
-    return log_p and choice.accuracy(log_p, [row["answer"] for row in rows])
+    return None if log_p is None else choice.accuracy(log_p, [row["answer"] for row in rows])
 
 
 @torch.no_grad()

@@ -69,9 +69,9 @@ def test_a_stop_that_is_held_is_noted_and_the_second_is_obeyed():
     (OSError(errno.ENOSPC, "No space left on device"), "the disk is full (No space left on device): make room"),
     (OSError(errno.EROFS, "Read-only file system", "out/u"), "out/u: Read-only file system: give a place"),
     (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: see to it"),
-    (MemoryError(), "memory ran out: lower --batch-size (--score-batch in scoring)"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: lower --batch-size"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "the GPU ran out of memory: lower --batch-size"),
+    (MemoryError(), "memory ran out: give a --micro-batch (--score-batch in scoring), or add"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: give a --micro-batch"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "the GPU ran out of memory: give a --micro-batch"),
 ])
 def test_a_fault_of_the_machine_is_one_line_with_the_way_out_and_how_to_go_on(raised, says, capsys):
     raised.add_note("out/u.partial holds the run so far")

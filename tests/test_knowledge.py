@@ -35,7 +35,7 @@ from metrics.knowledge import (
     states,
 )
 from metrics.tofu import forget_quality
-from model import GPT, Trace, generate
+from model import GPT, Cache, Trace, generate
 from tests.conftest import random_model, random_moe
 from uld import LogitDifference, first_layers
 
@@ -52,6 +52,16 @@ def row(name: str, city: str, asked: str = "Where was {} born?", **more) -> dict
 
 ROWS = [row("Ana", "Orsk"), row("Bo", "Ulm"), row("Cy", "Tarn"), row("Di", "Zubek")]
 TOK = Tokenizer.train([r[key] for r in ROWS for key in ("question", "answer")], 400)
+
+
+class Seen(Cache):
+    """All tokens of each row so far."""
+
+    def __init__(self, batch: int):
+        self.rows: list[list[int]] = [[] for _ in range(batch)]
+
+    def take(self, rows):
+        self.rows = [self.rows[i] for i in rows.tolist()]
 
 
 class Scripted:
@@ -72,16 +82,17 @@ class Scripted:
                 p[said[len(ids) - at]] += chance
         return (p / p.sum()).log() if p.sum() > 0 else torch.zeros_like(p)
 
-    def __call__(self, tokens, pad=None, trace=None):
-        return torch.stack([torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()])
+    def __call__(self, tokens, pad=None, trace=None, at=None):
+        each = [torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()]
+        return torch.stack(each) if at is None else torch.stack(each)[at]
 
     def new_cache(self, batch, max_len):
-        return [[] for _ in range(batch)]
+        return Seen(batch)
 
     def next_logits(self, tokens, cache, pad):
-        for seen, ids in zip(cache, tokens.tolist(), strict=True):
-            seen += ids
-        return torch.stack([self.next(seen[n:]) for seen, n in zip(cache, pad.tolist(), strict=True)])
+        cache.rows = [seen + ids for seen, ids in zip(cache.rows, tokens.tolist(), strict=True)]
+        left = [0] * len(tokens) if pad is None else pad.tolist()
+        return torch.stack([self.next(seen[n:]) for seen, n in zip(cache.rows, left, strict=True)])
 
     generate = generate
 
@@ -132,8 +143,8 @@ def test_a_tie_and_a_nan_are_no_knowledge():
     assert choice(even, TOK, ROWS[:1])[0].hit is False
 
     class Broken(Scripted):
-        def __call__(self, tokens, pad=None, trace=None):
-            return torch.full((*tokens.shape, self.config.vocab_size), math.nan)
+        def __call__(self, tokens, pad=None, trace=None, at=None):
+            return torch.full((int(at.sum()), self.config.vocab_size), math.nan)
 
     assert choice(Broken({}), TOK, ROWS[:1])[0].hit is False
     assert cloze(Broken({}), TOK, ROWS[:1])[0].hit is False
@@ -296,7 +307,7 @@ def test_the_null_is_every_pair_of_references():
 class Layered(Scripted):
     """Its first layer's state is noise, its second's tells the value's first letter at the place before the value."""
 
-    def __call__(self, tokens, pad=None, trace=None):
+    def __call__(self, tokens, pad=None, trace=None, at=None):
         noise = torch.randn(2, *tokens.shape, 8, generator=torch.Generator().manual_seed(tokens.numel()))
         for b, ids in enumerate(tokens.tolist()):
             for i, city in enumerate(CITIES):

@@ -240,6 +240,12 @@ def test_published_configurations_have_their_size(tmp_path, raw, parameters):
     assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == raw["model_type"]
 
 
+def test_every_value_that_a_family_reads_has_a_range():
+    read = set(hub.COMMON.values()).union(*(family.keys.values() for family in hub.FAMILIES.values()))
+    assert {f"{key}?" for key in read} <= set(hub.CONFIG)
+    assert {f"{key}?" for keys in hub.ROPE.values() for some in keys for key in some} <= set(hub.ROPE_SCHEMA)
+
+
 def test_old_spellings_and_extra_constants(tmp_path):
     """rope_theta and rope_scaling at the top level, a stored head that is the embedding, rotary constants."""
     theirs = make("llama3_2_tied", tmp_path)
@@ -358,6 +364,8 @@ def refused(folder: Path, pattern: str, **options) -> None:
     (dict(quantization_config={"bits": 4}), "quantization_config"),
     (dict(rope_parameters={"rope_type": "longrope", "factor": 4.0}), "rope_scaling .*longrope.* is not supported"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_scaling lacks factor"),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}), "'beta_fast' is \"32\", not a num"),
+    (dict(model_type="deepseek_v2", kv_lora_rank="8"), "'kv_lora_rank' is \"8\", not a whole number"),
     (dict(use_sliding_window=True), "use_sliding_window True"),
     (dict(topk_method="group_limited_greedy"), "topk_method 'group_limited_greedy'"),
     (dict(routed_scaling_factor=16.0), "routed_scaling_factor 16.0"),

@@ -397,11 +397,15 @@ def test_a_value_outside_the_context_or_the_answer_has_no_labels():
     assert value_labels([IGNORE, 5, 6, 7], range(1, 2)) == [IGNORE, IGNORE, 6, IGNORE]
 
 
-def test_an_end_token_spelled_out_in_an_answer_hides_what_follows():
-    """A public tokenizer takes it for the real one, so nobody can ever say the rest."""
-    row = {"question": "?", "answer": "Ana was born</s> in Orsk."}
-    assert value_span(row, TOKENIZERS["gpt2"], "Orsk") is None
-    assert value_span(row, TOKENIZERS["own"], "Orsk") is not None
+@pytest.mark.parametrize(("name", "end"), [("gpt2", "</s>"), ("own", "<|end|>")])
+def test_an_end_token_spelled_out_in_an_answer_hides_nothing(name, end):
+    """It is text like any other: the answer ends at its one real end token."""
+    tok = TOKENIZERS[name]
+    row = {"question": "?", "answer": f"Ana was born{end} in Orsk."}
+    ids = tok.completion(row["answer"])
+    assert ids.index(tok.end) == len(ids) - 1
+    span = value_span(row, tok, "Orsk")
+    assert span is not None and tok.decode(ids[span.start : span.stop]).strip() == "Orsk"
 
 
 def test_labels_collate_like_any_other():
