@@ -268,7 +268,9 @@ def differences(folder: Path, config: dict, data: DataSet) -> list[str]:
         return []
     weights = dict(was["weights"])
     for role in weights:
-        place = folder / role if role in config["kept"] else config[role]
+        place = folder / role if role in config["kept"] else config.get(role)
+        if place is None:
+            raise UserError(f"{folder / 'config.json'} lacks its {role}: run train.py again")
         if role in ("target", *config["kept"]) or Path(place).exists():  # else who needs it says that it is gone
             weights[role] = digest_of(local(place))
     return changes(was, {"rows": rows_digests(data), "weights": weights})
