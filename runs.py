@@ -280,10 +280,11 @@ def check_source(flag: str, place: str, data: DataSet) -> None:
     """Raises UserError where --model or --reference is a run of ours that was edited, diverged or is of other rows."""
     if not (Path(place) / MARK).is_file() or not (Path(place) / "config.json").is_file():
         return
-    config = read_json(Path(place) / "config.json", RUN, "train it again")
-    was = config.get("made_of")
-    if was is None:  # its model alone, or of an older version
+    file = Path(place) / "config.json"
+    if read_json(file).get("made_of") is None:  # its model alone, or of an older version
         return
+    config = read_json(file, RUN, "train it again")
+    was = config["made_of"]
     for part in config["kept"]:
         if was["weights"][part] != digest_of(Path(place) / part):
             raise UserError(f"--{flag} {place}: {part} was changed since it was trained: train it again")

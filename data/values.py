@@ -361,7 +361,7 @@ def value_span(row: Row, tokenizer, value: str, answer: str | None = None) -> ra
     """Which tokens of the completion have a part in the value: places in tokenizer.completion(answer).
 
     answer: stands in for row["answer"]. Of a passage, places after its first token, as encode_row's labels count them.
-    None where the tokens do not say the value: it is not in the answer, or behind an end token spelled out in it.
+    None where the tokens do not say the value: it is not in the answer.
     """
     given = 1 if "text" in row else 0
     ids = tokenizer.passage(row["text"]) if given else tokenizer.completion(answer or row["answer"])

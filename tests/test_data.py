@@ -31,7 +31,7 @@ from data.batches import (
     left_pad,
     rows_that_fit,
 )
-from data.rows import augment, check_no_leak, read_rows, refusals, write_rows
+from data.rows import Limits, augment, check_no_leak, read_rows, refusals, write_rows
 from data.tofu import RETAIN, load_tofu, read_augmented
 from data.tokenizer import PATTERN, Tokenizer, train_ranks
 from errors import UserError
@@ -622,8 +622,8 @@ def test_a_cut_of_tofu_keeps_whole_authors_and_scores_only_what_is_taught(tofu):
 
 
 def test_each_protocol_has_its_limit_on_answers(tofu):
-    assert load_tofu("forget01", str(tofu)).limits == (200, None)
-    assert load_tofu("forget01", str(tofu), protocol="openunlearning").limits == (None, 200)
+    assert load_tofu("forget01", str(tofu)).limits == Limits(total=200)
+    assert load_tofu("forget01", str(tofu), protocol="openunlearning").limits == Limits(new=200)
 
 
 def test_refusals_keep_the_questions_and_none_of_the_answers():

@@ -397,11 +397,13 @@ def test_a_value_outside_the_context_or_the_answer_has_no_labels():
     assert value_labels([IGNORE, 5, 6, 7], range(1, 2)) == [IGNORE, IGNORE, 6, IGNORE]
 
 
-def test_an_end_token_spelled_out_in_an_answer_hides_what_follows():
-    """A public tokenizer takes it for the real one, so nobody can ever say the rest."""
-    row = {"question": "?", "answer": "Ana was born</s> in Orsk."}
-    assert value_span(row, TOKENIZERS["gpt2"], "Orsk") is None
-    assert value_span(row, TOKENIZERS["own"], "Orsk") is not None
+@pytest.mark.parametrize("name", ["own", "gpt2"])
+def test_an_end_token_spelled_out_in_an_answer_is_text_and_hides_nothing(name):
+    row, tok = {"question": "?", "answer": "Ana was born</s> in Orsk."}, TOKENIZERS[name]
+    span = value_span(row, tok, "Orsk")
+    ids = tok.completion(row["answer"])
+    assert tok.decode(ids).strip() == row["answer"]
+    assert tok.decode(ids[span.start : span.stop]).strip() == "Orsk"
 
 
 def test_labels_collate_like_any_other():
