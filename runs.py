@@ -269,7 +269,9 @@ def differences(folder: Path, config: dict, data: DataSet) -> list[str]:
         return []
     weights = dict(was["weights"])
     for role in weights:
-        place = folder / role if role in config["kept"] else config[role]
+        place = folder / role if role in config["kept"] else config.get(role)
+        if place is None:
+            raise UserError(f"{folder / 'config.json'} lacks its {role}: run train.py again")
         if role in ("target", *config["kept"]) or Path(place).exists():  # else who needs it says that it is gone
             weights[role] = digest_of(local(place))
     return changes(was, {"rows": rows_digests(data), "weights": weights})
@@ -279,10 +281,11 @@ def check_source(flag: str, place: str, data: DataSet) -> None:
     """Raises UserError where --model or --reference is a run of ours that was edited, diverged or is of other rows."""
     if not (Path(place) / MARK).is_file() or not (Path(place) / "config.json").is_file():
         return
-    config = read_json(Path(place) / "config.json", RUN, "train it again")
-    was = config.get("made_of")
-    if was is None:  # its model alone, or of an older version
+    file = Path(place) / "config.json"
+    if read_json(file).get("made_of") is None:  # its model alone, or of an older version
         return
+    config = read_json(file, RUN, "train it again")
+    was = config["made_of"]
     for part in config["kept"]:
         if was["weights"][part] != digest_of(Path(place) / part):
             raise UserError(f"--{flag} {place}: {part} was changed since it was trained: train it again")

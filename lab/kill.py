@@ -68,9 +68,9 @@ def start(name: str, words: list[str], folder: Path, steps: Path, number: int) -
     if pid:
         return pid, said
     os.environ["TQDM_DISABLE"] = "1"
-    stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    sys.stdout = sys.stderr = open(said, "w", buffering=1)  # and below Python, what C code has to say
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
     status = 1
     try:
         trace_steps(steps)
@@ -85,7 +85,6 @@ def start(name: str, words: list[str], folder: Path, steps: Path, number: int) -
         print(f"Traceback of {error!r}", file=sys.stderr)
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
 
 

@@ -30,6 +30,7 @@ def aborts(folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_every_outcome_is_told_from_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     for read, outcome in ((accepted, "accepted"), (refused, "refused"), (fails, "traceback"), (hangs, "hang"),

@@ -199,6 +199,7 @@ def test_a_special_token_spelled_in_a_row_is_text(tmp_path, backend, template):
 HANGS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat, says", [
     ("{{ 'x' * 30000 }}", "makes 30000 characters"), ("{{ 9**(9**9) }}", "takes more than"), (HANGS, "takes more than"),
     ("{{ 'x' * 10**10 }}", "MemoryError"), ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
@@ -228,6 +229,7 @@ def knows_nothing() -> dict:
     return json.loads(out.to_str())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [blows_up(), knows_nothing(), {}, {"model": {}}, [], json.loads(
     byte_level().to_str()) | {"model": {"type": "BPE", "vocab": {}, "merges": []}}])
 def test_a_tokenizer_that_blows_up_or_reads_nothing_is_stopped_in_one_line(tmp_path, monkeypatch, content):

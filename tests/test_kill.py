@@ -80,7 +80,7 @@ def test_runs_that_are_not_alike_but_for_their_seed_are_not_averaged(copies):
     with pytest.raises(UserError, match=r"r-seed0 and .*r-seed7 are both of seed 0"):
         compare([copies[0], twin])
     edit(copies[1] / "asked.json", lr=0.5)
-    with pytest.raises(UserError, match=r"r-seed1 is of --lr 0.5 and .*r-seed0 of 0.012"):
+    with pytest.raises(UserError, match=r"r-seed1 is of --lr 0.5 and .*r-seed0 of 0.002"):
         compare(copies)
     shutil.rmtree(twin)
     metrics = json.loads((copies[1] / "metrics.json").read_text())

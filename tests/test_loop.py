@@ -13,6 +13,7 @@ import torch
 
 from data.values import encode_fact
 from errors import Stopped, UserError
+from lab import fuzz
 from loop import (
     Belief,
     Weights,
@@ -325,3 +326,36 @@ def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_m
     enough = [found.p <= level.p and found.hit <= level.hit for found in path]
     assert enough == [False] * (len(path) - 1) + [True]
     assert stop(model, 1, 1, 0.0) and not stop(knowing, 1, 1, 0.0)  # by what the model is, not by when it is asked
+
+
+def stopped(folder):
+    """The state.pt of two weights after three of five steps."""
+    fuzz.train_toy(folder, stop=3)
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("log"), lambda state: state.update(step=-1), lambda state: state.update(step=True),
+    lambda state: state["parameters"].pop(), lambda state: state["parameters"].append(torch.ones(2)),
+    lambda state: state["parameters"].__setitem__(0, torch.ones(2, 3)),
+    lambda state: state["parameters"].__setitem__(0, torch.ones(3, 2).double()),
+    lambda state: state["parameters"][1].fill_(math.nan), lambda state: state.pop("optimizer"),
+    lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(7)),
+    lambda state: state["optimizer"]["state"][0].pop("step"), lambda state: state["optimizer"]["state"].update({9: {}}),
+    lambda state: state["optimizer"]["param_groups"][0].update(betas="x"),
+    lambda state: state["optimizer"]["param_groups"].pop(), lambda state: state.update(log="{}\n"),
+    lambda state: state.update(log=state["log"] + '{"step": 3}\n'), lambda state: state.update(log="{"),
+    lambda state: state.update(report={"steps": "many"}),
+], ids=range(18))
+def test_a_state_of_other_shapes_steps_or_kinds_is_refused(tmp_path, change):
+    state = stopped(tmp_path)
+    change(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt"):
+        fuzz.train_toy(tmp_path)
+
+
+def test_a_state_as_it_was_kept_goes_on(tmp_path):
+    assert stopped(tmp_path)["step"] == 3
+    fuzz.train_toy(tmp_path)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5

@@ -581,3 +581,39 @@ def test_hub_names_and_ours_are_one_to_one():
     tensors = hub_tensors(model)
     assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in model.parameters())
     assert tensors["model.layers.1.mlp.experts.2.up_proj.weight"].data_ptr() == model.moe(1).gate_up[2, 384:].data_ptr()
+
+
+@pytest.mark.parametrize("change, pattern", [
+    (dict(num_hidden_layers="2"), "'num_hidden_layers' is \"2\", not a whole number from 1"),
+    (dict(num_hidden_layers=0), "'num_hidden_layers' is 0, not"), (dict(num_hidden_layers=4096), "4096 layers and the"),
+    (dict(hidden_size=48.0), "'hidden_size' is 48.0, not a whole number"), (dict(hidden_size=10**30), "is 1000000"),
+    (dict(rms_norm_eps=float("nan")), "'rms_norm_eps' is NaN, not"), (dict(norm_topk_prob="yes"), "not true or fal"),
+    (dict(max_position_embeddings=-1), "'max_position_embeddings' is -1"), (dict(rope_parameters=[1]), "not a JSON"),
+    (dict(rope_parameters={"rope_type": "llama3", "factor": 0}), "'rope_parameters' 'factor' is 0, not a number above"),
+    (dict(rope_parameters=LLAMA3 | {"high_freq_factor": 1.0}), "high_freq_factor no higher than"),
+    (dict(model_type=["olmoe"]), "'model_type' is .* not a text"), (dict(vocab_size=600), "do not belong together"),
+    (dict(eos_token_id=-1), "'eos_token_id' is -1, not"),
+])
+def test_config_values_of_the_wrong_kind_or_size_are_named(checkpoint, change, pattern):
+    change_config(checkpoint, **change)
+    refused(checkpoint, pattern)
+
+
+def test_a_shard_outside_the_folder_is_read_only_through_the_hubs_cache(tmp_path):
+    """models--a--b/snapshots/1/model-... -> ../../blobs/HASH, as huggingface_hub lays it out."""
+    model = GPT(Config(vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, d_model=16, d_ff=16))
+    save(model, None, tmp_path / "plain", shard_bytes=10_000)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate((tmp_path / "plain").glob("*")):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert torch.equal(load(snapshot)[0].embed.weight, model.embed.weight)
+    shard = next((tmp_path / "plain").glob("model-00001*"))
+    shard.rename(tmp_path / "elsewhere.safetensors")
+    shard.symlink_to(tmp_path / "elsewhere.safetensors")
+    refused(tmp_path / "plain", rf"lists the shard {shard.name}, which lies outside")
+    index = tmp_path / "plain" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))
+    refused(tmp_path / "plain", r"lists the shard \.\./elsewhere\.safetensors, which lies outside")
