@@ -83,7 +83,7 @@ Stem = tuple[int, Tensor]  # (layer, (B, T, D)): a pass that is already there, s
 
 
 class Cache:
-    """Keys and values of all layers for the tokens seen so far, (B, G, room, C) each per layer; room grows with them."""
+    """Keys and values of all layers for the tokens seen so far, (B, G, room, C) each per layer; room grows."""
 
     def __init__(self, config: Config, batch: int, max_len: int, device, dtype):
         empty = torch.empty(batch, config.n_kv_head, 0, config.d_head, device=device, dtype=dtype)
@@ -286,7 +286,8 @@ class GPT(nn.Module):
             query = torch.arange(start, end, device=self.device)  # (T,)
             position = (query - pad[:, None]).clamp_min(0)  # (B, T)
             cos, sin = cos[position][:, None], sin[position][:, None]
-        if cache is not None and start > 0 and length == 1:  # a token that is decoded: it sees all that is there but the padding
+        mask: Tensor | None = None
+        if cache is not None and start > 0 and length == 1:  # a token that is decoded sees all but the padding
             if pad is None:
                 return cos, sin, None
             if cache.visible is None:
@@ -294,7 +295,6 @@ class GPT(nn.Module):
             mask = cache.visible[..., :end].clone()
             mask[..., -1] = True  # and itself, which matters where it is padding: see below
             return cos, sin, mask
-        mask = None
         if pad is not None or start > 0:
             query, key = torch.arange(start, end, device=self.device), torch.arange(end, device=self.device)
             left = torch.zeros(1, dtype=torch.long, device=self.device) if pad is None else pad
