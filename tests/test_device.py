@@ -17,7 +17,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import train
 from baselines import METHODS as BASELINES
-from data.batches import greedy_answers
 from model import GPT
 from uld import LogitDifference
 
