@@ -285,9 +285,9 @@ def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: 
     routing: of the chosen layer; mask (B, T) bool.  masked: g is 0 outside the top k (see Departures).
     """
     g = routing.gates() if masked else routing.probs  # (B, T, E)
-    a = torch.zeros(g.shape[-1], device=g.device)
+    a = torch.zeros(g.shape[-1])
     a[list(experts)] = 1.0
-    squared = (g - a).square().sum(-1)  # UOE (3)
+    squared = (g - a.to(g.device)).square().sum(-1)  # UOE (3)
     return squared[mask].sum() / mask.sum().clamp_min(1)
 
 

@@ -211,6 +211,48 @@ def test_generation_ends_early_once_all_rows_have_ended(dense):
     assert said.tolist() == [slow[: slow.index(end) + 1]] * 2
 
 
+def slow_sampling(model, prompts: list[list[int]], steps: int, end: int, generator) -> list[list[int]]:
+    """Sampling at temperature 1 the slow way: each row anew at every step, one draw for all rows, ended ones too."""
+    rows = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
+            for row, token in zip(rows, torch.multinomial(logits.softmax(-1), 1, generator=generator), strict=True):
+                row.append(int(token))
+    said = [row[len(prompt):] for row, prompt in zip(rows, prompts, strict=True)]
+    stop = [row.index(end) + 1 if end in row else steps for row in said]
+    return [(row[:n] + [end] * steps)[: max(stop)] for row, n in zip(said, stop, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_samples_do_not_depend_on_who_has_ended_nor_on_the_prompt_being_shared(factories, kind):
+    model = factories[kind](std=0.1)
+    end = 7
+    tokens, pad = padded(PROMPTS[:3])
+    of = torch.tensor([0, 0, 0, 1, 2, 2, 0, 1])
+    expected = slow_sampling(model, [PROMPTS[i] for i in of.tolist()], 40, end, torch.Generator().manual_seed(3))
+    got = model.generate(tokens, 40, 1.0, pad=pad, end=end, generator=torch.Generator().manual_seed(3), of=of)
+    ended = [row.index(end) for row in expected if end in row]
+    assert len(set(ended)) > 3  # so many at different times that the batch has shrunk
+    assert got.tolist() == expected
+
+
+def test_a_cache_grows_with_what_is_said(dense):
+    model = dense(max_len=256)
+    cache = model.new_cache(1, 200)
+    model.next_logits(torch.tensor([[5, 9, 2]]), cache, None)
+    assert cache.k[0].shape[2] < 64
+    assert model.generate(torch.tensor([[5, 9, 2]]), 100).tolist() == [argmax_loop(model, [5, 9, 2], 100)]
+
+
+def test_rotary_tables_are_made_again_for_another_precision(dense):
+    model, tokens = dense(), torch.randint(61, (1, 6))
+    model(tokens)
+    rounded = dense().bfloat16()
+    with torch.no_grad():
+        assert torch.equal(model.bfloat16()(tokens), rounded(tokens))
+
+
 def test_sampling_is_a_function_of_the_generator(dense):
     model, tokens = dense(std=0.15), torch.tensor([[3, 4], [9, 1]])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from model import MLP
-from moe import MoE, Routing, load_balancing_loss, topic_information
+from moe import MoE, Routing, experts_grouped, experts_loop, load_balancing_loss, topic_information
 
 
 def layer(d_model=8, d_ff=5, n_expert=7, top_k=3, seed=0, shared=None, **kwargs) -> MoE:
@@ -65,10 +65,11 @@ def test_values_and_gradients_equal_the_dense_reference(data):
         assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
+@pytest.mark.parametrize("d_ff", [5, 8])  # by the loop, and by the grouped product
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_an_empty_batch_passes_through(shape, shared):
-    moe = layer(shared=MLP(8, 4) if shared else None, shared_gate=shared)
+def test_an_empty_batch_passes_through(shape, shared, d_ff):
+    moe = layer(d_ff=d_ff, shared=MLP(8, 4) if shared else None, shared_gate=shared)
     y, routing = moe(torch.zeros(*shape, 8))
     assert y.shape == (*shape, 8) and routing.probs.shape == (*shape, 7) and routing.chosen.shape == (*shape, 3)
 
@@ -103,6 +104,53 @@ def test_the_router_decides_in_float32_whatever_the_weights():
     moe = layer().bfloat16()
     y, routing = moe(torch.randn(1, 4, 8).bfloat16())
     assert routing.probs.dtype == routing.weights.dtype == torch.float32 and y.dtype == torch.bfloat16
+
+
+# ---- ways to compute the same -----------------------------------------------------------------------------------
+
+def plain_loop(x, chosen, weights, gate_up, down):
+    """The definition: token by token, each of its experts, in float32."""
+    rows = []
+    for t in range(len(x)):
+        y = torch.zeros(x.shape[1])
+        for e, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+            gate, up = (gate_up[e].float() @ x[t].float()).chunk(2)
+            y = y + weight * (down[e].float() @ (F.silu(gate) * up))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def loop_over_stack(x, chosen, weights, gate_up, down):
+    return experts_loop(x, chosen, weights, list(gate_up.unbind(0)), list(down.unbind(0)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("way", [experts_grouped, loop_over_stack])
+@pytest.mark.parametrize("n_expert", [4, 40])  # 40: most have no token
+def test_every_way_gives_the_values_and_gradients_of_the_plain_loop(way, dtype, tolerance, n_expert):
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(13, 16), torch.randn(n_expert, 16, 16) / 4, torch.randn(n_expert, 16, 8) / 4
+    weights, chosen = torch.randn(13, n_expert).softmax(-1).topk(3)
+    probe = torch.randn(13, 16)
+    found = []
+    for f, kind in ((plain_loop, dtype), (way, dtype)):
+        inputs = [t.detach().to(kind).requires_grad_() for t in (x, gate_up, down)] + [weights.clone().requires_grad_()]
+        y = f(inputs[0], chosen, inputs[3], *inputs[1:3])
+        found.append([y.float(), *torch.autograd.grad((y.float() * probe).sum(), inputs)])
+    for name, wanted, got in zip(("y", "x", "gate_up", "down", "weights"), *found, strict=True):
+        assert (got.float() - wanted.float()).norm() <= tolerance * wanted.float().norm(), name
+
+
+def test_the_grouped_product_and_the_loop_are_one_in_float32_to_the_bit():
+    """What keeps the numbers of earlier runs of the small models."""
+    torch.manual_seed(0)
+    weights, chosen = torch.randn(300, 16).softmax(-1).topk(4)
+    shapes = ((300, 128), (16, 128, 128), (16, 128, 64))
+    inputs = [torch.randn(shape).div(8).requires_grad_() for shape in shapes]
+    y, same = (way(inputs[0], chosen, weights, *inputs[1:]) for way in (experts_grouped, loop_over_stack))
+    assert torch.equal(y, same)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (y, same)), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- one expert taken out ---------------------------------------------------------------------------------------
@@ -148,6 +196,23 @@ def test_the_taken_experts_gradient_is_its_slice_of_the_stacks():
     moe(x)[0].square().sum().backward()
     assert_close((expert.gate_up.grad, expert.down.grad), wanted)
     assert not moe.gate_up.grad[2].any() and not moe.down.grad[2].any()
+
+
+def test_on_a_gpu_the_taken_expert_runs_on_all_tokens_and_it_comes_to_the_same():
+    """There nobody may ask which rows are its own; `beside` is that way, run here on the CPU."""
+    moe, x = layer(d_ff=8, norm_topk_prob=True), torch.randn(4, 6, 8, requires_grad=True)
+    moe.requires_grad_(False)
+    moe.router.requires_grad_(True)
+    experts = [moe.take_out(number) for number in (2, 5)]
+    with torch.no_grad():
+        for p in (p for expert in experts for p in expert.parameters()):
+            p.add_(torch.randn_like(p))
+    inputs = [x, moe.router.weight, *(p for expert in experts for p in expert.parameters())]
+    routing = moe.route(x)
+    given = x.reshape(-1, 8), routing.chosen.reshape(-1, 3), routing.weights.reshape(-1, 3)
+    found = [(y, torch.autograd.grad(y.square().sum(), inputs, retain_graph=True))
+             for y in (moe.experts(*given), moe.beside(*given))]
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [-1, 7])
