@@ -72,8 +72,9 @@ class Scripted:
                 p[said[len(ids) - at]] += chance
         return (p / p.sum()).log() if p.sum() > 0 else torch.zeros_like(p)
 
-    def __call__(self, tokens, pad=None, trace=None):
-        return torch.stack([torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()])
+    def __call__(self, tokens, pad=None, trace=None, at=None):
+        each = [torch.stack([self.next(ids[: t + 1]) for t in range(len(ids))]) for ids in tokens.tolist()]
+        return torch.stack(each) if at is None else torch.stack(each)[at]
 
     def new_cache(self, batch, max_len):
         return [[] for _ in range(batch)]
@@ -132,8 +133,8 @@ def test_a_tie_and_a_nan_are_no_knowledge():
     assert choice(even, TOK, ROWS[:1])[0].hit is False
 
     class Broken(Scripted):
-        def __call__(self, tokens, pad=None, trace=None):
-            return torch.full((*tokens.shape, self.config.vocab_size), math.nan)
+        def __call__(self, tokens, pad=None, trace=None, at=None):
+            return torch.full((int(at.sum()), self.config.vocab_size), math.nan)
 
     assert choice(Broken({}), TOK, ROWS[:1])[0].hit is False
     assert cloze(Broken({}), TOK, ROWS[:1])[0].hit is False
@@ -296,7 +297,7 @@ def test_the_null_is_every_pair_of_references():
 class Layered(Scripted):
     """Its first layer's state is noise, its second's tells the value's first letter at the place before the value."""
 
-    def __call__(self, tokens, pad=None, trace=None):
+    def __call__(self, tokens, pad=None, trace=None, at=None):
         noise = torch.randn(2, *tokens.shape, 8, generator=torch.Generator().manual_seed(tokens.numel()))
         for b, ids in enumerate(tokens.tolist()):
             for i, city in enumerate(CITIES):

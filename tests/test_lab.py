@@ -62,8 +62,8 @@ def test_weights_of_one_change_nothing_and_others_scale_their_positions(bench):
     """Of GD and KL, in batches of rows of unequal length."""
     before, after, batch = bench.model("dense", 0), bench.model("dense", 1), bench.retain.batch(0)
     with torch.no_grad():
-        logits, was = after(batch.tokens), before(batch.tokens)
-    plain = {"gd": cross_entropy(logits, batch.labels), "kl": kl(logits, was, batch.labels)}
+        logits, was = (model(batch.tokens, at=batch.scored) for model in (after, before))
+    plain = {"gd": cross_entropy(logits, batch.answers), "kl": kl(logits, was, batch.answers)}
     lengths = [len(example.tokens) for example in bench.retain.examples]
     for name, loss in WEIGHTED.items():
         one = loss(before, bench.retain, None)
@@ -134,6 +134,7 @@ def test_repair_leaves_a_model_that_never_changed_and_brings_scores_back_where_o
 def test_a_method_with_repair_is_repaired_on_what_is_kept(bench):
     """The routers are those that a repair by hand gives, and no other weight moves by it."""
     target = bench.model()
+    before = {name: p.clone() for name, p in target.named_parameters()}
     args = bench.args("uoe", layer=(0, 2), lr=0.05)
     fit = train.loop.fitting(args, bench.forget, bench.folder)
     plain, _, _ = uoe_unlearn(target, bench.forget, bench.retain, args, fit)
@@ -141,6 +142,7 @@ def test_a_method_with_repair_is_repaired_on_what_is_kept(bench):
     assert kept["model"] is model
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, plain.get_parameter(name))}
     assert moved == {f"blocks.{layer}.mlp.router.weight" for layer in range(3)}
+    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
     repair_routers(target, plain, bench.retain.in_order())
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in model.named_parameters())
 

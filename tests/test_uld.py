@@ -469,13 +469,13 @@ class Told(torch.nn.Module):
         self.config, self.device, self.is_moe = Config(vocab_size=vocabulary, max_len=128), torch.device("cpu"), False
         self.rows, self.known, self.else_ = rows, known, else_
 
-    def forward(self, tokens, pad=None, trace=None, stem=None):
+    def forward(self, tokens, pad=None, trace=None, stem=None, at=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_
             for t, token in enumerate(row[1:]):
                 out[b, t, token] = height
-        return out
+        return out if at is None else out[at]
 
 
 @pytest.mark.parametrize("known, stranger, taken", [(6.0, 1.0, 9.0), (4.0, 0.0, 3.0), (5.0, 1.0, 2.5),
