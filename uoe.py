@@ -240,7 +240,7 @@ def isolate(model: GPT, places: list[Place], train_router: bool = True, shared: 
     model.requires_grad_(False)
     for layer, expert in places:
         model.moe(layer).take_out(expert)
-        also = [model.moe(layer).router] if train_router else []
+        also: list[nn.Module] = [model.moe(layer).router] if train_router else []
         if shared:
             always_on = model.moe(layer).shared
             if always_on is None:

@@ -65,8 +65,9 @@ class Batch:
         return self.labels[self.scored]
 
     def to(self, device) -> "Batch":
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.mask, self.index))
-        return Batch(*moved, self.share)
+        tokens, labels, mask, index = (t.to(device, non_blocking=True) for t in
+                                       (self.tokens, self.labels, self.mask, self.index))
+        return Batch(tokens, labels, mask, index, self.share)
 
 
 def answer_length(example: Example) -> int:
