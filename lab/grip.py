@@ -38,17 +38,17 @@ def repair_routers(target: GPT, model: GPT, batches: Iterable[Batch], ridge: flo
     """
     batches = list(batches)
     for layer in model.config.moe_layers:
-        old: list[Tensor] = []
-        new: list[Tensor] = []
+        gram = torch.zeros(model.config.d_model, model.config.d_model, dtype=torch.double, device=model.device)
+        cross = torch.zeros_like(gram)
         for batch in batches:
-            for m, into in ((target, old), (model, new)):
-                x = m.blocks[layer].mlp_norm(m.stem(batch.tokens, layer))  # (B, T, D)
-                into.append(x[batch.mask].double())
-        x, x_new = torch.cat(old), torch.cat(new)  # (N, D)
-        gram = x_new.T @ x_new
+            x, x_new = (m.blocks[layer].mlp_norm(m.stem(batch.tokens, layer))[batch.mask].double()  # (N, D)
+                        for m in (target, model))
+            gram += x_new.T @ x_new
+            cross += x_new.T @ x
         gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         theta = target.moe(layer).router.weight.double()  # (E, D)
-        fitted = torch.linalg.solve(gram, x_new.T @ (x @ theta.T)).T
+        fitted = torch.linalg.solve(gram, cross @ theta.T).T
+        own(model.moe(layer).router)  # it may be the target's
         model.moe(layer).router.weight.copy_(fitted)
 
 

@@ -102,7 +102,7 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         return trained, trained * 4 + blocks * size, config.n_layer
     depth = assistant_depth(args, config)
     blocks = sum(p.numel() for block in model.blocks[:depth] for p in block.parameters())
-    trained = sum(p.numel() for p in build_assistant(model, depth, *low_rank).parameters() if p.requires_grad)
+    trained = count_parameters(build_assistant(model, depth, *low_rank), trainable=True)
     both = 2 if method == "divergence" else 1
     return both * trained, both * (trained * 4 + blocks * size), config.n_layer if method == "offset" else depth
 

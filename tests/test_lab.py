@@ -138,6 +138,7 @@ def test_repair_leaves_a_model_that_never_changed_and_brings_scores_back_where_o
 def test_a_method_with_repair_is_repaired_on_what_is_kept(bench):
     """The routers are those that a repair by hand gives, and no other weight moves by it."""
     target = bench.model()
+    before = {name: p.clone() for name, p in target.named_parameters()}
     args = bench.args("uoe", layer=(0, 2), lr=0.05)
     fit = train.loop.fitting(args, bench.forget, bench.folder)
     plain, _, _ = uoe_unlearn(target, bench.forget, bench.retain, args, fit)
@@ -145,7 +146,8 @@ def test_a_method_with_repair_is_repaired_on_what_is_kept(bench):
     assert kept["model"] is model
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, plain.get_parameter(name))}
     assert moved == {f"blocks.{layer}.mlp.router.weight" for layer in range(3)}
-    plain = copy.deepcopy(plain)  # the target's weights are its own until here
+    plain = copy.deepcopy(plain)
+    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
     repair_routers(target, plain, bench.retain.in_order())
     assert all(torch.equal(p, plain.get_parameter(name)) for name, p in model.named_parameters())
 
