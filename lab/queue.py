@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=COUNT, default=1, help="commands at a time")
     parser.add_argument("--threads", type=COUNT, default=1, help="of each")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2, 3, 4, 5], help="for lines that hold SEED")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the runs go, given to every command that does not say")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where runs go that do not say")
     args = parser.parse_args(argv)
     lines = read_lines(args.file, args.seeds)
     (args.out / "queue").mkdir(parents=True, exist_ok=True)
