@@ -34,7 +34,7 @@ WHOLE, SOME = Number(0, 2**53, whole=True), (ANY_NUMBER, None)
 BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": SOME, "forget?": {str: SOME},
          str: (SOME, bool, list, {str: SOME})}  # of a model: its sets' numbers, and its own
 METRICS = {"target": BLOCK, str: BLOCK, "run?": {"seed?": WHOLE, "diverged?": bool,
-                                                 "made_of?": {"rows": dict, "vocabulary": (str, None)}}}
+                                                 "made_of?": {"rows": dict, "vocabulary": WHOLE}}}
 SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
                             "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE,
                             "notes?": [str]}}
