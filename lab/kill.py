@@ -147,7 +147,8 @@ def prepare(name: str, folder: Path, base: Path) -> list[str]:
 
 def kill_once(name: str, draw: random.Random, seconds: float, folder: Path, base: Path) -> tuple[list[str], int, int]:
     """One command, killed until it ends. Returns (what is wrong, kills, steps done again)."""
-    words, steps, wrong, kills = prepare(name, folder, base), folder.with_name(folder.name + ".steps"), [], 0
+    words, steps, kills = prepare(name, folder, base), folder.with_name(folder.name + ".steps"), 0
+    wrong: list[str] = []
     for number in range(20):
         more = ["--resume"] if (folder / "run.partial" / "asked.json").is_file() else []
         pid, said = start(name, words + more, folder, steps, number)
@@ -176,7 +177,7 @@ def kill_all(count: int, draw: random.Random, place: Path) -> list[str]:
     wrong, base = [], place / "base"
     kinds = list(COMMANDS)
     whole: dict[str, tuple[dict, float]] = {}
-    total = Counter()
+    total: Counter[str] = Counter()
     for i in range(count):
         name = kinds[i % len(kinds)]
         beginning = {"finetune": base / "run" / "model", "attack": base}.get(name, base)
