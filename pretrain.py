@@ -130,7 +130,7 @@ def topics_of(sets: list[list[Row]]) -> list[int]:
     """A number per row: its topic, or where rows name none, which set it is of."""
     out = []
     for number, one_set in enumerate(sets):
-        out += [TOPICS.index(row["topic"]) if "topic" in row else number for row in one_set]
+        out += [TOPICS.index(row["topic"]) if row.get("topic") in TOPICS else number for row in one_set]
     return out
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 
 from data.rows import DataSet, Limits, Row, check_apart, check_no_leak, read_rows
+from data.values import check_value
 from errors import UserError
 from flags import Flag, Number
 from schema import read_bytes
@@ -53,7 +54,10 @@ def load_tofu(split: str = "forget10", folder: str | None = None, augmented: str
     limit = SCORED_ROWS[protocol]
 
     def read(name: str) -> list[Row]:
-        return read_rows(root / f"{name}.json")
+        rows = read_rows(root / f"{name}.json")
+        for number, row in enumerate(rows, 1):
+            check_value(row, f"{root / name}.json row {number}")
+        return rows
 
     scored = {"forget": read(f"{split}_perturbed"), "retain": read("retain_perturbed"),
               "real_authors": read("real_authors_perturbed"), "world_facts": read("world_facts_perturbed")}
