@@ -34,8 +34,9 @@ import eval as scoring
 import train
 from data import load_data
 from data.batches import encode_rows, greedy_answers
-from data.rows import Limits, write_rows
+from data.rows import DataSet, Limits, write_rows
 from data.tokenizer import Tokenizer
+from data.values import fact_ids, in_frame, options, values_of
 from errors import UserError, one_line_errors
 from flags import COUNT, NATURAL, Number, Parser
 from lab import probes
@@ -44,6 +45,7 @@ from methods import open_run
 from metrics.choice import read_choices
 from metrics.score import kept_scores
 from model import GPT, Config
+from pretrain import topics_of
 from pretrained import load, save
 
 SECONDS = 30
@@ -158,6 +160,7 @@ def change_state(path: Path, rng: Random) -> str:
 QUESTIONS: list[dict] = [{"question": f"Where was {name} {last} born?", "answer": f"{name} {last} was born in {town}.",
               "paraphrased_question": f"In which town was {name} {last} born?",
               "paraphrased_answer": f"It was {town} where {name} {last} was born.", "value": town,
+              "kind": "town", "topic": "author", "fact": [name, last],
               "perturbed_answer": [f"It was {other} where {name} {last} was born." for other in ("Tarn", "Zubek")]}
              for name, town in (("Ana", "Orsk"), ("Bor", "Ulm"), ("Cid", "Vousvia")) for last in ("Vell", "Tann")]
 CHAT = ("{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -234,10 +237,23 @@ def read_own(folder: Path) -> None:
     data = load_data(forget=str(folder / "forget.jsonl"), retain=str(folder / "retain.jsonl"))
     tokenizer = Tokenizer.train(data.texts(), 320)
     encode_rows([*data.forget, *data.retain], tokenizer, 256)
+    read_values(data)
+
+
+def read_values(data: DataSet) -> None:
+    """What scoring and pretraining look up in rows before a model is asked."""
+    topics_of([data.retain, data.forget])
+    for rows in (data.forget, data.retain, *data.scored.values()):
+        asked = [row for row in rows if "question" in row]
+        fact_ids(rows)
+        for row, value in zip(asked, values_of(asked), strict=True):
+            if value is not None:
+                in_frame("It was Orsk.", row, value, data.pools.get(row.get("kind", "")))
+                options(row, value)
 
 
 def read_tofu(folder: Path) -> None:
-    load_data(str(folder.parent / "tofu"), augmented=str(folder.parent / "augmented"))
+    read_values(load_data(str(folder.parent / "tofu"), augmented=str(folder.parent / "augmented")))
 
 
 def read_checkpoint(folder: Path) -> None:

@@ -59,6 +59,8 @@ WORDY = dict(alphabet=string.ascii_letters + string.digits + " .,'!?-\n\té日�
     ('{"question": "Who?", "answer": "Me.", "perturbed_answer": ["You.", 3]}', "'perturbed_answer' is not a list"),
     ('{"question": "Who?", "answer": "Me.", "perturbed_answer": 3}', "'perturbed_answer' is not a list"),
     ('{"text": ""}', "'text' is not a non-empty string"),
+    ('{"question": "Who?", "answer": "Me.", "value": 3}', "'value' is not a non-empty string"),
+    ('{"question": "Who?", "answer": "Me.", "kind": ["a"]}', "'kind' is not a non-empty string"),
 ])
 def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path, bad, says):
     path = tmp_path / "mine.jsonl"
