@@ -1,11 +1,14 @@
-"""How fast, side by side: what one training step or one greedy answer costs, as a ratio.
+"""How fast, side by side: what a training step, likelihoods or greedy answers cost, as ratios.
 
     python -m lab.bench                                   # medians of 7 rounds; everything takes its turn in each
     python -m lab.bench --rounds 3 --depth 8 --width 256  # flags of train.py that shape both small models
+    python -m lab.bench --device cuda                     # lab/gpu.py has full-size shapes
 
-Two questions. What does a method's training step cost against training all parameters (NPO + GD)? And, where
-`transformers` is installed, what does the same model cost here and there: the same weights and tokens, checked to give
-the same logits first? Ratios only: absolute times mean little on a machine that nobody else has.
+What does a method's step cost against one of all parameters (NPO + GD), set-up included? What does ULD's decoding cost
+against its target's own? And, where `transformers` is installed, what does the same model cost here and there: the same
+weights and tokens, checked to give the same logits first? Ratios, for absolute times mean little on a machine that
+nobody else has; beside them what share of the device's own matrix rate and memory bandwidth, measured in the same run,
+a training step and decoding reach.
 
 Shapes: B batch   T tokens
 """
@@ -15,27 +18,29 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import loop
-from data.batches import Batch, collate, encode_rows, left_pad
+from data.batches import Batch, Example, collate, encode_rows, in_order, left_pad
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from flags import COUNT, Parser
-from interfaces import TextCodec
+from interfaces import LanguageModel, TextCodec
 from methods import METHODS as ALL
-from model import GPT
-from objectives import cross_entropy
+from model import GPT, Config, count_parameters
+from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
 from pretrained import save
 from runs import data_of
 from train import parse
+from uld import LogitDifference, build_assistant, merge_lora
 
 try:
     from transformers import AutoModelForCausalLM
@@ -49,6 +54,9 @@ METHODS = {  # against all parameters of the same model, NPO + GD
             "Offset": ["--method", "offset"], "all parameters, GDIFF": ["--method", "full", "--forget-loss", "ga"],
             "all parameters, KL": ["--method", "full", "--retain-loss", "kl"], "all parameters": ["--method", "full"]},
 }
+
+
+NEW = 32  # tokens that are decoded
 
 
 def in_turn(what: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
@@ -73,9 +81,31 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def rates(device: torch.device, dtype: torch.dtype, side: int = 1024, rounds: int = 5) -> tuple[float, float]:
+    """What the device can do: operations per second of a square product, bytes per second of a copy (read, written)."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    much, into = (torch.zeros(256 * side**2, dtype=torch.uint8, device=device) for _ in range(2))
+    works = {"product": lambda: timed(lambda: a @ b, device), "copy": lambda: timed(lambda: into.copy_(much), device)}
+    seconds = {name: statistics.median(each) for name, each in in_turn(works, rounds, "the device").items()}
+    return 2 * side**3 / seconds["product"], 2 * much.numel() / seconds["copy"]
+
+
+def weights_met(config: Config, rows: int = 1) -> float:
+    """How many weights so many tokens meet: all but an embedding of its own, and experts as if evenly chosen.
+
+    One token: what a pass computes with, twice as many operations. The rows of a decoding step: what it has to read.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("mlp.gate_up", "mlp.down")))
+    embedding = 0 if config.tie_head else model.embed.weight.numel()
+    unmet = (1 - config.top_k / config.n_expert) ** rows if experts else 0.0  # share of experts that no row chooses
+    return count_parameters(model) - embedding - experts * unmet
+
+
 def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenizer: TextCodec,
             epochs: int) -> Callable[[], float]:
-    """A callable: seconds per training step of the method that `flags` name, on a copy of target."""
+    """A callable: seconds of the method that `flags` name, set-up included, per training step."""
     args = parse([*extra, *flags, "--arch", arch, "--epochs", str(epochs), "--name", "bench"])
     args.seed, method, data = 0, ALL[args.method], data_of(vars(args) | {"seed": 0})
     rows = method.rows(data, args)
@@ -85,14 +115,25 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
         with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(quiet),
               contextlib.redirect_stderr(quiet)):
             forget, retain = loop.learning_rows(args, data, *rows, tokenizer)
-            _, _, report = method.unlearn(target, forget, retain, args, loop.fitting(args, forget, Path(folder)))
-        return report["train_seconds"] / report["steps"]
+            fit, reports = loop.fitting(args, forget, Path(folder)), []
+            seconds = timed(lambda: reports.append(method.unlearn(target, forget, retain, args, fit)[2]), target.device)
+        return seconds / reports[0]["steps"]
 
     return measure
 
 
-def here_and_there(model: GPT, tokenizer: TextCodec, batch: Batch) -> dict[str, tuple[Callable, Callable]]:
+def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor) -> dict[str, Callable[[], Any]]:
+    """NEW greedy tokens of the target, and of ULD's difference with an assistant of three quarters of its layers."""
+    assistant = merge_lora(build_assistant(target, max(1, 3 * target.config.n_layer // 4)))
+    models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant)}
+    return {name: partial(model.generate, prompts, NEW, pad=pad) for name, model in models.items()}
+
+
+def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], batch: Batch, prompts: Tensor,
+                   pad: Tensor) -> dict[str, tuple[Callable, Callable]]:
     """What -> (ours, transformers'), on the same weights and tokens. {} where transformers is not installed.
+
+    Training: batch. Likelihoods: examples, here longest first, there as they come. Decoding: prompts, (B, T).
 
     Raises AssertionError where the two disagree on the logits by more than 1e-4.
     """
@@ -104,8 +145,6 @@ def here_and_there(model: GPT, tokenizer: TextCodec, batch: Batch) -> dict[str, 
         theirs.to(model.device)
     with torch.no_grad():
         torch.testing.assert_close(theirs(batch.tokens, use_cache=False).logits, model(batch.tokens), rtol=0, atol=1e-4)
-    prompts, pad = left_pad([[t for t, label in zip(row, marks, strict=True) if label < 0][:12] for row, marks in
-                             zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)], model.device)
     mask = torch.arange(prompts.shape[1], device=model.device) >= pad[:, None]
 
     def train_step(forward: Callable, parameters) -> Callable:
@@ -116,12 +155,25 @@ def here_and_there(model: GPT, tokenizer: TextCodec, batch: Batch) -> dict[str, 
         return work
 
     def generate_theirs() -> None:
-        theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=32, min_new_tokens=32, do_sample=False,
+        theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
                         pad_token_id=0)
 
+    @torch.no_grad()
+    def likelihoods(forward: Callable, batches: Callable[[], Iterable[Batch]]) -> list[Tensor]:
+        return [row_log_prob(forward(part.tokens), part.labels) for part in batches()]
+
+    def as_they_come() -> Iterator[Batch]:
+        for i in range(0, len(examples), len(batch.tokens)):
+            yield collate(examples[i : i + len(batch.tokens)], device=model.device)
+
+    def forward(tokens: Tensor) -> Tensor:
+        return theirs(tokens, use_cache=False).logits
+
     return {"training step": (train_step(model, list(model.parameters())),
-                              train_step(lambda t: theirs(t, use_cache=False).logits, list(theirs.parameters()))),
-            "32 greedy tokens": (lambda: model.generate(prompts, 32, pad=pad), generate_theirs)}
+                              train_step(forward, list(theirs.parameters()))),
+            "likelihoods": (partial(likelihoods, model, lambda: in_order(examples, 64, model.device)),
+                            partial(likelihoods, forward, as_they_come)),
+            f"{NEW} greedy tokens": (lambda: model.generate(prompts, NEW, pad=pad), generate_theirs)}
 
 
 def line(name: str, ours: list[float], other: list[float]) -> str:
@@ -141,16 +193,23 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; ratios of medians of {own.rounds} rounds, in brackets the least and largest in one round")
+    product, copy = rates(device, torch.float32)
+    print(f"a float32 product of 1024 x 1024: {product / 1e9:.0f} GFLOP/s; a copy: {copy / 1e9:.1f} GB/s")
     for arch, methods in METHODS.items():
         args = parse([*extra, "--method", "full", "--arch", arch])
         data = data_of(vars(args) | {"seed": 0})
         tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
         torch.manual_seed(0)
         target = GPT(small_config(args, tokenizer.vocab_size)).to(device).eval()
-        rows = encode_rows(data.retain, tokenizer, args.context, truncate=True)[:32]
-        pairs = here_and_there(target, tokenizer, collate(rows, list(range(len(rows))), device))
-        seconds = in_turn({f"{name} {i}": partial(timed, work, device) for name, both in pairs.items()
-                           for i, work in enumerate(both)}, own.rounds, f"{arch}, transformers")
+        examples = encode_rows(data.retain, tokenizer, args.context, truncate=True)[:256]
+        batch = collate(examples[:32], list(range(32)), device)
+        prompts, pad = left_pad([tokenizer.prompt(row["question"])[:12] for row in data.retain[:32]], device)
+        pairs = here_and_there(target, tokenizer, examples, batch, prompts, pad)
+        works = {f"{name} {i}": work for name, both in pairs.items() for i, work in enumerate(both)}
+        if arch == "gpt":
+            works |= decoding_pair(target, prompts, pad)
+        seconds = in_turn({name: partial(timed, work, device) for name, work in works.items()}, own.rounds,
+                          f"{arch}, passes")
         steps = in_turn({name: step_of(flags, extra, arch, target, tokenizer, own.epochs_per_round)
                          for name, flags in methods.items()}, own.rounds, f"{arch}, methods")
         kind = "mixture of experts" if arch == "moe" else "dense model"
@@ -159,7 +218,17 @@ def main(argv: list[str] | None = None) -> None:
             print(line(name, seconds[f"{name} 0"], seconds[f"{name} 1"]))
         if not pairs:
             print("    (transformers is not installed: pip install -r requirements-test.txt)")
-        print(f"{kind}: seconds per training step / of all parameters, NPO + GD")
+        else:
+            step = statistics.median(seconds["training step 0"])
+            decoded = statistics.median(seconds[f"{NEW} greedy tokens 0"])
+            used = 6 * weights_met(target.config) * batch.tokens.numel() / step / product
+            read = 4 * weights_met(target.config, len(prompts)) * NEW / decoded / copy
+            print(f"    here: {100 * used:.0f}% of the matrix rate in training, {100 * read:.0f}% of the bandwidth in "
+                  "decoding")
+        if arch == "gpt":
+            print("seconds of ULD's decoding / of its target's, an assistant of three quarters")
+            print(line(f"{NEW} tokens, ULD", seconds["ULD"], seconds["target"]))
+        print(f"{kind}: seconds per training step, set-up included / of all parameters, NPO + GD")
         for name in list(methods)[:-1]:
             print(line(name, steps[name], steps["all parameters"]))
 

@@ -31,7 +31,7 @@ import loop
 from data.rows import DataSet, Row
 from errors import one_line_errors
 from flags import Parser
-from lab.bench import timed
+from lab.bench import timed, weights_met
 from methods import METHODS
 from model import GPT, Config, count_parameters
 from moe import MoE, experts_grouped, experts_loop
@@ -282,39 +282,17 @@ def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
     return decoding(here, {"transformers": Theirs(here, shape)})
 
 
-def active_parameters(config: Config) -> int:
-    """Parameters that one token meets: all of a dense model without its embedding, K experts of E."""
-    with torch.device("meta"):
-        model = GPT(config)
-    idle = sum(model.moe(i).gate_up.numel() + model.moe(i).down.numel() for i in range(config.n_layer)) \
-        if model.is_moe else 0
-    every = count_parameters(model) - model.embed.weight.numel()
-    return every - idle + (idle * config.top_k // config.n_expert if idle else 0)
-
-
-def bytes_per_token_step(config: Config, rows: int) -> float:
-    """Weights in bf16 that one decoding step of so many rows reads, experts as evenly chosen ones would be."""
-    with torch.device("meta"):
-        model = GPT(config)
-    every = 2.0 * (count_parameters(model) - model.embed.weight.numel())
-    if not model.is_moe:
-        return every
-    experts = 2.0 * sum(model.moe(i).gate_up.numel() + model.moe(i).down.numel() for i in range(config.n_layer))
-    met = 1 - (1 - config.top_k / config.n_expert) ** rows  # share of experts that some row chooses
-    return every - experts * (1 - met)
-
-
 def uoe(here: Here) -> dict[str, Any]:
     """OLMoE-1B-7B's shape: one expert of the first layer trains, so that nothing can be left out above it; NPO + GD."""
     target = here.model(here.olmoe)
-    out: dict[str, Any] = {"parameters": count_parameters(target), "active": active_parameters(target.config)}
+    out: dict[str, Any] = {"parameters": count_parameters(target), "active": weights_met(target.config)}
     model, found = unlearn(here, target, "--method", "uoe", "--layer", "0,0")
     # forward and the gradient of what goes in, of every block; no gradient of weights but one expert's
     out |= found | {"step_flops": 4 * out["active"] * found["tokens_per_step"]}
     del target
     here.forget_peak()
     out["decoding"] = attempt(partial(decoding, here, {"ours": model}), {})
-    out["decoding_bytes"] = bytes_per_token_step(model.config, AT_ONCE)
+    out["decoding_bytes"] = 2 * weights_met(model.config, AT_ONCE)
     del model
     here.forget_peak()
     out["decoding"] |= attempt(partial(with_theirs, here, here.olmoe), {})
@@ -327,13 +305,13 @@ def uld(here: Here) -> dict[str, Any]:
     out: dict[str, Any] = {"parameters": count_parameters(target)}
     model, found = unlearn(here, target, "--method", "uld")
     # forward, and the gradient of what goes in; the low-rank changes' own are small beside that
-    active = active_parameters(model.assistant.config)
+    active = weights_met(model.assistant.config)
     out |= found | {"active": active, "step_flops": 4 * active * found["tokens_per_step"],
                     "assistant_layers": model.assistant.config.n_layer, "layers": target.config.n_layer}
     here.forget_peak()
     out["decoding"] = attempt(partial(decoding, here, {"target": target, "ULD": model}), {})
     out["decoding_peak_bytes"] = here.peak()
-    out["decoding_bytes"] = bytes_per_token_step(target.config, AT_ONCE)
+    out["decoding_bytes"] = 2 * weights_met(target.config, AT_ONCE)
     del target, model
     here.forget_peak()
     out["decoding"] |= attempt(partial(with_theirs, here, here.llama), {})

@@ -31,15 +31,3 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["card"]["bf16_flops"] == 1e12 and "error" in results["experts"]
     assert "no such device" in capsys.readouterr().err
-
-
-def test_active_parameters_by_hand():
-    """2 blocks of attention 4 * 8 * 8, MLP 3 * 8 * 5, norms 16; last norm 8, head 10 * 8. Then 2 of 4 experts."""
-    shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=2, d_model=8, d_ff=5)
-    rest = 2 * (4 * 64 + 16) + 8 + 80
-    assert gpu.active_parameters(gpu.Config(**shape)) == rest + 2 * 3 * 8 * 5
-    sparse = gpu.Config(**shape, n_expert=4, top_k=2)
-    assert gpu.active_parameters(sparse) == rest + 2 * (4 * 8 + 2 * 3 * 8 * 5)
-    # one row meets 2 of 4 experts, two rows 1 - (1/2)^2 = 3 of 4, were they even
-    assert gpu.bytes_per_token_step(sparse, 1) == 2 * gpu.active_parameters(sparse)
-    assert gpu.bytes_per_token_step(sparse, 2) == 2 * (rest + 2 * (4 * 8 + 3 * 3 * 8 * 5))
