@@ -132,14 +132,10 @@ def topics_of(sets: list[list[Row]]) -> list[int]:
     names: list = list(TOPICS)
     out = []
     for number, one_set in enumerate(sets):
-<<<<<<< HEAD
         for row in one_set:
             topic = row.get("topic", number)
             names += [topic] if topic not in names else []
             out.append(names.index(topic))
-=======
-        out += [TOPICS.index(row["topic"]) if row.get("topic") in TOPICS else number for row in one_set]
->>>>>>> readers
     return out
 
 

@@ -97,11 +97,8 @@ def check_row(row: Row, where: str) -> Row:
     if "text" in row and "question" in row:
         raise UserError(f"{where} has both 'text' and 'question': a row is a passage, or question and answer")
     needed = ("text",) if "text" in row else ("question", "answer")
-<<<<<<< HEAD
-    for key in (*needed, "paraphrased_question", "paraphrased_answer", "calibration_question"):
-=======
-    for key in (*needed, "paraphrased_question", "paraphrased_answer", "value", "kind", "topic"):
->>>>>>> readers
+    texts = ("paraphrased_question", "paraphrased_answer", "calibration_question", "value", "kind", "topic")
+    for key in (*needed, *texts):
         if key not in row:
             if key in needed:
                 raise UserError(f"{where} lacks '{key}': a row is question and answer, or text")

@@ -14,10 +14,7 @@ from pathlib import Path
 import huggingface_hub
 
 from data.rows import DataSet, Limits, Row, check_apart, check_no_leak, read_rows
-<<<<<<< HEAD
 from data.strangers import authors_of, calibrating, twins_of
-=======
->>>>>>> readers
 from data.values import check_value
 from errors import UserError
 from flags import Flag, Number
