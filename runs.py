@@ -126,7 +126,8 @@ class RunFolder:
         self.asked = json.loads(json.dumps({key: value for key, value in vars(args).items()
                                             if key not in ("resume", "restart", "named")}))
         self.resume = self.opened = False
-        self.check()
+        with alone(self.final):  # a run that is being written looks like one that was cut off
+            self.check()
 
     def check(self) -> None:
         """Raises UserError where this run would replace what it should not, or discard work unasked."""

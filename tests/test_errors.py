@@ -25,6 +25,15 @@ def run(raised: BaseException) -> int:
     return stopped.value.code
 
 
+@pytest.fixture
+def heard():
+    """Both signals as a shell's foreground has them: a job in the background is told to ignore Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, old in before.items():
+        signal.signal(number, old)
+
+
 def test_a_user_error_is_one_line_and_exit_2(capsys):
     assert run(UserError("rows.jsonl line 3 is\n  not JSON:\tgive   JSON")) == 2
     out, err = capsys.readouterr()
@@ -44,7 +53,7 @@ def test_control_c_is_one_line_and_exit_130(capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_being_told_to_stop_is_one_line_and_a_shells_status(number, capsys):
+def test_being_told_to_stop_is_one_line_and_a_shells_status(number, capsys, heard):
     @one_line_errors
     def main():
         os.kill(os.getpid(), number)
@@ -57,7 +66,7 @@ def test_being_told_to_stop_is_one_line_and_a_shells_status(number, capsys):
     assert signal.getsignal(number) is before
 
 
-def test_a_stop_that_is_held_is_noted_and_the_second_is_obeyed():
+def test_a_stop_that_is_held_is_noted_and_the_second_is_obeyed(heard):
     with pytest.raises(Stopped) as stopped, held() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
         assert noted == [signal.SIGTERM]

@@ -108,11 +108,11 @@ def test_splits_of_one_data_set_share_their_target_unless_pretraining_knew_the_s
 def test_a_run_is_not_replaced_by_one_that_comes_to_the_same_name(out, tmp_path, capsys):
     """Two files of one stem; the same run made anew, or one that was given the name, may take its place."""
     lines = '{"question": "Who?", "answer": "Ana."}\n{"question": "Where?", "answer": "In Orsk."}\n'
-    for name in ("a/x.jsonl", "b/x.jsonl"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(lines)
+    for name, rows in (("a/x.jsonl", lines), ("b/x.jsonl", lines), ("keep.jsonl", lines.replace("?", " else?"))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(rows)
     first, second = ([*TINY, "--method", "full", "--out", str(tmp_path / "out"), "--forget", str(tmp_path / of),
-                      "--retain", str(tmp_path / "a/x.jsonl")] for of in ("a/x.jsonl", "b/x.jsonl"))
+                      "--retain", str(tmp_path / "keep.jsonl")] for of in ("a/x.jsonl", "b/x.jsonl"))
     train.main(first)
     train.main([*first, "--score-every-epoch"])
     folder, = (p for p in (tmp_path / "out").iterdir() if p.name != "cache")
