@@ -378,7 +378,8 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         began = time.perf_counter()
         model, kept, report = method.unlearn(target, forget, retain, args, fit)
         spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
-        config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)} | report
+        config |= vars(args) | report | {"made_of": of, "total_parameters": count_parameters(target),
+                                         "kept": list(kept)}
         config |= {"setup_seconds": spent - report["train_seconds"],  # before training and after
                    "peak_memory_bytes": peak_memory(args.device)}
         for name, part in kept.items():
