@@ -377,7 +377,8 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         measure_from_here(args.device)
         model, kept, report = method.unlearn(target, forget, retain, args, fit)
         spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
-        config |= vars(args) | {"total_parameters": count_parameters(target), "kept": list(kept)} | report
+        config |= vars(args) | report | {"made_of": of, "total_parameters": count_parameters(target),
+                                         "kept": list(kept)}
         config |= {"setup_seconds": spent - report["train_seconds"],  # before training and after
                    "peak_memory_bytes": peak_memory(args.device)}
         for name, part in kept.items():
