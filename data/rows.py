@@ -95,7 +95,7 @@ def check_row(row: Row, where: str) -> Row:
     if "text" in row and "question" in row:
         raise UserError(f"{where} has both 'text' and 'question': a row is a passage, or question and answer")
     needed = ("text",) if "text" in row else ("question", "answer")
-    for key in (*needed, "paraphrased_question", "paraphrased_answer", "value", "kind", "topic"):
+    for key in (*needed, "paraphrased_question", "paraphrased_answer", "kind", "topic"):
         if key not in row:
             if key in needed:
                 raise UserError(f"{where} lacks '{key}': a row is question and answer, or text")
