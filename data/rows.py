@@ -97,7 +97,7 @@ def check_row(row: Row, where: str) -> Row:
     if "text" in row and "question" in row:
         raise UserError(f"{where} has both 'text' and 'question': a row is a passage, or question and answer")
     needed = ("text",) if "text" in row else ("question", "answer")
-    texts = ("paraphrased_question", "paraphrased_answer", "calibration_question", "value", "kind", "topic")
+    texts = ("paraphrased_question", "paraphrased_answer", "calibration_question", "kind", "topic")
     for key in (*needed, *texts):
         if key not in row:
             if key in needed:

@@ -59,7 +59,6 @@ WORDY = dict(alphabet=string.ascii_letters + string.digits + " .,'!?-\n\té日�
     ('{"question": "Who?", "answer": "Me.", "perturbed_answer": ["You.", 3]}', "'perturbed_answer' is not a list"),
     ('{"question": "Who?", "answer": "Me.", "perturbed_answer": 3}', "'perturbed_answer' is not a list"),
     ('{"text": ""}', "'text' is not a non-empty string"),
-    ('{"question": "Who?", "answer": "Me.", "value": 3}', "'value' is not a non-empty string"),
     ('{"question": "Who?", "answer": "Me.", "kind": ["a"]}', "'kind' is not a non-empty string"),
 ])
 def test_a_bad_row_is_named_by_file_line_and_fault(tmp_path, bad, says):
@@ -648,3 +647,10 @@ def test_rows_that_fit_bound_the_logits(length, vocabulary, rows):
     assert rows_that_fit(examples, vocabulary) == rows
     assert rows == 1 or rows * length * vocabulary <= 2**27
     assert rows_that_fit([], vocabulary) == 64
+
+
+def test_a_value_in_tofus_files_is_checked_as_in_ones_own(tiny_tofu):
+    rows = [row | {"value": 3} for row in tofu_rows("f", 3)]
+    write_rows(tiny_tofu / "forget01.json", rows)
+    with pytest.raises(UserError, match=r"forget01\.json row 1: 'value' is not a string with a word"):
+        load_tofu("forget01", str(tiny_tofu))
