@@ -65,7 +65,8 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     with torch.device("meta"):
         model = GPT(config)
     weights = size * count_parameters(model)
-    insides = max(inside(block, config) for block in model.blocks)
+    frozen = args.method in ("uoe", "esft")
+    insides = max(inside(block, config, frozen) for block in model.blocks)
     trained, second, backward = what_trains(model, args, size)
     # float32: gradient and two moments; bf16: beside these a float32 copy, and a gradient of its own in passing
     states = trained * (12 if size == 4 else 18)
@@ -90,8 +91,10 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         layers = sparse if method == "esft" else sparse[-1:]
         places = [(layer, expert) for layer in layers for expert in range(per_layer)]
         trained = count(isolate(model, places, train_router=method == "uoe"))
-        lowest = config.n_layer if method == "esft" or args.layer in ("all", "top") else 1  # any layer may be chosen
-        return trained, trained * size, lowest
+        known = {"middle": config.n_layer // 2, "last": config.n_layer - 1}
+        lowest = 0 if method == "esft" or args.layer in ("all", "top") else known.get(args.layer, args.layer)
+        lowest = lowest[0] if isinstance(lowest, tuple) else lowest
+        return trained, trained * size, config.n_layer - lowest
     if method == "full" or method == "finetune":
         every = count_parameters(model)
         return every, 0 if method == "finetune" else every * size, config.n_layer
@@ -111,14 +114,17 @@ def count(parameters: list) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def inside(block, config: Config) -> int:
-    """Numbers per token that a block's backward pass finds again: what goes into each of its products and functions."""
-    width = config.d_head * config.n_head
-    attention = 4 * config.d_model + 6 * width
+def inside(block, config: Config, frozen: bool = False) -> int:
+    """Numbers per token that a block's backward pass finds again: what goes into each of its products and functions.
+
+    frozen: most of its weights are, and what goes into their products is not asked for.
+    """
+    D, F, width = config.d_model, config.d_ff, config.d_head * config.n_head
+    attention = 2 * D + 4 * width if frozen else 4 * D + 6 * width
     if isinstance(block.mlp, MoE):
-        routed = config.top_k * (3 * config.d_model + 5 * config.d_ff)
-        return attention + 2 * config.d_model + routed + 4 * config.n_expert
-    return attention + 2 * config.d_model + 5 * block.mlp.up.out_features
+        routed = config.top_k * (D + 4 * F if frozen else 3 * D + 5 * F)
+        return attention + 2 * D + routed + 4 * config.n_expert
+    return attention + 2 * D + (3 if frozen else 5) * block.mlp.up.out_features
 
 
 # ---- measured -----------------------------------------------------------------------------------------------------
@@ -194,15 +200,21 @@ def arguments(method: str, **others) -> argparse.Namespace:
     return argparse.Namespace(**public | dict(method=method, model="public", dtype="bfloat16") | others)
 
 
-def way_that_fits(config: Config, method: str, card: int) -> str:
-    """The first of WAYS whose arithmetic fits a card, as flags, and its need."""
+def ways(config: Config, method: str) -> dict[str, int]:
+    """WAYS as flags, each with its need in bytes."""
+    out = {}
     for way in WAYS:
-        needed = need(config, arguments(method, **way), TOFU)
-        if needed.total() <= card * GB - RESERVED:
-            words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-                     for key, value in way.items()]
-            return f"{needed.total() / GB:.0f}" + (f" `{' '.join(words)}`" if words else "")
-    return f"no ({needed.total() / GB:.0f})"
+        words = [f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in way.items()]
+        out[" ".join(words)] = need(config, arguments(method, **way), TOFU).total()
+    return out
+
+
+def first_that_fits(found: dict[str, int], card: int) -> str:
+    """A cell of the table: GB, and the flags where some are needed."""
+    for flags, size in found.items():
+        if size <= card * GB - RESERVED:
+            return f"{size / GB:.0f}" + (f" `{flags}`" if flags else "")
+    return f"no ({min(found.values()) / GB:.0f})"
 
 
 def table() -> Iterator[str]:
@@ -214,12 +226,13 @@ def table() -> Iterator[str]:
         if not set(shape) <= fields:
             continue
         config = Config(**shape, max_len=4096)
+        weights = f"{need(config, arguments('uld'), TOFU).weights / GB:.1f}"
         for method, title in METHODS_SHOWN.items():
             if METHODS[method].needs_experts and not config.n_expert:
                 continue
-            cells = [way_that_fits(config, method, card) for card in CARDS]
-            weights = need(config, arguments(method), TOFU).weights
-            yield f"| {name} | {weights / GB:.1f} | {title} | " + " | ".join(cells) + " |"
+            found = ways(config, method)
+            cells = [name, weights, title, *(first_that_fits(found, card) for card in CARDS)]
+            yield f"| {' | '.join(cells)} |"
 
 
 HEAD = """# Memory
