@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import pretrain
+from data.batches import IGNORE
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from data.world import make_world
@@ -116,7 +117,9 @@ def memory(model, tokenizer, rows: list[dict]) -> Scores:
     for batch, logits in probes.passes(model, tokenizer, rows):
         found["exact_memorization"].append(exact_memorization(logits, batch.labels))
         found["extraction"].append(extraction_strength(logits, batch.labels))
-        found["extraction_no_end"].append(extraction_strength(logits, without_end(batch.labels)))
+        labels = without_end(batch.labels)
+        kept = labels[batch.scored] != IGNORE  # (N,): which of the answer positions that logits are of
+        found["extraction_no_end"].append(extraction_strength(logits[kept], labels))
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
