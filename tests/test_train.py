@@ -352,7 +352,7 @@ def test_a_run_that_failed_goes_on_where_it_failed_and_is_discarded_only_when_as
         assert "--resume goes on with it, --restart discards it" in capsys.readouterr().err
         with pytest.raises(SystemExit):
             run(out, "--lr", "0.5", "--resume", name=where)
-        assert "is a run with --lr 0.002, not 0.5" in capsys.readouterr().err
+        assert "is a run with --lr 0.003, not 0.5" in capsys.readouterr().err
         with monkeypatch.context() as watched:
             watched.setattr(loop.torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was done again"))
             if where == "finish_report":  # its scores are there too
