@@ -367,7 +367,7 @@ def test_a_run_that_failed_goes_on_where_it_failed_and_is_discarded_only_when_as
         with pytest.raises(SystemExit):
             run(out, "--lr", "0.1", name="evaluate")
     folder = run(out, "--restart", name="evaluate")
-    assert json.loads((folder / "config.json").read_text())["lr"] == 0.002
+    assert json.loads((folder / "config.json").read_text())["lr"] == 0.003
 
 
 @pytest.mark.slow
