@@ -274,7 +274,7 @@ def read_config_of_run(folder: Path) -> None:
 
 def read_numbers_of_run(folder: Path) -> None:
     run = str(folder / "run")
-    scoring.main(["--compare", run, run.replace("/run", "/run"), "--figures", str(folder / "figures")])
+    scoring.main(["--compare", run, "--figures", str(folder / "figures")])
     scoring.main(["--compare", run, "--at", "0.5"])
     kept_scores(folder / "run" / "scores.json", load_data(subjects=2), "", lambda: {})
 
