@@ -9,11 +9,14 @@ so that nothing has to hook into it from outside.
 Shapes: B batch   T tokens   N = B * T   D model width   E experts   K experts per token   F width of an expert
 """
 
-from typing import NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NONE: Mapping[str, Any] = {}
 
 
 class Routing(NamedTuple):
@@ -59,6 +62,7 @@ class MoE(nn.Module):
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared is not None and shared_gate else None
         # experts taken out of the stack, by number (as a string); a ModuleDict cannot say what it holds
         self.taken = cast(dict[str, Expert], nn.ModuleDict())
+        self.low_rank = cast(dict[str, Any], nn.ModuleDict())  # what is added to "gate_up", "down": uld.py, LoRAStack
 
     def route(self, x: Tensor, forced: Tensor | None = None) -> Routing:
         """Softmax over all experts in float32, then top-k. x: (B, T, D).
@@ -91,12 +95,13 @@ class MoE(nn.Module):
         Beside a frozen stack the loop copies no gradients and runs what trains on its own rows; on a GPU it would have
         to ask for their number, and wait.
         """
-        aligned = all(width * x.element_size() % 16 == 0 for width in (self.down.shape[1], self.down.shape[2]))
+        widths = [*self.down.shape[1:], *(lora.a.shape[1] for lora in self.low_rank.values())]
+        aligned = all(width * x.element_size() % 16 == 0 for width in widths)
         if not aligned or (self.taken and x.device.type == "cpu"):
             return experts_loop(x, chosen, weights, *self.expert_weights())
         if self.taken:
             return self.beside(x, chosen, weights)
-        return experts_grouped(x, chosen, weights, self.gate_up, self.down)
+        return experts_grouped(x, chosen, weights, self.gate_up, self.down, self.low_rank)
 
     def beside(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The same where experts were taken out: these run on every token, weighing 0 where they were not chosen."""
@@ -112,7 +117,9 @@ class MoE(nn.Module):
 
         unbind, not indexing: the gradient of E indexings is E full-size stacks, that of one unbind is one.
         """
-        gate_up, down = list(self.gate_up.unbind(0)), list(self.down.unbind(0))
+        stacks = {"gate_up": self.gate_up, "down": self.down}
+        stacks |= {name: lora.added(stacks[name]) for name, lora in self.low_rank.items()}
+        gate_up, down = (list(stack.unbind(0)) for stack in stacks.values())
         for number, expert in self.taken.items():
             gate_up[int(number)], down[int(number)] = expert.gate_up, expert.down
         return gate_up, down
@@ -154,18 +161,27 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
     return torch.zeros_like(x).index_add(0, token, y)
 
 
-def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+                    low_rank: Mapping[str, Any] = NONE) -> Tensor:
     """The same with one grouped product per projection; nothing is asked of the device.
 
     x (N, D); chosen, weights (N, K); gate_up (E, 2F, D), down (E, D, F), D and F multiples of 16 bytes.
+    low_rank: as in MoE.
     """
+    def product(rows: Tensor, stack: Tensor) -> Tensor:  # (N * K, narrow), (E, wide, narrow) -> (N * K, wide)
+        return F.grouped_mm(rows, stack.transpose(1, 2), offs=ends)
+
+    def changed(rows: Tensor, stack: Tensor, name: str) -> Tensor:
+        y = product(rows, stack)
+        return y + low_rank[name](rows, product) if name in low_rank else y
+
     experts, order = chosen.reshape(-1).sort(stable=True)  # (N * K,), the assignments sorted by expert
     token = order // chosen.shape[1]
     numbers = torch.arange(len(gate_up), device=x.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E,), one past each expert's last row
     rows = x.index_select(0, token)  # (N * K, D)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    y = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    gate, up = changed(rows, gate_up, "gate_up").chunk(2, dim=-1)
+    y = changed(F.silu(gate) * up, down, "down")
     return torch.zeros_like(x).index_add(0, token, y * weights.reshape(-1)[order, None].to(x.dtype))
 
 

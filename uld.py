@@ -33,14 +33,13 @@ Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA ra
 import argparse
 import copy
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import demo
 from data.batches import Rows
@@ -177,7 +176,10 @@ class LoRALinear(nn.Module):
 
 
 class LoRAStack(nn.Module):
-    """The same for a stack of matrices (E, O, D): one A (E, R, D) and one B (E, O, R) per expert."""
+    """The same for a stack of experts' matrices (E, O, D): one A (E, R, D) and one B (E, O, R) per expert.
+
+    Beside the stack, as with one matrix: a changed stack would be a second one in memory, and its gradient a third.
+    """
 
     def __init__(self, stack: Tensor, rank: int, alpha: float):
         super().__init__()
@@ -187,7 +189,13 @@ class LoRAStack(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.scale = alpha / rank
 
-    def forward(self, stack: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What rows (N, D), sorted by expert, get beside the stack's product with them, (N, O)."""
+        low = product(rows, self.a.to(rows.dtype))
+        return self.scale * product(low, self.b.to(rows.dtype))
+
+    def added(self, stack: Tensor) -> Tensor:
+        """The stack that computes the same by itself."""
         return stack + (self.scale * self.b @ self.a).to(stack.dtype)
 
 
@@ -205,8 +213,7 @@ def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets:
                     setattr(module, name, LoRALinear(child, rank, alpha, dropout))
             if isinstance(module, MoE):
                 for name in ("gate_up", "down"):
-                    lora = LoRAStack(getattr(module, name), rank, alpha)
-                    parametrize.register_parametrization(module, name, lora)
+                    module.low_rank[name] = LoRAStack(getattr(module, name), rank, alpha)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -219,8 +226,9 @@ def merge_lora(model: GPT) -> GPT:
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             state |= {f"{name}.{key}": value for key, value in module.merged().state_dict().items()}
-        elif isinstance(module, MoE) and parametrize.is_parametrized(module):
-            state |= {f"{name}.gate_up": module.gate_up.clone(), f"{name}.down": module.down.clone()}
+        elif isinstance(module, MoE):
+            for which, lora in module.low_rank.items():
+                state[f"{name}.{which}"] = lora.added(getattr(module, which))
     own = model.state_dict()
     for name in plain.state_dict():
         state.setdefault(name, own.get(name))
@@ -446,12 +454,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", help="one to ask instead of the first of each set")
     args = parser.parse_args(argv)
     if args.run:
-        run = demo.open_run(args.run)
+        run = demo.open_run(args.run, args.device)
         if "assistant" not in run.parts:
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uld")
         show(reopen(run.target, run.parts, run.config), run.tokenizer, run.sets, args.question)
         return
-    stage = demo.set_up(FLAGS, METHOD)
+    stage = demo.set_up(FLAGS, METHOD, args.device)
     model, _, _ = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
     show(model, stage.tokenizer, stage.sets, args.question)
 

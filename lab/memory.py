@@ -3,8 +3,9 @@
     python -m lab.memory > results/memory.md       # public models on cards of 24, 48 and 80 GB, and the flags that fit
 
 Four things add up. *Weights*: one copy, whatever the method. *What trains*: its own copy (a second model where all
-trains or LoRA is merged), gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the
-backward pass is to find of one micro-batch. *Kept*: what is computed once per row (data/batches.py, KEPT_BYTES).
+trains), gradients and AdamW's two moments, in float32 whatever the weights are. *A pass*: what the backward pass is to
+find of one micro-batch, or LoRA's blocks merged after the last. *Kept*: what is computed once per row
+(data/batches.py, KEPT_BYTES).
 
 Shapes: R rows at once   T tokens of the longest   A of them answers   D width   V vocabulary   F width of an MLP
 """
@@ -67,7 +68,7 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     weights = size * count_parameters(model)
     frozen = args.method in ("uoe", "esft")
     insides = max(inside(block, config, frozen) for block in model.blocks)
-    trained, second, backward = what_trains(model, args, size)
+    trained, beside, after, backward = what_trains(model, args, size)
     # float32: gradient and two moments; bf16: beside these a float32 copy, and a gradient of its own in passing
     states = trained * (12 if size == 4 else 18)
     rows = args.micro_batch or args.batch_size
@@ -79,11 +80,11 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     one_pass = max(one_pass, (args.micro_batch or 64) * text.tokens * size * insides)  # or looking at rows, 64 at once
     stems = text.total * config.d_model * size
     kept = stems if args.method in ("uoe", "esft") and stems <= 2 * KEPT_BYTES else 0
-    return Need(weights, max(states, 0) + second, one_pass, kept)
+    return Need(weights, states + beside, max(one_pass, after), kept)  # once training has ended no pass takes memory
 
 
-def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, int, int]:
-    """(parameters that train, bytes of copies beside the weights, blocks that a gradient passes)."""
+def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, int, int, int]:
+    """(parameters that train, bytes of copies beside the weights, of LoRA merged after, blocks a gradient passes)."""
     config, method = model.config, args.method
     if method in ("uoe", "esft"):
         per_layer = max(1, math.ceil(args.esft_p * config.n_expert)) if method == "esft" else args.m
@@ -94,20 +95,20 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         known = {"middle": config.n_layer // 2, "last": config.n_layer - 1}
         lowest = 0 if method == "esft" or args.layer in ("all", "top") else known.get(args.layer, args.layer)
         lowest = lowest[0] if isinstance(lowest, tuple) else lowest
-        return trained, trained * size, config.n_layer - lowest
+        return trained, trained * size, 0, config.n_layer - lowest
     if method == "full" or method == "finetune":
         every = count_parameters(model)
-        return every, 0 if method == "finetune" else every * size, config.n_layer
+        return every, 0 if method == "finetune" else every * size, 0, config.n_layer
     low_rank = (args.lora_rank, args.lora_alpha)
     if method == "lora":
         blocks = sum(p.numel() for block in model.blocks for p in block.parameters())
         trained = count(add_lora(model, *low_rank))
-        return trained, trained * 4 + blocks * size, config.n_layer
+        return trained, trained * 4, blocks * size, config.n_layer
     depth = assistant_depth(args, config)
     blocks = sum(p.numel() for block in model.blocks[:depth] for p in block.parameters())
     trained = count_parameters(build_assistant(model, depth, *low_rank), trainable=True)
     both = 2 if method == "divergence" else 1
-    return both * trained, both * (trained * 4 + blocks * size), config.n_layer if method == "offset" else depth
+    return both * trained, both * trained * 4, both * blocks * size, config.n_layer if method == "offset" else depth
 
 
 def count(parameters: list) -> int:

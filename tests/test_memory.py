@@ -106,7 +106,7 @@ print(json.dumps([peak_memory("cpu") - before, need(config, args, text).total()]
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs a system that can forget its peak")
 @pytest.mark.parametrize("method, kind", [("uoe", "moe"), ("uld", "dense"), ("lora", "dense"), ("full", "dense"),
-                                          ("full", "moe")])
+                                          ("full", "moe"), ("uld", "moe"), ("lora", "moe")])
 def test_the_arithmetic_is_near_what_a_process_takes(method, kind):
     system = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is freed is given back
     out = subprocess.run([sys.executable, "-c", MEASURE, method, "float32", kind], cwd=ROOT, capture_output=True,

@@ -1,12 +1,12 @@
 """uld.py: the difference of logits, its filter, the assistant and its LoRA."""
 
 import argparse
+import copy
 import json
 import math
 
 import pytest
 import torch
-from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from data.batches import IGNORE
@@ -16,6 +16,7 @@ from model import Config, Trace, count_parameters
 from moe import MoE
 from uld import (
     LogitDifference,
+    LoRAStack,
     add_lora,
     alpha_of_strangers,
     assistant_depth,
@@ -274,6 +275,37 @@ def test_only_lora_trains_in_attention_and_every_expert_of_a_moe(sparse):
     assert not any("router" in name or "shared_gate" in name for name in names)
 
 
+@pytest.mark.parametrize("rank", [4, 3])  # by the grouped product, and by the loop
+def test_lora_beside_a_stack_is_lora_in_it(rank):
+    """Output, and the gradients of A, B and x, are those of a layer whose stacks are W + (alpha / r) B A."""
+    torch.manual_seed(0)
+    moe = MoE(d_model=16, d_ff=8, n_expert=5, top_k=2).requires_grad_(False)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, probe = torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    for name in ("gate_up", "down"):
+        moe.low_rank[name] = LoRAStack(getattr(moe, name), rank, alpha=10.0)
+    stir(moe)
+    trained = [p for p in moe.parameters() if p.requires_grad]
+    found = []
+    for inside in (False, True):
+        plain = copy.deepcopy(moe)
+        inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in trained)]
+        if inside:
+            low_rank, plain.low_rank = plain.low_rank, torch.nn.ModuleDict()
+            for (name, _), (a, b) in zip(low_rank.items(), zip(inputs[1::2], inputs[2::2], strict=True), strict=True):
+                stack = getattr(plain, name)
+                delattr(plain, name)
+                setattr(plain, name, stack + 10 / rank * b @ a)
+            y = plain(inputs[0])[0]
+        else:
+            names = [name for name, p in moe.named_parameters() if p.requires_grad]
+            y = torch.func.functional_call(moe, dict(zip(names, inputs[1:], strict=True)), inputs[0])[0]
+        found.append([y, *torch.autograd.grad((y * probe).sum(), inputs)])
+    for wanted, got in zip(*found, strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_by_hand(dense):
     """W x + (alpha / r) B A x on the matrix itself, and A, B in float32 under bfloat16 weights."""
     model = dense()
@@ -311,7 +343,7 @@ def test_the_merged_model_computes_what_the_unmerged_does(factories, kind, confi
         assert (trained - before).abs().max() > 0.01
         assert_close(merged(tokens), trained, rtol=1e-3, atol=1e-3)
         assert torch.equal(assistant(tokens), trained)  # merging leaves the assistant as it was
-    assert not any(isinstance(m, MoE) and parametrize.is_parametrized(m) for m in merged.modules())
+    assert not any(isinstance(m, MoE) and len(m.low_rank) for m in merged.modules())
     assert not any(p.requires_grad for p in merged.parameters())
     assert (merged.head.weight is merged.embed.weight) == config.get("tie_head", False)
     assert set(merged.state_dict()) == set(first_layers(factories[kind](**config), 2).state_dict())
