@@ -34,6 +34,7 @@ def colour(text: str, name: str) -> str:
 def parser(what: str) -> Parser:
     out = Parser(description=what)
     out.add_argument("run", nargs="?", help="a run folder of this method; without it, a small model is unlearned now")
+    out.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     return out
 
 
@@ -49,16 +50,16 @@ class Stage:
     scratch: tempfile.TemporaryDirectory  # where the loop keeps its state; goes with this
 
 
-def set_up(flags: list[Flag], method: Method, **others) -> Stage:
+def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments."""
     task = "topic" if method.arch == "moe" else "world"
     args = defaults(flags, loop.FLAGS, values.FLAGS, world.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE,
                     method="demonstration", arch=method.arch, data=task, forget=None, model=None, seed=0, out="out",
-                    device="cpu", **others)
+                    device=device, **others)
     pretrain.fill_in(args, on_world=True)
     data = load_data(args.data, seed=args.seed)
     tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
-    target, _ = load(pretrain.cached_model(args, data, tokenizer, "target") / "model")
+    target, _ = load(pretrain.cached_model(args, data, tokenizer, "target") / "model", device=device)
     forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
     untouched = Rows(data.background, tokenizer, args.context, args.batch_size, args.seed, args.device)
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
@@ -74,11 +75,11 @@ class Finished(Opened):
     sets: dict[str, Rows]
 
 
-def open_run(folder: str) -> Finished:
+def open_run(folder: str, device: str) -> Finished:
     """Raises UserError as runs.read_run does."""
-    run = read_run(folder)
+    run = read_run(folder, device)
     out = Finished(**vars(run))
     context, seed = run.target.config.max_len, run.config["seed"]
     every = {"forget": run.data.forget, "retain": run.data.retain, "untouched": run.data.background}
-    out.sets = {name: Rows(rows, run.tokenizer, context, 32, seed, "cpu") for name, rows in every.items() if rows}
+    out.sets = {name: Rows(rows, run.tokenizer, context, 32, seed, device) for name, rows in every.items() if rows}
     return out

@@ -348,13 +348,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = demo.parser("unlearn one expert of a small mixture of experts, and show it")
     args = parser.parse_args(argv)
     if args.run:
-        run = demo.open_run(args.run)
+        run = demo.open_run(args.run, args.device)
         if "unlearned_experts" not in run.config:
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uoe")
         places = [(layer, expert) for layer, expert in run.config["unlearned_experts"]]
         show(run.target, run.parts["model"], run.tokenizer, run.sets, places)
         return
-    stage = demo.set_up([*FLAGS, *NPO.FLAGS], METHOD, forget_loss="npo", retain_loss="gd",
+    stage = demo.set_up([*FLAGS, *NPO.FLAGS], METHOD, args.device, forget_loss="npo", retain_loss="gd",
                         retain_weight=NPO.RETAIN_WEIGHT[0])
     model, _, report = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
     places = [(layer, expert) for layer, expert in report["unlearned_experts"]]

@@ -62,15 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--low-rank", action="store_true", help="low-rank changes instead of all weights")
     parser.add_argument("--lr", type=POSITIVE, help="default: 3e-4, low-rank 3e-3")
     parser.add_argument("--epochs", type=COUNT, default=10)
+    parser.add_argument("--device", default=train.DEVICE, help="cpu, cuda, cuda:1")
     parser.add_argument("--resume", action="store_true", help="go on with the one that was cut off")
     parser.add_argument("--restart", action="store_true", help="discard the one that was cut off")
     asked = parser.parse_args(argv)
-    run = open_run(asked.run)
+    run = open_run(asked.run, asked.device)
     lr = asked.lr or (3e-3 if asked.low_rank else 3e-4)
     was = read_json(Path(asked.run) / "asked.json", way_out="run train.py again")  # not what came of it: config.json
     args = argparse.Namespace(**was | {
         "method": "full", "forget_loss": "teacher", "retain_loss": "teacher", "retain_weight": 1.0, "lr": lr,
-        "epochs": asked.epochs, "until": "never", "forget_on": "answer",
+        "epochs": asked.epochs, "until": "never", "forget_on": "answer", "device": asked.device,
         "score_every_epoch": False, "resume": asked.resume, "restart": asked.restart, "named": False,
         "name": f"{Path(asked.run).name}-distilled" + ("-low-rank" if asked.low_rank else "")})
     method = METHODS["full"]._replace(unlearn=learning_from(run.model, asked.low_rank), rows=rows)
