@@ -11,6 +11,7 @@ bf16's rounding, 1/256 of the weight, would otherwise be lost.
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from data.batches import Rows, encode_whole, greedy_answers
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from data.values import encode_fact, encode_value
@@ -139,13 +141,17 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
         if ended is not None:
             write(log_file, log)
             return ended | {"resumed_seconds": seconds}
+    device = weights.full[0].device if weights.full else torch.device("cpu")
+    if parallel.total([start], device) != [start * parallel.size()]:
+        raise UserError(f"{state_file}: other processes kept another step than {start}: start again with --restart")
     began, diverged, before = time.perf_counter(), False, seconds
     if not start:
         keep(0)
     with (held() as stops, tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5,
                                 leave=True) as bar):
         for step in bar:
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout: a function of the step, so that resuming is exact
+            # dropout: a function of the step, so that resuming is exact
+            torch.manual_seed(seed * 1_000_003 + step + parallel.rank() * 2**40)
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(step, steps, lr)
             optimizer.zero_grad(set_to_none=True)
@@ -156,8 +162,10 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
                     part["loss"].backward()
                 weights.take_gradients()
                 terms |= {name: terms.get(name, 0) + value.detach() for name, value in part.items()}
-            norm = torch.nn.utils.clip_grad_norm_(weights.full, 1.0)
-            if not (torch.isfinite(terms["loss"]) and torch.isfinite(norm)):
+            parallel.add_up(weights.full)
+            norm = parallel.in_one_piece(torch.nn.utils.clip_grad_norm_(weights.full, 1.0))
+            values = dict(zip(terms, parallel.total([float(value) for value in terms.values()], device), strict=True))
+            if not (math.isfinite(values["loss"]) and torch.isfinite(norm)):
                 diverged = True
                 kept, _, log, _ = bring_back()  # the time was spent all the same
                 tqdm.write(f"{what}: the loss is no longer finite at step {step}; "
@@ -166,25 +174,26 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
                 break
             optimizer.step()
             weights.give_back()
-            values = {name: float(value) for name, value in terms.items()}
             log += json.dumps({"step": step, **{name: round(value, 6) for name, value in values.items()}}) + "\n"
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             asked = time.perf_counter()
-            stop = enough(step + 1, seconds + asked - began)
+            stop = parallel.agreed(enough(step + 1, seconds + asked - began), device)
             began += time.perf_counter() - asked  # looking is not training
+            told = parallel.agreed(bool(stops), device)
             if stop:
                 steps = step + 1
                 break
-            if (stops or (step + 1) % save_every == 0) and step + 1 < steps:
+            if (told or (step + 1) % save_every == 0) and step + 1 < steps:
                 keep(step + 1)
-                if stops:
-                    raise Stopped(stops[0], f"{what} stopped after step {step + 1} of {steps}, and that is kept")
+                if told:
+                    raise Stopped((stops or [signal.SIGTERM])[0],
+                                  f"{what} stopped after step {step + 1} of {steps}, and that is kept")
         seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
         report = {"steps": steps, "train_seconds": seconds, "diverged": diverged}
         keep(steps, report)
         write(log_file, log)
-        if stops:
-            raise Stopped(stops[0], f"{what} stopped after its last step, and that is kept")
+        if parallel.agreed(bool(stops), device):
+            raise Stopped((stops or [signal.SIGTERM])[0], f"{what} stopped after its last step, and that is kept")
     return report | ({"resumed_seconds": before} if start else {})
 
 
@@ -333,9 +342,10 @@ def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool =
             return stop
 
         model.train()
-        report = minimise(parameters, losses, args.epochs * forget.per_epoch, args.lr, folder,
-                          f"unlearn ({args.method})", args.seed, args.weight_decay, args.save_every, resume, enough,
-                          slow, slow_factor)
+        with parallel.sharded(model, parameters) as pieces:
+            report = minimise(pieces, losses, args.epochs * forget.per_epoch, args.lr, folder,
+                              f"unlearn ({args.method})", args.seed, args.weight_decay, args.save_every, resume, enough,
+                              slow, slow_factor)
         model.eval()
         return report | {"trainable_parameters": size}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import objectives
+import parallel
 from data.batches import Rows, collate, encode_rows
 from data.rows import DataSet, Row
 from data.world import TOPICS as WORLD_TOPICS
@@ -121,8 +122,9 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
 
     model.checkpointing = args.checkpointing
     model.train()
-    report = minimise(list(model.parameters()), losses, steps, lr, folder, what, rows.seed, weight_decay=weight_decay,
-                      save_every=args.save_every, resume=resume)
+    with parallel.sharded(model, list(model.parameters())) as pieces:
+        report = minimise(pieces, losses, steps, lr, folder, what, rows.seed, weight_decay=weight_decay,
+                          save_every=args.save_every, resume=resume)
     model.eval()
     return report
 

@@ -204,6 +204,11 @@ class RunFolder:
         write_json(self.partial / "config.json", config)
         (self.partial / "state.pt").unlink(missing_ok=True)
 
+    def leave(self) -> Path:
+        """What a process leaves that is not the first of several (parallel.py): nothing, the first writes the run."""
+        remove(self.partial)
+        return self.final
+
     def close(self) -> Path:
         publish(self.partial, self.final)
         print(f"\nthe run is in {self.final}")

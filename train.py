@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import loop
+import parallel
 import pretrain
 from data import WORLDS, is_tofu, tofu, values, world
 from data.batches import Rows, encode_rows, is_cut
@@ -304,7 +305,8 @@ def settings(args: argparse.Namespace) -> str:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    folders = run_seeds(args)
+    with parallel.processes(args):
+        folders = run_seeds(args)
     if len(folders) > 1 and args.method != "finetune":
         print("\n" + compare(folders))
 
@@ -318,7 +320,7 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
         if len(args.seed) > 1 or (seed and not args.named):
             this.name = f"{args.name}-seed{seed}"
         runs.append(RunFolder(this))  # what is in the way of the last is said before the first is trained
-    if args.resume and len(runs) == 1 and not runs[0].cut_off():
+    if args.resume and len(runs) == 1 and not runs[0].cut_off() and not parallel.rank():
         raise UserError(f"--resume: {runs[0].partial} holds no cut-off run; start it without --resume")
     for folder in runs:
         if args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off():  # before the cut
@@ -365,7 +367,10 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
 
     # 2. Unlearn: the method's own file has the rest. A run that was cut off after this point goes on after it.
     dtype = target.embed.weight.dtype
-    if saved := folder.saved():
+    saved = folder.saved()
+    if parallel.agreed(saved is not None, target.device) and parallel.rank():
+        return folder.leave()
+    if saved:
         config = saved
         parts = {part: load(partial / part, dtype, args.device)[0] for part in config["kept"]}
         model = method.reopen(target, parts, config)
@@ -379,6 +384,8 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
         config |= vars(args) | report | {"made_of": of, "total_parameters": count_parameters(target),
                                          "kept": list(kept)}
+        if parallel.rank():
+            return folder.leave()
         config |= {"setup_seconds": spent - report["train_seconds"],  # before training and after
                    "peak_memory_bytes": peak_memory(args.device)}
         for name, part in kept.items():
@@ -430,12 +437,17 @@ def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mod
     check_source("model", args.model, data)
     of = made_of(data, tokenizer.vocab_size, {"target": args.model}, args.device)
     partial = folder.open(of)
-    if saved := folder.saved():
+    saved = folder.saved()
+    if parallel.agreed(saved is not None, model.device) and parallel.rank():
+        return folder.leave()
+    if saved:
         config = saved
         model, _ = load(partial / "model", model.embed.weight.dtype, args.device, args.template)
     else:
         measure_from_here(args.device)
         report = pretrain.finetune(args, model, tokenizer, data, partial)
+        if parallel.rank():
+            return folder.leave()
         report.pop("resumed_seconds", None)
         save(model, tokenizer, partial / "model")
         config = {**vars(args), "made_of": of, "target": args.model, "kept": ["model"], **report,

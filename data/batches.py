@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import parallel
 from data.rows import NO_LIMITS, Limits, Row, refusals
 from errors import UserError
 from interfaces import LanguageModel, TextCodec
@@ -215,10 +216,11 @@ class Rows:
             examples = [self.examples[i] for i in of]
             return sum(map(answer_length, examples)), len(of), sum(len(e.tokens) for e in examples)
 
+        mine = index[parallel.rank() :: parallel.size()]
         at_once = self.micro or self.batch_size
-        for start in range(0, len(index), at_once):
-            part = index[start : start + at_once]
-            batch = self.at(part)
+        for start in range(0, math.ceil(len(index) / parallel.size()), at_once):  # as often in every process
+            part = mine[start : start + at_once]
+            batch = self.at(part or index[:1])
             if part != index:
                 both = zip(sizes(part), sizes(index), strict=True)
                 batch.share = Share(*(some / max(1, every) for some, every in both))
