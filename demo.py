@@ -19,7 +19,7 @@ from flags import Flag, Parser, defaults
 from interfaces import Method, TextCodec
 from model import GPT
 from pretrained import load
-from runs import Opened, read_run
+from runs import DEVICE, Opened, check_device, read_run
 
 COLOURS = {"red": "\033[31m", "grey": "\033[90m", "plain": ""}
 
@@ -34,7 +34,7 @@ def colour(text: str, name: str) -> str:
 def parser(what: str) -> Parser:
     out = Parser(description=what)
     out.add_argument("run", nargs="?", help="a run folder of this method; without it, a small model is unlearned now")
-    out.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    out.add_argument("--device", default=DEVICE, help="cpu, cuda, cuda:1")
     return out
 
 
@@ -56,6 +56,7 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     args = defaults(flags, loop.FLAGS, values.FLAGS, world.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE,
                     method="demonstration", arch=method.arch, data=task, forget=None, model=None, seed=0, out="out",
                     device=device, **others)
+    check_device(device)
     pretrain.fill_in(args, on_world=True)
     data = load_data(args.data, seed=args.seed)
     tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
@@ -77,6 +78,7 @@ class Finished(Opened):
 
 def open_run(folder: str, device: str) -> Finished:
     """Raises UserError as runs.read_run does."""
+    check_device(device)
     run = read_run(folder, device)
     out = Finished(**vars(run))
     context, seed = run.target.config.max_len, run.config["seed"]

@@ -29,7 +29,7 @@ from metrics import choice
 from metrics.score import evaluate, scores_of, summarise, unjudged
 from metrics.tofu import check_comparable, forget_quality, read_log, utility_of
 from pretrained import load
-from runs import MUST_FIT, changes, differences, made_of, weights_of
+from runs import DEVICE, MUST_FIT, changes, check_device, differences, made_of, weights_of
 from schema import ANY_NUMBER, read_json
 from uld import LogitDifference
 
@@ -58,7 +58,8 @@ def models_of(run: Run) -> dict[str, LanguageModel]:
     """Role -> model: target, unlearned, and the reference where the run has one that is a model."""
     models = {"target": run.target} | ({"unlearned": run.model} if run.config["method"] != "finetune" else {})
     if run.config.get("reference") and not Path(run.config["reference"]).is_file():
-        models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype)[0]
+        models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype,
+                                   run.target.device)[0]
     return models
 
 
@@ -73,7 +74,8 @@ def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
         if role in models and (role in ("target", "unlearned") or not trust):
             scores[role] = evaluate(models[role], run.tokenizer, run.data, role)
         elif role != "run":
-            scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role)
+            scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role,
+                                     str(run.target.device))
     fresh = summarise(scores, run.data)
     for role, block in probe_all(models, run.tokenizer, run.data, scores).items():
         fresh[role] |= block
@@ -98,12 +100,12 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for part, of in items for key, leaf in flat(of, f"{name} {part}".strip()).items()}
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, device: str) -> None:
     """Everything that a run's files claim, computed anew: what it was made of, how long it trained, every score.
 
     Prints a line for each claim that does not hold; raises UserError where there is one.
     """
-    run = open_run(folder, check=False)
+    run = open_run(folder, device, check=False)
     metrics = read_metrics(folder, SCORED)
     if "made_of" not in run.config:
         raise UserError(f"{folder} was written by an older version, which noted no hashes: run train.py again")
@@ -120,8 +122,8 @@ def verify(folder: Path) -> None:
         if not same:
             wrong.append(f"{key}: {theirs} is claimed, {ours} comes out")
     was = run.config["made_of"]
-    if other := changes(was, made_of(run.data, run.tokenizer.vocab_size, {}, "cpu"), ("code", "versions", "threads",
-                                                                                        "processor")):
+    if other := changes(was, made_of(run.data, run.tokenizer.vocab_size, {}, device), ("code", "versions", "threads",
+                                                                                         "processor")):
         print(f"computed anew with other {', '.join(other)}")
     print("\n".join(wrong) or f"all {len(claimed)} claims of {folder} hold")
     if wrong:
@@ -214,6 +216,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("--subtract", type=WEIGHT, help="of a run of ULD: another alpha than it was made with")
     say("--filter-rate", type=SHARE, help="of a run of ULD: another filter")
     say("--save", metavar="DIR", help="write its new metrics.json there")
+    say("--device", help=f"cpu, cuda, cuda:1; also of --verify (default {DEVICE})")
     args = parser.parse_args(argv)
     if (args.run is not None) + bool(args.compare) + bool(args.tofu_log) + (args.verify is not None) != 1:
         raise UserError("give one thing to score: a run folder, --compare RUN..., --verify RUN, or --tofu-log LOG")
@@ -224,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.compare or args.choices or args.verify:
         must_not(args, ["json"], "beside --compare, --verify or --choices")
     if args.run is None:
-        must_not(args, OF_RUN, "without a run folder")
+        must_not(args, OF_RUN if args.verify else [*OF_RUN, "device"], "without a run folder")
     if "relearn" not in (args.attack or []):
         must_not(args, ["relearn_rows", "relearn_steps", "relearn_lr"], "without --attack relearn")
     if args.by and (args.at is None or args.at == "best"):
@@ -236,6 +239,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("save", "figures"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise UserError(f"--{flag} {getattr(args, flag)} is a file: give a folder")
+    args.device = args.device or DEVICE
+    check_device(args.device)
     return args
 
 
@@ -255,11 +260,11 @@ def main(argv: list[str] | None = None) -> None:
                 drawn += draw_paths(paths, Path(args.figures))
             print("drew " + ", ".join(map(str, drawn)))
     elif args.verify:
-        verify(Path(args.verify))
+        verify(Path(args.verify), args.device)
     elif args.tofu_log:
         print_log(score_log(args.tofu_log, args.reference), args.json)
     else:
-        run = open_run(args.run)
+        run = open_run(args.run, args.device)
         for flag, name in (("subtract", "alpha"), ("filter_rate", "filter_rate")):
             value = getattr(args, flag)
             if value is None:  # not 0.0, which is a value

@@ -42,6 +42,7 @@ from schema import read_json
 # ---- writing one ------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MUST_FIT = ("rows", "weights")  # of made_of: what a run that goes on or is opened must find as it was
 
 
@@ -69,6 +70,14 @@ def rows_digests(data: DataSet) -> dict[str, str]:
 def local(place: str | Path) -> Path:
     """Where weights or a published log lie on this disk, of a run, a folder, a hub name or a file."""
     return Path(place) if Path(place).is_file() else find_folder(weights_of(place))
+
+
+def check_device(device: str) -> None:
+    """Raises UserError, naming the flag, where nothing can be computed there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {device} is not here: try --device cpu") from None
 
 
 def processor(device: str) -> str:

@@ -59,7 +59,7 @@ def parse_json(text: bytes, schema: Any, where: str, way_out: str) -> Any:
     """One JSON value. Raises UserError, beginning with `where`, for anything else than the schema."""
     fault = None
     try:
-        value = json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=each_key_once)
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # JSON may spell half a surrogate pair, UTF-8 may not
     except UnicodeDecodeError:
@@ -68,6 +68,8 @@ def parse_json(text: bytes, schema: Any, where: str, way_out: str) -> Any:
         fault = "holds half a character (a cut emoji, say)"
     except RecursionError:
         fault = "is nested too deep"
+    except KeyError as error:
+        fault = f"says {shortened(str(error))} twice in one object"
     except ValueError as error:  # also a number of more digits than Python reads
         fault = f"is not JSON ({getattr(error, 'msg', 'a number too long')})"
     if fault is None:
@@ -75,6 +77,14 @@ def parse_json(text: bytes, schema: Any, where: str, way_out: str) -> Any:
     if fault:
         raise UserError(f"{where} {fault}: {way_out}")
     return value
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict:
+    """An object as it was read. Raises KeyError with a key that comes twice: which of its values was meant?"""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise KeyError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+    return out
 
 
 def too_deep(value: Any, levels: int) -> bool:

@@ -48,7 +48,7 @@ from metrics.score import Scores, as_read, evaluate, kept_scores, path_writer, s
 from model import GPT, count_parameters
 from objectives import FORGET, RETAIN, Loss
 from pretrained import load, save
-from runs import ANYHOW, RunFolder, check_source, data_of, made_of, weights_of
+from runs import ANYHOW, DEVICE, RunFolder, check_device, check_source, data_of, made_of, weights_of
 from uoe import check_layer
 
 
@@ -62,7 +62,6 @@ def seeds(text: str) -> list[int]:
     return out
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUN = [  # every run
     #     name          kind     small   public  what it is
     Flag("--seed",      seeds,   [0],    [0],    "of world, models and order of rows; 0,1,2: a run each, then mean and "
@@ -240,10 +239,7 @@ def finish(args: argparse.Namespace, on_world: bool) -> None:
         if args.method != "finetune":
             raise UserError(f"--split {args.split} is for --method finetune; to unlearn, give the forget split")
         args.split = next(forget for forget, retain in tofu.RETAIN.items() if retain == args.split)
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {args.device} is not here: try --device cpu") from None
+    check_device(args.device)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:

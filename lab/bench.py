@@ -3,6 +3,7 @@
     python -m lab.bench                                   # medians of 7 rounds; everything takes its turn in each
     python -m lab.bench --rounds 3 --depth 8 --width 256  # flags of train.py that shape both small models
     python -m lab.bench --device cuda                     # lab/gpu.py has full-size shapes
+    python -m lab.bench --model HuggingFaceTB/SmolLM2-135M-Instruct --data tofu     # a public model on TOFU's rows
 
 What does a method's step cost against one of all parameters (NPO + GD), set-up included? What does ULD's decoding cost
 against its target's own? And, where `transformers` is installed, what does the same model cost here and there: the same
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import loop
-from data.batches import Batch, Example, collate, encode_rows, in_order, left_pad
+from data.batches import Batch, Example, collate, encode_rows, in_order, left_pad, rows_that_fit
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from flags import COUNT, Parser
@@ -37,8 +38,8 @@ from methods import METHODS as ALL
 from model import GPT, Config, count_parameters
 from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
-from pretrained import save
-from runs import data_of
+from pretrained import load, save
+from runs import data_of, weights_of
 from train import parse
 from uld import LogitDifference, build_assistant, merge_lora
 
@@ -50,11 +51,10 @@ except ImportError:  # then nothing is compared with it, and the table says so
 METHODS = {  # against all parameters of the same model, NPO + GD
     "moe": {"UOE, one expert": ["--method", "uoe"], "ESFT": ["--method", "esft"],
             "LoRA": ["--method", "lora"], "all parameters": ["--method", "full"]},
-    "gpt": {"ULD, assistant of three quarters": ["--method", "uld"],
+    "gpt": {"ULD, assistant of a quarter": ["--method", "uld"],
             "Offset": ["--method", "offset"], "all parameters, GDIFF": ["--method", "full", "--forget-loss", "ga"],
             "all parameters, KL": ["--method", "full", "--retain-loss", "kl"], "all parameters": ["--method", "full"]},
 }
-
 
 NEW = 32  # tokens that are decoded
 
@@ -123,19 +123,20 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
 
 
 def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor) -> dict[str, Callable[[], Any]]:
-    """NEW greedy tokens of the target, and of ULD's difference with an assistant of three quarters of its layers."""
-    assistant = merge_lora(build_assistant(target, max(1, 3 * target.config.n_layer // 4)))
+    """NEW greedy tokens of the target, and of ULD's difference with an assistant of a quarter of its layers."""
+    assistant = merge_lora(build_assistant(target, max(1, target.config.n_layer // 4)))
     models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant)}
     return {name: partial(model.generate, prompts, NEW, pad=pad) for name, model in models.items()}
 
 
 def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], batch: Batch, prompts: Tensor,
-                   pad: Tensor) -> dict[str, tuple[Callable, Callable]]:
+                   pad: Tensor, new: int = NEW) -> dict[str, tuple[Callable, Callable]]:
     """What -> (ours, transformers'), on the same weights and tokens. {} where transformers is not installed.
 
-    Training: batch. Likelihoods: examples, here longest first, there as they come. Decoding: prompts, (B, T).
+    Training: batch. Likelihoods: examples, here longest first, there as they come. Decoding: prompts, (B, T), `new`
+    tokens. Here only answers meet the head, as everywhere in this code; there logits are what a forward pass gives.
 
-    Raises AssertionError where the two disagree on the logits by more than 1e-4.
+    Raises AssertionError where the two disagree on a logit by more than 1e-4 of the largest.
     """
     if AutoModelForCausalLM is None:
         return {}
@@ -144,36 +145,56 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
         theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         theirs.to(model.device)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(batch.tokens, use_cache=False).logits, model(batch.tokens), rtol=0, atol=1e-4)
+        both = theirs(batch.tokens, use_cache=False).logits, model(batch.tokens)
+        torch.testing.assert_close(*both, rtol=0, atol=1e-4 * max(1.0, float(both[0].abs().max())))
     mask = torch.arange(prompts.shape[1], device=model.device) >= pad[:, None]
 
-    def train_step(forward: Callable, parameters) -> Callable:
-        def work() -> None:
-            for p in parameters:
-                p.grad = None
-            cross_entropy(forward(batch.tokens), batch.labels).backward()
-        return work
+    def here(part: Batch) -> Tensor:
+        return model(part.tokens, at=part.scored)
 
-    def generate_theirs() -> None:
-        theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                        pad_token_id=0)
+    def there(part: Batch) -> Tensor:
+        return theirs(part.tokens, use_cache=False).logits
+
+    def train_step(forward: Callable, parameters: list) -> None:
+        for p in parameters:
+            p.grad = None
+        logits = forward(batch)
+        cross_entropy(logits, batch.answers if forward is here else batch.labels).backward()
 
     @torch.no_grad()
     def likelihoods(forward: Callable, batches: Callable[[], Iterable[Batch]]) -> list[Tensor]:
-        return [row_log_prob(forward(part.tokens), part.labels) for part in batches()]
+        return [row_log_prob(forward(part), part.labels) for part in batches()]
 
     def as_they_come() -> Iterator[Batch]:
         for i in range(0, len(examples), len(batch.tokens)):
             yield collate(examples[i : i + len(batch.tokens)], device=model.device)
 
-    def forward(tokens: Tensor) -> Tensor:
-        return theirs(tokens, use_cache=False).logits
+    def by_length() -> Iterator[Batch]:
+        return in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device)
 
-    return {"training step": (train_step(model, list(model.parameters())),
-                              train_step(forward, list(theirs.parameters()))),
-            "likelihoods": (partial(likelihoods, model, lambda: in_order(examples, 64, model.device)),
-                            partial(likelihoods, forward, as_they_come)),
-            f"{NEW} greedy tokens": (lambda: model.generate(prompts, NEW, pad=pad), generate_theirs)}
+    def generate_theirs() -> None:
+        theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                        pad_token_id=0)
+
+    return {"training step": tuple(partial(train_step, forward, list(of.parameters()))
+                                   for forward, of in ((here, model), (there, theirs))),
+            "likelihoods": (partial(likelihoods, here, by_length), partial(likelihoods, there, as_they_come)),
+            f"{new} greedy tokens": (lambda: model.generate(prompts, new, pad=pad), generate_theirs)}
+
+
+def public(args: Any, rounds: int, device: torch.device) -> None:
+    """A public model on a data set's forget rows: steps of 8, likelihoods of 100, 64 tokens for 16 prompts."""
+    model, tokenizer = load(weights_of(args.model), torch.float32, device, args.template)
+    rows = [row for row in data_of(vars(args) | {"seed": 0}).forget if "question" in row][:100]
+    examples = encode_rows(rows, tokenizer, args.context or 512, truncate=True)
+    batch = collate(examples[:8], device=device)
+    prompts, pad = left_pad([tokenizer.prompt(row["question"]) for row in rows[:16]], device)
+    pairs = here_and_there(model, tokenizer, examples, batch, prompts, pad, 64)
+    works = {f"{name} {i}": partial(timed, work, device) for name, both in pairs.items() for i, work in enumerate(both)}
+    seconds = in_turn(works, rounds, "passes")
+    print(f"\n{args.model}, {len(rows)} rows: seconds here / seconds in transformers")
+    for name in pairs:
+        print(line(name, seconds[f"{name} 0"], seconds[f"{name} 1"]))
 
 
 def line(name: str, ours: list[float], other: list[float]) -> str:
@@ -195,6 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{where}; ratios of medians of {own.rounds} rounds, in brackets the least and largest in one round")
     product, copy = rates(device, torch.float32)
     print(f"a float32 product of 1024 x 1024: {product / 1e9:.0f} GFLOP/s; a copy: {copy / 1e9:.1f} GB/s")
+    if args.model:
+        public(args, own.rounds, device)
+        return
     for arch, methods in METHODS.items():
         args = parse([*extra, "--method", "full", "--arch", arch])
         data = data_of(vars(args) | {"seed": 0})
@@ -226,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"    here: {100 * used:.0f}% of the matrix rate in training, {100 * read:.0f}% of the bandwidth in "
                   "decoding")
         if arch == "gpt":
-            print("seconds of ULD's decoding / of its target's, an assistant of three quarters")
+            print("seconds of ULD's decoding / of its target's, an assistant of a quarter")
             print(line(f"{NEW} tokens, ULD", seconds["ULD"], seconds["target"]))
         print(f"{kind}: seconds per training step, set-up included / of all parameters, NPO + GD")
         for name in list(methods)[:-1]:

@@ -23,7 +23,7 @@ from loop import Fit
 from methods import METHODS, open_run
 from model import GPT
 from objectives import kl, labelled
-from runs import RunFolder
+from runs import DEVICE, RunFolder, check_device
 from schema import read_json
 from uld import add_lora, merge_lora
 
@@ -62,10 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--low-rank", action="store_true", help="low-rank changes instead of all weights")
     parser.add_argument("--lr", type=POSITIVE, help="default: 3e-4, low-rank 3e-3")
     parser.add_argument("--epochs", type=COUNT, default=10)
-    parser.add_argument("--device", default=train.DEVICE, help="cpu, cuda, cuda:1")
+    parser.add_argument("--device", default=DEVICE, help="cpu, cuda, cuda:1")
     parser.add_argument("--resume", action="store_true", help="go on with the one that was cut off")
     parser.add_argument("--restart", action="store_true", help="discard the one that was cut off")
     asked = parser.parse_args(argv)
+    check_device(asked.device)
     run = open_run(asked.run, asked.device)
     lr = asked.lr or (3e-3 if asked.low_rank else 3e-4)
     was = read_json(Path(asked.run) / "asked.json", way_out="run train.py again")  # not what came of it: config.json

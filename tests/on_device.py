@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import eval as scoring
 import train
 from baselines import METHODS as BASELINES
 from model import GPT
@@ -140,3 +141,6 @@ def test_every_method_trains_scores_and_decodes_there(tmp_path, card, method):
     train.main([*tiny("--method", method), *WORLD, "--out", str(tmp_path), "--name", "run", "--device", "card"])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(metrics) == {"target", "reference", "unlearned", "run"}
+    pushes = ["relearn", "int8", "int4", "paraphrase", "hint", *(["experts"] if method in ("uoe", "esft") else [])]
+    scoring.main([str(tmp_path / "run"), "--attack", *pushes, "--device", "card"])
+    scoring.main([str(tmp_path / "run"), "--device", "card"])

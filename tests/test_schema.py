@@ -38,6 +38,7 @@ def test_a_value_fits_or_is_told_where_not(value, schema, says):
     (b"{", "is not JSON"), (b"", "is not JSON"), (b"\xff", "is not JSON .not UTF-8"), (b"[" * 100_000, "too deep"),
     (b"[" * 60 + b"]" * 60, "too deep"), (b"1" * 5000, "is not JSON .a number too long"),
     (b'"\\ud83d"', "half a character"), (b'{"a": 1} {}', "is not JSON"),
+    (b'{"c": {"a": 1, "b": 2, "a": 1}}', "says 'a' twice in one object"),
 ])
 def test_what_is_no_json_is_one_line(text, says):
     with pytest.raises(UserError, match=rf"^f\.json .*{says}.*: again$") as told:
