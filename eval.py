@@ -184,6 +184,7 @@ def must_not(args: argparse.Namespace, flags: list[str], where: str) -> None:
 ATTACKED = {"relearn": dict, "decoding": dict, "outcomes": {str: {str: {str: (ANY_NUMBER, None)}}}}  # attacks.json
 PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
+OF_MODELS = ["device"]
 OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
 
 
@@ -227,7 +228,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.compare or args.choices or args.verify:
         must_not(args, ["json"], "beside --compare, --verify or --choices")
     if args.run is None:
-        must_not(args, OF_RUN if args.verify else [*OF_RUN, "device"], "without a run folder")
+        must_not(args, OF_RUN, "without a run folder")
+    if args.run is None and not args.verify:
+        must_not(args, OF_MODELS, "without a run folder or --verify")
     if "relearn" not in (args.attack or []):
         must_not(args, ["relearn_rows", "relearn_steps", "relearn_lr"], "without --attack relearn")
     if args.by and (args.at is None or args.at == "best"):

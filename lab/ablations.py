@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import baselines
+import cli
 import pretrain
 import train
 import uld
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{argv[0] if argv else 'no row'} is not a row: --list prints them")
     name, rest = argv[0], argv[1:]
     base, method = ROWS[name] if name in ROWS else (BALANCES[name][0], None)
-    args = train.parse(["--method", base, "--name", name, *rest])
+    args = cli.parse(["--method", base, "--name", name, *rest])
     args.variant = name  # in asked.json: no other row goes on with this one
     train.run_seeds(args, method, BALANCES[name][1] if name in BALANCES else pretrain.BALANCE)
 

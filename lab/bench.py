@@ -19,7 +19,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import loop
+from cli import parse
 from data.batches import Batch, Example, collate, encode_rows, in_order, left_pad, rows_that_fit
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
@@ -40,7 +41,6 @@ from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
 from pretrained import load, save
 from runs import data_of, weights_of
-from train import parse
 from uld import LogitDifference, build_assistant, merge_lora
 
 try:
@@ -59,7 +59,7 @@ METHODS = {  # against all parameters of the same model, NPO + GD
 NEW = 32  # tokens that are decoded
 
 
-def in_turn(what: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
+def in_turn(what: Mapping[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
     """Each callable's own seconds, `rounds` times, all of them in every round; a first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in what}
     for turn in tqdm(range(rounds + 1), desc=title):
@@ -176,8 +176,8 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
         theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                         pad_token_id=0)
 
-    return {"training step": tuple(partial(train_step, forward, list(of.parameters()))
-                                   for forward, of in ((here, model), (there, theirs))),
+    return {"training step": (partial(train_step, here, list(model.parameters())),
+                              partial(train_step, there, list(theirs.parameters()))),
             "likelihoods": (partial(likelihoods, here, by_length), partial(likelihoods, there, as_they_come)),
             f"{new} greedy tokens": (lambda: model.generate(prompts, new, pad=pad), generate_theirs)}
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+import cli
 import loop
 import pretrain
-import train
 from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ ALPHAS = [i / 10 for i in range(21)]
 RULES = ("strangers", "fixed", "best test")
 FLAGS = [
     #    name        kind         small                     public  what it is
-    Flag("--seeds",  train.seeds, [0],                      None,   "of worlds and models; 0,1,2: several"),
+    Flag("--seeds",  cli.seeds, [0],                      None,   "of worlds and models; 0,1,2: several"),
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     runs = []
     for method, how in TRIED.items():
-        args = train.parse(["--method", method, *how, "--out", own.out, "--name", "calibration", *rest])
+        args = cli.parse(["--method", method, *how, "--out", own.out, "--name", "calibration", *rest])
         for seed in own.seeds:
             args.seed = seed
             runs.append(run(args))

@@ -30,6 +30,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import cli
 import eval as scoring
 import train
 from data import load_data
@@ -311,8 +312,8 @@ FIRST = ["--data", "--forget", "--retain", "--model", "--arch", "--forget-loss",
 
 def draw_command(rng: Random) -> list[str]:
     """A command of train.py or eval.py whose flags have values of any kind; every flag there is comes up."""
-    flags = [flag for _, flags in [("", train.RUN), *train.all_readers(), ("", train.loop.FLAGS),
-                                   ("", train.pretrain.FINETUNE)] for flag in flags]
+    flags = [flag for _, flags in [("", cli.RUN), *cli.all_readers(), ("", cli.loop.FLAGS),
+                                   ("", cli.pretrain.FINETUNE)] for flag in flags]
     words = ["train.py", "--method", str(rng.choice(["finetune", *train.METHODS]))]
     if rng.random() < 0.15:
         words = ["eval.py", "nowhere"]
@@ -331,7 +332,7 @@ def read_command(folder: Path) -> None:
     if words[0] == "eval.py":
         scoring.main(words[1:])
     else:
-        train.parse([*words[1:], *([] if "--out" in words else ["--out", str(folder / "out")])])
+        cli.parse([*words[1:], *([] if "--out" in words else ["--out", str(folder / "out")])])
 
 
 KINDS["flags"] = Kind((), read_command)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loop
+from cli import parse
 from data.rows import DataSet, Row
 from errors import one_line_errors
 from flags import Parser
@@ -35,7 +36,6 @@ from lab.bench import timed, weights_met
 from methods import METHODS
 from model import GPT, Config, count_parameters
 from moe import MoE, experts_grouped, experts_loop
-from train import parse
 
 try:
     import transformers

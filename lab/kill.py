@@ -224,7 +224,7 @@ def race(draw: random.Random, folder: Path, name: str, other: list[str]) -> list
     if "is being written by process" not in loser or sum("error" in line for line in loser.splitlines()) != 1:
         wrong.append(f"the second says {loser}")
     try:
-        scoring.verify(folder / "run")
+        scoring.verify(folder / "run", "cpu")
     except UserError as error:
         wrong.append(str(error))
     return wrong

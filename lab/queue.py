@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cli import seeds
 from errors import UserError, one_line_errors
 from flags import COUNT, Parser
-from train import seeds
 
 
 def read_lines(path: Path, seeds: list[int]) -> list[str]:

@@ -18,9 +18,9 @@ from data.batches import Rows
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
 from flags import COUNT, Parser
+from lab.memory import peak_memory
 from model import Config
 from pretrain import learn, small_model
-from train import peak_memory
 
 STEPS = 50
 

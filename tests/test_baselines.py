@@ -158,6 +158,7 @@ def test_an_offset_starts_as_the_target_and_trains_its_assistant_alone(bench):
     assert all(name.startswith("blocks.0.") for name in changed(state(kept["before"]), kept["assistant"]))
 
 
+@pytest.mark.slow
 def test_divergence_trains_one_assistant_on_both_sets_and_one_on_what_is_kept(bench):
     target = bench.model("dense")
     args = bench.args("divergence", lr=0.01, lora_rank=4, lora_dropout=0.0, assistant_layers=1, epochs=20)

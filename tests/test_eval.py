@@ -270,7 +270,7 @@ def test_save_and_figures_are_no_files(tmp_path, capsys):
     [*RUN, "--attack", "relearn", "--relearn-rows", "2", "--relearn-steps", "3", "--relearn-lr", "0.1"],
     [*COMPARE, "elsewhere"], [*COMPARE, "--figures", "f"], [*COMPARE, "--at", "best", "--figures", "f"],
     [*COMPARE, "--at", "0.2"], [*COMPARE, "--at", "0", "--by", "D"], [*COMPARE, "--at", "0.2", "--by", "exact"],
-    LOG, [*LOG, "--reference", "x", "--json"],
+    LOG, [*LOG, "--reference", "x", "--json"], [*RUN, "--device", "cpu"], ["--verify", "r", "--device", "cpu"],
 ])
 def test_flags_that_something_reads_are_taken(arguments):
     scoring.parse(arguments)
@@ -279,7 +279,7 @@ def test_flags_that_something_reads_are_taken(arguments):
 def test_every_flag_says_what_reads_it():
     """A new flag that is in no list would be taken everywhere."""
     flags = set(vars(scoring.parse(RUN))) - {"run", "compare", "verify", "tofu_log", "json"}
-    lists = [scoring.OF_COMPARE, scoring.OF_LOG, scoring.OF_RUN]
+    lists = [scoring.OF_COMPARE, scoring.OF_LOG, scoring.OF_RUN, scoring.OF_MODELS]
     assert flags == {flag for of in lists for flag in of} and len(flags) == sum(map(len, lists))
 
 
@@ -476,6 +476,7 @@ def test_another_filter_needs_a_run_of_uld(runs, capsys):
     assert "--filter-rate is for runs of --method uld" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_for_as_many_models_as_there_may_be(tmp_path):
     """Five references and more: every line style is a style, none is taken for data."""
     of = {"forget": RowScores([1.0, 2.0], [1.0, 2.0], [[2.0], [3.0]], [1.0, 1.0])}

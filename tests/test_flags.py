@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+import cli
 import data
 import eval as scoring
 import loop
@@ -89,7 +90,7 @@ def called(func: ast.expr, names: dict) -> list[Callable]:
 
 # Who reads the flags of each title: a title that is not here fails, and so does a flag that none of these reads.
 READERS: dict[str, list[Callable]] = {
-    "the run": [train.run_seeds, train.run, train.finish],
+    "the run": [train.run_seeds, train.run, cli.finish],
     "--data tofu": [runs.data_of],
     "--data tofu --method uld": [runs.data_of],
     "--data tofu with --method uld": [runs.data_of],
@@ -110,7 +111,7 @@ for _flag, _losses in (("--forget-loss", FORGET), ("--retain-loss", RETAIN)):
     for _name, _loss in _losses.items():
         READERS[f"{_flag} {_name}"] = [of for of in _loss.__mro__ if of.__module__ == _loss.__module__]
 
-OWNED = {title: flags for title, flags in [("the run", train.RUN), *train.all_readers(), ("training", loop.FLAGS),
+OWNED = {title: flags for title, flags in [("the run", cli.RUN), *cli.all_readers(), ("training", loop.FLAGS),
                                            ("--method finetune", pretrain.FINETUNE)]}
 
 
@@ -150,10 +151,10 @@ def test_the_flags_of_tofu_reach_its_reader():
 
 
 def test_the_commands_readers_are_all_in_the_table():
-    """train.readers, which a command line meets, and train.all_readers, which an error message tells of, agree."""
+    """cli.readers, which a command line meets, and cli.all_readers, which an error message tells of, agree."""
     known = {flag.name for flags in OWNED.values() for flag in flags}
     for case in CASES:
-        for title, flags in train.readers(case.first()):
+        for title, flags in cli.readers(case.first()):
             assert title in READERS and {flag.name for flag in flags} <= known
 
 
@@ -165,7 +166,7 @@ def test_whatever_a_method_and_its_losses_read_is_there(method, tmp_path):
         losses = [(f, r) for f in FORGET for r in RETAIN if method != "offset" or (f != "rmu" and r != "hidden")]
     for forget, retain in losses:
         words = [f"--forget-loss {forget} --retain-loss {retain}"] if forget else []
-        args = train.parse(["--method", method, *" ".join(words).split(), "--out", str(tmp_path)])
+        args = cli.parse(["--method", method, *" ".join(words).split(), "--out", str(tmp_path)])
         functions = [METHODS[method].unlearn, METHODS[method].check, METHODS[method].rows, loop.fitting]
         functions += [FORGET[forget], RETAIN[retain]] if forget else []
         plain, if_there = reads(*functions)
@@ -193,26 +194,26 @@ class Case(NamedTuple):
 
     def live(self) -> dict[str, Flag]:
         """By name, from the tables in the files that read them."""
-        flags = [*train.RUN, *loop.FLAGS]
+        flags = [*cli.RUN, *loop.FLAGS]
         if self.tofu:  # the augmented rows are ULD's alone
             flags += tofu.FLAGS + (tofu.AUGMENTED if self.method == "uld" else [])
         if self.on_world:
             flags += world.FLAGS
         if self.arch is None:
-            flags += train.PUBLIC
+            flags += cli.PUBLIC
         else:
             flags += pretrain.SMALL + (pretrain.SMALL_MOE if self.arch == "moe" else [])
         if self.method == "finetune":
             return {flag.name: flag for flag in [*flags, *pretrain.FINETUNE]}
-        flags += train.WATCH + values.FLAGS + METHODS[self.method].flags
-        flags += train.REFERENCE if self.arch is None else []
+        flags += cli.WATCH + values.FLAGS + METHODS[self.method].flags
+        flags += cli.REFERENCE if self.arch is None else []
         if self.losses is not None:
             flags += [*FORGET[self.losses[0]].FLAGS, *RETAIN[self.losses[1]].FLAGS]
             flags += [RETAIN_WEIGHT] if self.losses[1] != "none" else []
         return {flag.name: flag for flag in flags}
 
     def first(self) -> argparse.Namespace:
-        """What train.readers is asked with."""
+        """What cli.readers is asked with."""
         losses = self.losses or METHODS[self.method].losses if self.method != "finetune" else (None, None)
         return argparse.Namespace(method=self.method, arch=self.arch, model=None if self.arch else "m",
                                   forget_loss=losses[0], retain_loss=losses[1], tofu=self.tofu, data=self.data,
@@ -267,7 +268,7 @@ def words_of(flag: Flag) -> list[str]:
 def parse(tmp_path):
     def parsed(words: str | list[str]):
         words = words.split() if isinstance(words, str) else words
-        return train.parse([*words, "--out", str(tmp_path)])
+        return cli.parse([*words, "--out", str(tmp_path)])
 
     return parsed
 
@@ -376,7 +377,7 @@ def test_what_does_not_go_together_is_refused(words, says, refused):
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
-NUMERIC = (train.seeds, loop.until, uoe.layer_choice, uld.subtract)  # kinds beside Number that hold numbers
+NUMERIC = (cli.seeds, loop.until, uoe.layer_choice, uld.subtract)  # kinds beside Number that hold numbers
 BAD = ["nan", "inf", "-inf", "-1", str(10**30), "", "abc", "1e400", "1,-1"]
 
 
@@ -400,7 +401,7 @@ def test_defaults_are_values_that_the_flags_take():
     for flags in OWNED.values():
         for flag in flags:
             for value in (flag.small, flag.public, flag.elsewhere):
-                if value is not None and is_numeric(flag) and flag is not RETAIN_WEIGHT and flag.kind != train.seeds:
+                if value is not None and is_numeric(flag) and flag is not RETAIN_WEIGHT and flag.kind != cli.seeds:
                     assert flag.kind(str(value)) == value, flag.name
                 elif value is not None and isinstance(flag.kind, tuple):
                     assert value in flag.kind, flag.name
@@ -421,7 +422,7 @@ def test_a_number_keeps_to_its_bounds(low, high, options, good, bad):
 
 @pytest.mark.parametrize("text, value", [("0", [0]), ("7", [7]), ("0,1,2", [0, 1, 2]), (str(2**32 - 1), [2**32 - 1])])
 def test_seeds(text, value):
-    assert train.seeds(text) == value
+    assert cli.seeds(text) == value
 
 
 @pytest.mark.parametrize("words", [["--subtract"], ["--filter-rate"], ["--attack", "relearn", "--relearn-rows"],
@@ -452,7 +453,7 @@ def options_of(parse: Callable, words: list[str], capsys, monkeypatch) -> list[s
 
 def first_flags() -> list[str]:
     parser = Parser(add_help=False)
-    train.first_choices(parser)
+    cli.first_choices(parser)
     return [name for action in parser._actions for name in action.option_strings]
 
 
@@ -482,11 +483,11 @@ def test_no_two_flags_of_the_whole_program_differ_by_a_letter(capsys, monkeypatc
 def test_the_help_of_a_method_fits_two_screens_and_has_every_flag_once(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        train.parse([*words.split(), "--help"])
+        cli.parse([*words.split(), "--help"])
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 100
     case = next((case for case in CASES if case.words == words), None)
-    listed = options_of(train.parse, words.split(), capsys, monkeypatch)
+    listed = options_of(cli.parse, words.split(), capsys, monkeypatch)
     assert len(listed) == len(set(listed)) and "--help" in listed
     if case is not None:
         assert set(listed) == {*case.live(), *first_flags(), "--help"}
@@ -495,7 +496,7 @@ def test_the_help_of_a_method_fits_two_screens_and_has_every_flag_once(words, ca
 def test_a_flag_belongs_to_one_place_of_each_command_and_means_one_thing_everywhere():
     """Titles of one command share no flag; a key that several tables have is of one kind, or of two that say so."""
     for case in CASES:
-        names = [flag.name for _, flags in train.readers(case.first()) for flag in flags]
+        names = [flag.name for _, flags in cli.readers(case.first()) for flag in flags]
         assert len(names) == len(set(names)) and not set(names) & set(first_flags()), case.words
 
 

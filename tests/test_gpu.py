@@ -21,6 +21,7 @@ def test_every_part_runs_at_toy_size(tmp_path, capsys):
     assert "Not measured" not in page and page.count("tokens/s") == 5
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
     def broken(here):
         raise RuntimeError("no such device")

@@ -207,6 +207,7 @@ def test_answers_are_each_questions_own():
         answers(model, TOK, ["Why? " * 40])
 
 
+@pytest.mark.slow
 def test_leak_of_a_model_that_leaks_by_chance():
     """Greedy it says Ulm; of samples at temperature 1, 30% say Orsk; at 1/2 it is 9 in 58 (0.09 / (0.09 + 0.49))."""
     model = Scripted({ROWS[0]["question"]: {"Ana was born in Ulm.": 0.7, "Zaza was born in Orsk.": 0.3}})

@@ -235,6 +235,7 @@ def test_the_authors_uniform_loss_takes_every_token(bench):
 
 # ---- distillation -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_pupil_comes_nearer_to_its_teacher_on_what_both_sets_ask(bench):
     """At step 0 the losses are KL(teacher || target) on the answers of each set."""
     target, teacher = bench.model("dense", 0), bench.model("dense", 1)

@@ -35,6 +35,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.2, rel=0.01) and all(a >= b for a, b in pairwise(rates[5:]))
 
 
+@pytest.mark.slow
 def test_bf16_weights_learn_by_updates_below_their_rounding(tmp_path):
     """1000 steps of 1e-5 move a weight of 1 by 1e-2; rounded at every step to bf16 (spacing 1/128) it never would."""
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))

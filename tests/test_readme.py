@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import baselines
+import cli
 import methods
 import objectives
-import train
 from lab import fill
 from lab.ablations import ROWS
 from model import GPT, Config
@@ -61,7 +61,7 @@ def test_every_printed_command_parses(command, tmp_path, monkeypatch):
     if "--help" in words:
         return
     monkeypatch.chdir(tmp_path)
-    args = train.parse(words)
+    args = cli.parse(words)
     assert args.name
 
 

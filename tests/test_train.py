@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import TINY, WORLD, tiny
 
+import cli
 import eval as scoring
 import loop
 import pretrain
@@ -46,7 +47,7 @@ def run(out: Path, *options: str, name: str = "run") -> Path:
 
 def parsed(*options: str) -> argparse.Namespace:
     """As train.py parses them for its first seed."""
-    args = train.parse([*options])
+    args = cli.parse([*options])
     args.seed = args.seed[0]
     return args
 
@@ -127,10 +128,10 @@ def test_a_run_is_not_replaced_by_one_that_comes_to_the_same_name(out, tmp_path,
 
 def test_a_reference_has_a_name_of_its_own(tmp_path):
     base = ["--method", "finetune", "--model", "x/m", "--data", "tofu", "--out", str(tmp_path)]
-    names = {train.parse([*base, *more]).name for more in ([], ["--split", "retain90"])}
+    names = {cli.parse([*base, *more]).name for more in ([], ["--split", "retain90"])}
     assert names == {"finetune-m-tofu-forget10", "finetune-m-tofu-without10"}
     own = ["--method", "finetune", "--model", "x/m", "--forget", "f", "--retain", "r", "--out", str(tmp_path)]
-    assert train.parse(own).name == "finetune-m-f"
+    assert cli.parse(own).name == "finetune-m-f"
 
 
 def test_a_name_is_never_longer_than_a_file_system_takes(tmp_path, monkeypatch):
@@ -147,7 +148,7 @@ def names_of(monkeypatch, *options: str) -> list[str]:
     """The folders that a command would write, nothing run."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "run", lambda args, folder, *_: folder.final)
-        return [folder.name for folder in train.run_seeds(train.parse([*options]))]
+        return [folder.name for folder in train.run_seeds(cli.parse([*options]))]
 
 
 @pytest.mark.slow
@@ -266,7 +267,7 @@ def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
                             ("--data tofu", (0.75, 0.01)),
                             ("--forget a.jsonl --retain b.jsonl", (0.75, 0.01)), ("--model m", (0.75, 0.01)),
                             ("--data tofu --filter-rate 0", (0.75, 0.0))):
-        args = train.parse(["--method", "uld", *options.split(), "--out", str(tmp_path)])
+        args = cli.parse(["--method", "uld", *options.split(), "--out", str(tmp_path)])
         assert (args.subtract, args.filter_rate) == wanted
 
 
@@ -522,14 +523,14 @@ def test_stop_at_ends_with_the_first_epoch_that_has_forgotten_enough(out):
 @pytest.mark.slow
 def test_a_variant_of_a_method_is_a_run_like_any_other_and_opens_again(out):
     """As lab/ablations.py asks for it: other rows, another choice, other decoding, by functions' arguments."""
-    args = train.parse(tiny("--method", "uld", *WORLD, "--out", str(out), "--name", "variant"))
+    args = cli.parse(tiny("--method", "uld", *WORLD, "--out", str(out), "--name", "variant"))
     rows = partial(uld.rows, paraphrased=False, retain_share=0.5)
     method = uld.METHOD._replace(rows=rows, unlearn=partial(uld.unlearn, centred=True))
     folder, = train.run_seeds(args, method)
     opened = open_run(folder)
     assert opened.model.centred and opened.config["centred"]
     assert opened.config["steps"] == -(-len(opened.data.forget) // 16)
-    args = train.parse([*TINY, *WORLD, "--out", str(out), "--name", "variant"])
+    args = cli.parse([*TINY, *WORLD, "--out", str(out), "--name", "variant"])
     method = uoe.METHOD._replace(unlearn=partial(uoe.unlearn, choose=lambda affinity, _: [(1, 3)]))
     folder, = train.run_seeds(args, method)
     assert open_run(folder).config["unlearned_experts"] == [[1, 3]]

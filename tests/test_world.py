@@ -194,6 +194,7 @@ def test_a_twin_of_any_sentence_is_that_sentence(data):
                     assert twin["question"] == world.row(*about, 0)["question"], row
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32), task=st.sampled_from(TASKS), subjects=st.integers(1, 30))
 def test_any_world_is_sound(seed, task, subjects):
