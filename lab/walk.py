@@ -69,6 +69,7 @@ def walk(method: str, out: str) -> Walk:
 
     def step(self, *args, **kwargs):
         steps(self, *args, **kwargs)
+        sys.settrace(None)  # what tidies up after is not on the way
         raise FirstUpdate
 
     found = Walk()
