@@ -1,4 +1,4 @@
-"""Command-line flags, each a line in the file that reads it; train.py puts together those that one command needs.
+"""Command-line flags, each a line in the file that reads it; cli.py puts together those that one command needs.
 
     FLAGS = [
         #    name      kind      small   public   what it is
