@@ -54,8 +54,8 @@ PUBLIC = [  # with --model
 ]
 REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
-# Flags that a run's name has words for already, or that leave its outcome alone.
 LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
+# Flags that a run's name has words for already, or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
            "out", "resume", "restart", "score_batch", "micro_batch", "device", "score_every_epoch", "save_every",
            "checkpointing", "reference", "more_references", "augmented"}

@@ -243,7 +243,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise UserError(f"--{flag} {getattr(args, flag)} is a file: give a folder")
     args.device = args.device or DEVICE
-    check_device(args.device)
+    if args.run is not None or args.verify:
+        check_device(args.device)
     return args
 
 

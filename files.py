@@ -67,7 +67,7 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
 
     Raises UserError saying who has it; or with `wait` says so and waits.
     """
-    path = folder.resolve()
+    path = Path(os.path.realpath(folder))
     path = path.with_name(f".{path.name}.lock")
     while True:
         file = open(path, "a+")

@@ -138,12 +138,12 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
 
     if resume and state_file.is_file():
         start, seconds, log, ended = bring_back()
-        if ended is not None:
-            write(log_file, log)
-            return ended | {"resumed_seconds": seconds}
     device = weights.full[0].device if weights.full else torch.device("cpu")
     if parallel.total([start], device) != [start * parallel.size()]:
         raise UserError(f"{state_file}: other processes kept another step than {start}: start again with --restart")
+    if ended is not None:
+        write(log_file, log)
+        return ended | {"resumed_seconds": seconds}
     began, diverged, before = time.perf_counter(), False, seconds
     if not start:
         keep(0)

@@ -92,8 +92,8 @@ class MoE(nn.Module):
             D 128,  F 64,   16 experts, top 4, float32,   800 tokens    10.6 /   11.7 /   11.6
             D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     575 /    622 /    573
             D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1314 /   1781 /   1325
-        Beside a frozen stack the loop copies no gradients and runs what trains on its own rows; on a GPU it would have
-        to ask for their number, and wait.
+        Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it. A
+        GPU would have to wait for their number, so there `beside` runs them on all tokens.
         """
         widths = [*self.down.shape[1:], *(lora.a.shape[1] for lora in self.low_rank.values())]
         aligned = all(width * x.element_size() % 16 == 0 for width in widths)

@@ -380,7 +380,7 @@ class StrangerNPO(NPO):
 
     def __call__(self, model, logits, trace, batch):
         away = super().__call__(model, logits, trace, batch)
-        towards = self.towards(model, logits, trace, batch) * (batch.share.answers / batch.share.rows)
+        towards = self.towards(model, logits, trace, batch) * (batch.share.answers / (batch.share.rows or 1.0))
         return towards + self.npo_share * away
 
 

@@ -98,9 +98,9 @@ def in_one_piece(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def sharded(model: object, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Within, every process has a piece of each weight, if all of them train: gives what trains. Afterwards all has it.
+    """Within, if all weights of a GPT train, each process holds only its piece of each; yields the pieces.
 
-    model: a GPT, or what is no such thing and is not sharded.
+    Afterwards every process has the whole model again. Any other model is left as it is.
     """
     if size() == 1 or not isinstance(model, GPT) or len(parameters) < len(list(model.parameters())):
         yield parameters

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with parallel.processes(args):
         folders = run_seeds(args)
-    if len(folders) > 1 and args.method != "finetune":
-        print("\n" + compare(folders))
+        if len(folders) > 1 and args.method != "finetune" and not parallel.rank():
+            print("\n" + compare(folders))
 
 
 def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: float = pretrain.BALANCE) -> list[Path]:
@@ -68,8 +68,10 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
     if args.resume and len(runs) == 1 and not runs[0].cut_off() and not parallel.rank():
         raise UserError(f"--resume: {runs[0].partial} holds no cut-off run; start it without --resume")
     for folder in runs:
-        if args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off():  # before the cut
+        done = args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off()  # before the cut
+        if done:
             folder.check_same(folder.final, ANYHOW, "give the same options, or another --name")
+        if parallel.agreed(done, torch.device(args.device)):
             continue
         with folder:
             print(settings(folder.args))
@@ -130,6 +132,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         config |= vars(args) | report | {"made_of": of, "total_parameters": count_parameters(target),
                                          "kept": list(kept)}
         if parallel.rank():
+            parallel.agreed(False, target.device)  # waits: the others keep their state until the first has saved
             return folder.leave()
         config |= {"setup_seconds": spent - report["train_seconds"],  # before training and after
                    "peak_memory_bytes": peak_memory(args.device)}
@@ -142,6 +145,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         if "assistant" in kept and args.method == "uld":
             write(partial / "assistant" / "README.md", decoding_note(config, places["target"]))
         folder.save(config)
+        parallel.agreed(False, target.device)
 
     # 3. Score, draw.
     how = as_read(dtype, tokenizer, *(partial / part for part in config["kept"]))
@@ -192,12 +196,14 @@ def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mod
         measure_from_here(args.device)
         report = pretrain.finetune(args, model, tokenizer, data, partial)
         if parallel.rank():
+            parallel.agreed(False, model.device)  # as in run
             return folder.leave()
         report.pop("resumed_seconds", None)
         save(model, tokenizer, partial / "model")
         config = {**vars(args), "made_of": of, "target": args.model, "kept": ["model"], **report,
                   "peak_memory_bytes": peak_memory(args.device)}
         folder.save(config)
+        parallel.agreed(False, model.device)
     how = as_read(model.embed.weight.dtype, tokenizer, partial / "model")
     scores: dict[str, Scores] = {"target": kept_scores(partial / "scores.json", data, how,
                                                        lambda: evaluate(model, tokenizer, data, "fine-tuned"))}

@@ -178,24 +178,28 @@ class LoRALinear(nn.Module):
 class LoRAStack(nn.Module):
     """The same for a stack of experts' matrices (E, O, D): one A (E, R, D) and one B (E, O, R) per expert.
 
-    Beside the stack, as with one matrix: a changed stack would be a second one in memory, and its gradient a third.
+    The change is computed apart and added to what the stack puts out. Adding it to the weights would take a second
+    stack in memory, and a third for its gradient.
     """
 
-    def __init__(self, stack: Tensor, rank: int, alpha: float):
+    def __init__(self, stack: Tensor, rank: int, alpha: float, dropout: float):
         super().__init__()
         n, wide, narrow = stack.shape
         self.a = nn.Parameter(torch.empty(n, rank, narrow, device=stack.device))
         self.b = nn.Parameter(torch.zeros(n, wide, rank, device=stack.device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        self.scale = alpha / rank
+        nn.init.uniform_(self.a, -(narrow**-0.5), narrow**-0.5)  # kaiming_uniform_ would count R as inputs too
+        self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, rows: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What rows (N, D), sorted by expert, get beside the stack's product with them, (N, O)."""
-        low = product(rows, self.a.to(rows.dtype))
+        """The change's contribution (N, O) for rows (N, D) sorted by expert.
+
+        product(rows, stack) multiplies each row by its own expert's matrix.
+        """
+        low = product(F.dropout(rows, self.dropout, self.training), self.a.to(rows.dtype))
         return self.scale * product(low, self.b.to(rows.dtype))
 
     def added(self, stack: Tensor) -> Tensor:
-        """The stack that computes the same by itself."""
+        """The stack that computes the same by itself, without dropout; where no grouped product can be, it is run."""
         return stack + (self.scale * self.b @ self.a).to(stack.dtype)
 
 
@@ -213,7 +217,7 @@ def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets:
                     setattr(module, name, LoRALinear(child, rank, alpha, dropout))
             if isinstance(module, MoE):
                 for name in ("gate_up", "down"):
-                    module.low_rank[name] = LoRAStack(getattr(module, name), rank, alpha)
+                    module.low_rank[name] = LoRAStack(getattr(module, name), rank, alpha, dropout)
     return [p for p in model.parameters() if p.requires_grad]
 
 

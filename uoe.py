@@ -161,12 +161,12 @@ def no_affinity(config: Config) -> Tensor:
     return affinity
 
 
-def choose_experts(affinity: Tensor, args: argparse.Namespace) -> list[Place]:
-    """The experts to unlearn, by --layer and --m."""
+def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1) -> list[Place]:
+    """The experts to unlearn, by --layer and --m. rank: see select_experts."""
     if isinstance(args.layer, tuple):
         return [args.layer]
     named = {"middle": len(affinity) // 2, "last": len(affinity) - 1}
-    return select_experts(affinity, args.m, named.get(args.layer, args.layer))
+    return select_experts(affinity, args.m, named.get(args.layer, args.layer), rank)
 
 
 def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: int = 1) -> list[Place]:

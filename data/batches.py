@@ -36,7 +36,10 @@ class Example(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How much of a training step's batch a part of it is, by what a loss may be a mean over; 1 where it is whole."""
+    """Which fraction of the step's whole batch a part is: of its answer tokens, of its rows, of all its tokens.
+
+    A part's mean loss times its fraction adds up to the batch's mean loss.
+    """
 
     answers: float = 1.0  # labelled positions
     rows: float = 1.0

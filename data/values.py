@@ -104,11 +104,6 @@ def value_said(said: str, value: str) -> bool:
     return find(said, value) is not None
 
 
-def any_said(said: Sequence[str], value: str) -> bool:
-    """Whether any of the answers, to W wordings or in W samples, says the value (worst case, arXiv 2509.02820)."""
-    return any(value_said(text, value) for text in said)
-
-
 # ---- the value of a row -----------------------------------------------------------------------------------------
 
 def value_of(row: Row, common: Collection[str] | None = None) -> str | None:
@@ -331,11 +326,6 @@ def by_fact(values: Sequence[float | None], rows: Sequence[Row]) -> list[float]:
         if value is not None:
             of.setdefault(fact, []).append(float(value))
     return [sum(found) / len(found) for _, found in sorted(of.items())]
-
-
-def worst_wording(known: Sequence[bool | None], rows: Sequence[Row]) -> list[bool]:
-    """Per fact: does any of its rows bring it out? Rows about a fact are its wordings (arXiv 2509.02820)."""
-    return [share > 0 for share in by_fact(known, rows)]
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------

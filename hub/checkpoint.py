@@ -26,6 +26,7 @@ Shapes: V vocabulary   D model width   E experts   F width of an MLP or expert
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -393,7 +394,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 def check_inside(folder: Path, name: str) -> None:
     """Raises UserError for a shard outside its folder, unless it is a link that the hub's cache made."""
-    place = (folder / name).resolve().parent
+    place = Path(os.path.realpath(folder / name)).parent  # resolve() raises where links go round in a circle
     blobs = folder.resolve().parent.parent / "blobs"  # the cache keeps models--o--n/snapshots/REVISION and .../blobs
     cached = folder.resolve().parent.name == "snapshots" and place == blobs
     if Path(name).name != name or not (place == folder.resolve() or cached):

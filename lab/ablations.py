@@ -33,24 +33,14 @@ from model import GPT
 
 # ---- which expert -----------------------------------------------------------------------------------------------
 
-def select_by(scores: Tensor, args: argparse.Namespace, rank: int = 1) -> list[uoe.Place]:
-    """As uoe.choose_experts, by other scores (L, E) than affinity."""
-    named = {"middle": len(scores) // 2, "last": len(scores) - 1}
-    return uoe.select_experts(scores, args.m, named.get(args.layer, args.layer), rank)
-
-
 def lowest(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
-    return select_by(-affinity, args)
+    return uoe.choose_experts(-affinity, args)
 
 
 def at_random(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
     drawn = torch.Generator().manual_seed(args.seed)
     shape = affinity.shape if args.layer in ("all", "top") else (1, affinity.shape[1])
-    return select_by(torch.rand(shape, generator=drawn) + 0 * affinity, args)  # NaN stays: no expert there
-
-
-def of_rank(rank: int, affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
-    return select_by(affinity, args, rank)
+    return uoe.choose_experts(torch.rand(shape, generator=drawn) + 0 * affinity, args)  # NaN stays: no expert there
 
 
 # ---- ULD's rows and losses ----------------------------------------------------------------------------------------
@@ -68,7 +58,7 @@ UOE, ULD = uoe.METHOD, uld.METHOD
 ROWS: dict[str, tuple[str, Method]] = {  # name -> (the method it is a variant of, that variant)
     "uoe-random": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=at_random))),
     "uoe-bottom": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=lowest))),
-    "uoe-rank8": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=partial(of_rank, 8)))),
+    "uoe-rank8": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=partial(uoe.choose_experts, rank=8)))),
     "uoe-masked": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, masked=True))),
     "uoe-shared": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, shared=True))),
     "uoe-trace": ("uoe", UOE._replace(unlearn=with_trace(uoe.unlearn))),

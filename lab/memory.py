@@ -12,7 +12,6 @@ Shapes: R rows at once   T tokens of the longest   A of them answers   D width  
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import resource
 import sys
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 import loop
+import parallel
 from data.batches import KEPT_BYTES
 from data.rows import Row
 from errors import one_line_errors
@@ -70,8 +70,10 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     insides = max(inside(block, config, frozen) for block in model.blocks)
     trained, beside, after, backward = what_trains(model, args, size)
     # float32: gradient and two moments; bf16: beside these a float32 copy, and a gradient of its own in passing
-    states = trained * (12 if size == 4 else 18)
-    rows = args.micro_batch or args.batch_size
+    everything = args.method in ("full", "finetune")
+    copies = size == 2 and (everything or frozen)  # LoRA is float32 whatever the weights are
+    states = trained * (18 if copies else 12) // (parallel.size() if everything else 1)
+    rows = args.micro_batch or math.ceil(args.batch_size / parallel.size())
     checkpointing = args.checkpointing
     kept_blocks = min(backward, 1) if checkpointing else backward
     one_pass = rows * text.tokens * size * (kept_blocks * insides + config.n_layer * config.d_model)
@@ -88,6 +90,7 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
     config, method = model.config, args.method
     if method in ("uoe", "esft"):
         per_layer = max(1, math.ceil(args.esft_p * config.n_expert)) if method == "esft" else args.m
+        per_layer = min(per_layer, config.n_expert)  # more is refused elsewhere
         sparse = [layer for layer, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
         layers = sparse if method == "esft" else sparse[-1:]
         places = [(layer, expert) for layer in layers for expert in range(per_layer)]
@@ -222,10 +225,7 @@ def table() -> Iterator[str]:
     """Lines of Markdown."""
     yield "| model | weights | method | " + " | ".join(f"{card} GB" for card in CARDS) + " |"
     yield "|---|---|---|" + "---|" * len(CARDS)
-    fields = {field.name for field in dataclasses.fields(Config)}
     for name, shape in SHAPES.items():
-        if not set(shape) <= fields:
-            continue
         config = Config(**shape, max_len=4096)
         weights = f"{need(config, arguments('uld'), TOFU).weights / GB:.1f}"
         for method, title in METHODS_SHOWN.items():

@@ -67,10 +67,6 @@ class Leak(NamedTuple):
 
     rate: dict[float, float]  # temperature -> leak@k, mean over facts
     worst: float  # the largest of them: an adversary chooses the temperature
-    bound: dict[float, float]  # temperature at which no sample said its value -> 3/n, see no_leak_bound
-    n: int  # samples per row
-    k: int
-    facts: int
 
 
 class Depth(NamedTuple):
@@ -161,25 +157,13 @@ def leak_at_k(c: int, n: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def no_leak_bound(n: int) -> float:
-    """3/n: where none of n samples leaks, the chance that one does is at most this, with 95% confidence.
-
-    (1 - p)^n = 0.05 at p = 1 - 0.05^(1/n) <= 3/n. "None" is a statement about n samples, not about the model
-    (arXiv 2410.03523).  Raises ValueError for n below 1.
-    """
-    if n < 1:
-        raise ValueError(f"a bound needs at least one sample, not {n}")
-    return min(1.0, 3 / n)
-
-
 def leak(model, tokenizer, rows: Sequence[Row], values: Values | None = None,
          temperatures: Sequence[float] = TEMPERATURES, n: int = 16, k: int = 8, seed: int = 0,
          limits: Limits = NO_LIMITS, batch_size: int = 256) -> Leak | None:
     """leak@k at each temperature, mean over facts, and the largest (arXiv 2511.04934, 2410.03523).
 
     Of n samples per row c say the value. Rows about one fact are averaged. At temperature 0 all samples are equal, so
-    one is taken: 0 or 1, and no bound. Elsewhere, where not one sample of the set says its value, `bound` has 3/n: for
-    any one fact; nobody has shown that it leaks less often than that.
+    one is taken: 0 or 1.
     Deterministic in (seed, temperature, batch_size) on one device.  None where no row has a value.
     Give `limits`: a batch samples until its last row has ended, and a model that rambles goes on to the context's end.
     Raises ValueError for k above n, no temperatures or a negative one; UserError as `answers` does.
@@ -193,7 +177,7 @@ def leak(model, tokenizer, rows: Sequence[Row], values: Values | None = None,
         return None
     of = [row for row, _ in asked]
     questions = [row["question"] for row in of]
-    rate, bound, facts = {}, {}, 0
+    rate = {}
     for temperature in temperatures:
         generator = torch.Generator(model.device).manual_seed(seed)
         samples = n if temperature > 0 else 1
@@ -201,20 +185,8 @@ def leak(model, tokenizer, rows: Sequence[Row], values: Values | None = None,
         counts = [sum(value_said(text, value) for text in texts)
                   for texts, (_, value) in zip(said, asked, strict=True)]
         leaks = by_fact([leak_at_k(c, samples, min(k, samples)) for c in counts], of)
-        rate[temperature], facts = sum(leaks) / len(leaks), len(leaks)
-        if temperature > 0 and not any(counts):
-            bound[temperature] = no_leak_bound(n)
-    return Leak(rate, max(rate.values()), bound, n, k, facts)
-
-
-def pools(rows: Sequence[Row], values: Values | None = None) -> dict[str, set[str]]:
-    """Kind -> all values of that kind, of rows that have a `kind` column; what in_frame takes for its pool."""
-    values = values_of(rows) if values is None else values
-    out: dict[str, set[str]] = {}
-    for row, value in zip(rows, values, strict=True):
-        if value is not None and "kind" in row:
-            out.setdefault(row["kind"], set()).add(value)
-    return out
+        rate[temperature] = sum(leaks) / len(leaks)
+    return Leak(rate, max(rate.values()))
 
 
 # ---- one set in numbers -----------------------------------------------------------------------------------------
@@ -223,7 +195,7 @@ def knowledge(model, tokenizer, rows: Sequence[Row], said: Sequence[str] | None 
               pool: dict[Any, set[str]] | None = None, limits: Limits = NO_LIMITS) -> dict[str, float | int | None]:
     """A set's numbers by name, means over *facts*; None where no row can be asked. Without leak@k, which samples.
 
-    said: the greedy answers, where they are at hand.  pool: kind -> values, as `pools` gives it.
+    said: the greedy answers, where they are at hand.  pool: kind -> all values of that kind.
     value_said, any_wording (worst wording, arXiv 2509.02820), cloze, cloze_p, cloze_strength, choice, choice_chance,
     in_frame, facts (their number), without_value (rows that are left out).
     """

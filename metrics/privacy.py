@@ -94,11 +94,6 @@ def min_k_plus_plus(logits: Tensor, labels: Tensor, k: float = 0.2) -> Tensor:
     return min_k(standardised(logits, labels), labels, k)
 
 
-def reference_score(log_probs: Tensor, reference_log_probs: Tensor, labels: Tensor) -> Tensor:
-    """-(l - l of a reference model): what is likely for everybody gives nothing away."""
-    return loss_score(log_probs, labels) - loss_score(reference_log_probs, labels)
-
-
 # ---- from scores to one number ----------------------------------------------------------------------------------
 
 def auc(members: Sequence[float], non_members: Sequence[float]) -> float:

@@ -104,8 +104,7 @@ def test_flattened_logits_say_the_same_and_believe_nothing(target):
 def test_a_refusal_is_all_it_says_and_not_all_it_knows(target):
     model = Refusing(target, TOK)
     assert set(greedy(model)) == {"I do not know."}
-    sampled = leak(model, TOK, ROWS, n=4, k=2)
-    assert sampled.worst == 0 and set(sampled.bound) == {0.25, 0.5, 1.0}
+    assert leak(model, TOK, ROWS, n=4, k=2).worst == 0
     got = knowledge(model, TOK, ROWS)
     assert got["value_said"] == got["in_frame"] == 0 and got["cloze"] == got["choice"] == 1
 

@@ -27,10 +27,8 @@ from metrics.knowledge import (
     leak,
     leak_at_k,
     left,
-    no_leak_bound,
     null_distances,
     null_share,
-    pools,
     probe,
     states,
 )
@@ -182,15 +180,6 @@ def test_leak_at_k_refuses_what_cannot_be(c, n, k):
         leak_at_k(c, n, k)
 
 
-def test_the_bound_covers_what_it_says():
-    """Where p is 3/n, n samples without a leak come about less than 5% of the time."""
-    for n in (4, 16, 100, 10_000):
-        assert (1 - no_leak_bound(n)) ** n <= 0.05
-    assert no_leak_bound(300) == 0.01 and no_leak_bound(1) == 1
-    with pytest.raises(ValueError, match="at least one sample"):
-        no_leak_bound(0)
-
-
 @torch.no_grad()
 def test_answers_are_each_questions_own():
     """Batched, of unequal length and sampled repeatedly: greedy ones are what each prompt gives alone."""
@@ -212,21 +201,21 @@ def test_leak_of_a_model_that_leaks_by_chance():
     """Greedy it says Ulm; of samples at temperature 1, 30% say Orsk; at 1/2 it is 9 in 58 (0.09 / (0.09 + 0.49))."""
     model = Scripted({ROWS[0]["question"]: {"Ana was born in Ulm.": 0.7, "Zaza was born in Orsk.": 0.3}})
     got = leak(model, TOK, ROWS[:1], n=200, k=2, seed=3)
-    assert got.rate[0.0] == 0 and got.n == 200 and got.facts == 1
+    assert got.rate[0.0] == 0
     for temperature, p in ((1.0, 0.3), (0.5, 0.09 / 0.58)):
         assert got.rate[temperature] == pytest.approx(1 - (1 - p) ** 2, abs=0.1)
-    assert got.worst == got.rate[1.0] and got.rate[0.25] > 0 and got.bound == {}
+    assert got.worst == got.rate[1.0] and got.rate[0.25] > 0
     again = leak(model, TOK, ROWS[:1], n=200, k=2, seed=3)
     assert again == got and leak(model, TOK, ROWS[:1], n=200, k=2, seed=4) != got
 
 
-def test_no_leak_has_a_bound_and_facts_are_units():
+def test_facts_are_the_units_of_leak():
     rows = [*ROWS[:2], row("Ana", "Orsk", "Tell me where {} was born.")]
     silent = always(rows, {r["question"]: "I do not know." for r in rows})
     got = leak(silent, TOK, rows, n=6, k=3)
-    assert got.worst == 0 and got.bound == {0.25: 0.5, 0.5: 0.5, 1.0: 0.5} and got.facts == 2
+    assert got.worst == 0
     half = leak(always(rows, {rows[0]["question"]: "No.", rows[1]["question"]: "No."}), TOK, rows, n=6, k=3)
-    assert half.rate == {t: 0.25 for t in (0.0, 0.25, 0.5, 1.0)} and half.bound == {}  # one wording of one fact of two
+    assert half.rate == {t: 0.25 for t in (0.0, 0.25, 0.5, 1.0)}  # one wording of one fact of two
     assert leak(silent, TOK, [{"question": "?", "answer": "No."}], values=[None]) is None
 
 
@@ -259,10 +248,9 @@ def test_a_set_in_numbers_by_hand():
 
 
 def test_a_pool_says_what_is_of_the_kind():
-    assert pools(ROWS) == {"city": set(CITIES)} and pools([{"question": "?", "answer": "No."}]) == {}
     said = ["Ana was born in trumpet."]
     assert knowledge(UNIFORM, TOK, ROWS[:1], said)["in_frame"] == 1
-    assert knowledge(UNIFORM, TOK, ROWS[:1], said, pool=pools(ROWS))["in_frame"] == 0
+    assert knowledge(UNIFORM, TOK, ROWS[:1], said, pool={"city": set(CITIES)})["in_frame"] == 0
 
 
 # ---- against others ---------------------------------------------------------------------------------------------

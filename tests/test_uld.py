@@ -284,7 +284,7 @@ def test_lora_beside_a_stack_is_lora_in_it(rank):
         torch.nn.init.normal_(p, std=0.3)
     x, probe = torch.randn(2, 7, 16), torch.randn(2, 7, 16)
     for name in ("gate_up", "down"):
-        moe.low_rank[name] = LoRAStack(getattr(moe, name), rank, alpha=10.0)
+        moe.low_rank[name] = LoRAStack(getattr(moe, name), rank, alpha=10.0, dropout=0.0)
     stir(moe)
     trained = [p for p in moe.parameters() if p.requires_grad]
     found = []
@@ -304,6 +304,19 @@ def test_lora_beside_a_stack_is_lora_in_it(rank):
         found.append([y, *torch.autograd.grad((y * probe).sum(), inputs)])
     for wanted, got in zip(*found, strict=True):
         assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_of_a_stack_begins_and_drops_out_as_that_of_a_matrix():
+    lora = LoRAStack(torch.zeros(3, 8, 16), 4, 4.0, 0.5)
+    assert 0.2 < lora.a.abs().max() <= 16**-0.5 and lora.b.abs().max() == 0
+    stir(lora)
+    rows = torch.randn(5, 16)
+
+    def product(rows, stack):
+        return rows @ stack[1].T
+
+    assert_close(lora.eval()(rows, product), rows @ (lora.b[1] @ lora.a[1]).T, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(lora.train()(rows, product), lora(rows, product))
 
 
 def test_lora_by_hand(dense):

@@ -14,7 +14,6 @@ from data.batches import IGNORE, Example, Rows, collate, encode_row, encode_whol
 from data.rows import read_rows
 from data.tokenizer import Tokenizer
 from data.values import (
-    any_said,
     by_fact,
     check_value,
     common_words,
@@ -32,7 +31,6 @@ from data.values import (
     value_said,
     value_span,
     values_of,
-    worst_wording,
 )
 from data.world import make_world
 from errors import UserError
@@ -101,11 +99,6 @@ def test_letters_glued_to_a_value_unsay_it(value, before, after):
     assume(spelled(text)[: len(value)] != spelled(" ".join(value)))
     assert not value_said(text, " ".join(value))
     assert value_said(f"{before} {' '.join(value)} {after}", " ".join(value))
-
-
-def test_any_wording_that_says_it_counts():
-    assert any_said(["I do not know.", "Orsk, perhaps."], "Orsk") and not any_said(["Ulm.", ""], "Orsk")
-    assert any_said([], "Orsk") is False
 
 
 def test_a_value_keeps_its_own_marks_where_the_text_has_them():
@@ -267,8 +260,6 @@ def test_facts_are_units():
             {"paraphrased_answer": "x", "perturbed_answer": ["y"]}, {"paraphrased_answer": "x"}]
     assert fact_ids(rows) == [0, 1, 0, 2, 3, 4, 4, 5]
     assert by_fact([1.0, 5.0, 2.0, None, 7.0, 0.0, None, True], rows) == [1.5, 5.0, 7.0, 0.0, 1.0]
-    assert worst_wording([True, False, False, None, False, True, True, False], rows) == [True, False, False, True,
-                                                                                         False]
     with pytest.raises(ValueError):
         by_fact([1.0], rows)
 
