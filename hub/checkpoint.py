@@ -394,10 +394,13 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 def check_inside(folder: Path, name: str) -> None:
     """Raises UserError for a shard outside its folder, unless it is a link that the hub's cache made."""
-    place = Path(os.path.realpath(folder / name)).parent  # resolve() raises where links go round in a circle
-    blobs = folder.resolve().parent.parent / "blobs"  # the cache keeps models--o--n/snapshots/REVISION and .../blobs
-    cached = folder.resolve().parent.name == "snapshots" and place == blobs
-    if Path(name).name != name or not (place == folder.resolve() or cached):
+    inside = name.isprintable() and Path(name).name == name
+    if inside:
+        here = folder.resolve()
+        place = Path(os.path.realpath(here / name)).parent  # resolve() raises where links go round in a circle
+        cache = here.parent.parent / "blobs"  # the cache keeps models--o--n/snapshots/REVISION and .../blobs
+        inside = place == here or (here.parent.name == "snapshots" and place == cache)
+    if not inside:
         raise UserError(f"{folder / INDEX} lists the shard {name}, which lies outside {folder}: download it again")
 
 

@@ -614,6 +614,11 @@ def test_a_shard_outside_the_folder_is_read_only_through_the_hubs_cache(tmp_path
     shard.rename(tmp_path / "elsewhere.safetensors")
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
     refused(tmp_path / "plain", rf"lists the shard {shard.name}, which lies outside")
+    shard.unlink()
+    shard.symlink_to(shard)  # round in a circle
+    refused(tmp_path / "plain", rf"{shard.name} is missing|{shard.name} is truncated")
     index = tmp_path / "plain" / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace(shard.name, "../elsewhere.safetensors"))
-    refused(tmp_path / "plain", r"lists the shard \.\./elsewhere\.safetensors, which lies outside")
+    listed = index.read_text()
+    for name in ("../elsewhere.safetensors", r"model\u0000.safetensors"):
+        index.write_text(listed.replace(shard.name, name))
+        refused(tmp_path / "plain", r"lists the shard .*\.safetensors, which lies outside")
