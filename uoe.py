@@ -23,8 +23,8 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
     read: selection shifts more, and sentences break.
-    Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1 (--npo-beta 0.001), a learning rate of 3e-3
-    (--lr 1e-4). Batches of 32 rows (--batch-size 16).
+    Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1, on public ones 0.1 (--npo-beta 0.001), a
+    learning rate of 3e-3 (--lr 1e-4). Batches of 32 rows (--batch-size 16).
     Small models are pretrained to have specialists (--specialise 0: none; row uoe-no-balance: without balancing too).
 
 Shapes: B batch   T tokens   E experts   K experts per token   L layers
