@@ -75,7 +75,8 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
     """Of runs by kind, each its metrics.json: leak.png and kept.png. Returns the files.
 
     leak.png: share of facts that eight samples say, against the temperature; target, methods, reference.
-    kept.png: what is kept against what is still said, a mark per method, bars from the worst to the best run.
+    kept.png: what is kept against what is still said, a mark per method, bars from the worst to the best run. The
+    target, at (1, 1), is left out: beside it all others would be one blot.
     """
     if plt is None:
         print("no figures: pip install matplotlib")
@@ -100,7 +101,8 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
     written.append(folder / "leak.png")
 
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    for (label, (runs, role)), mark in zip(lines.items(), "os^vDPX*" * 3, strict=False):
+    del lines["target"]
+    for i, (label, (runs, role)) in enumerate(lines.items()):
         points = [(run[role].get("forget", {}).get("value_said"), run[role].get("model_utility"),
                    run["target"].get("model_utility")) for run in runs if role in run]
         if not points or any(said is None or utility is None or not target for said, utility, target in points):
@@ -109,10 +111,10 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
         y = [utility / target for _, utility, target in points]
         middle = (sum(x) / len(x), sum(y) / len(y))
         axis.errorbar(*middle, xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
-                      yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt=mark, color="0.2", ecolor="0.7", capsize=2,
-                      markersize=7, label=label)
+                      yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt="os^DvP<X>*"[i // 2 % 10], color="0.2",
+                      markerfacecolor="0.2" if i % 2 else "white", ecolor="0.7", capsize=2, markersize=7, label=label)
     axis.set(xlabel="share of forget facts still said (left is better)", ylabel="model utility, of the target's")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write(figure, folder / "kept.png")
     return [*written, folder / "kept.png"]
 
