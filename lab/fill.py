@@ -135,11 +135,13 @@ def markdown(heads: list[str], lines: list[Line], old: str) -> str:
     """The table; a line without cells is the one that `old`, the table as it was, has under the same label."""
     table = [[cell.strip() for cell in row.strip(" |").split("|")] for row in old.splitlines()]
     was, before = (table[0], table[2:]) if table else ([], [])
-    heads = heads + [head for head in was[1:] if head not in heads]
+    measured = heads
+    heads = was if set(heads) <= set(was) else heads + [head for head in was[1:] if head not in heads]
     rows = []
     for kind, label, runs, cells in lines:
         if cells is not None:
-            rows.append([f"{label} {runs}", *cells, *["-"] * (len(heads) - 1 - len(cells))])
+            told = dict(zip(measured[1:], cells, strict=True))
+            rows.append([f"{label} {runs}", *(told.get(head, "-") for head in heads[1:])])
             continue
         kept = [row for row in before if re.fullmatch(re.escape(label) + r" \([^()]*\)", row[0])]
         print(f"nothing of {kind} here: its row {'stays as it was' if kept else 'is left out'}", file=sys.stderr)
