@@ -84,8 +84,10 @@ def called(func: ast.expr, names: dict) -> list[Callable]:
         found = names.get(func.id)
     elif isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name):
         found = getattr(names.get(func.value.id), func.attr, None)
-    ours = (inspect.isfunction(found) or inspect.isclass(found)) and Path(inspect.getfile(found)).is_relative_to(ROOT)
-    return [found] if ours else []
+    if not (inspect.isfunction(found) or inspect.isclass(found)):
+        return []
+    file = Path(inspect.getfile(found))
+    return [found] if file.is_relative_to(ROOT) and "site-packages" not in file.parts else []  # .venv lies in ROOT
 
 
 # Who reads the flags of each title: a title that is not here fails, and so does a flag that none of these reads.
