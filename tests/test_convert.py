@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.rows import read_rows
@@ -41,6 +41,7 @@ def test_questions_of_wmdp_are_what_eval_py_reads(tmp_path, as_list):
     assert read_choices(converted(tmp_path, "wmdp", [QUESTION | {"id": 7}, QUESTION], as_list)) == [QUESTION] * 2
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1).filter(str.strip), st.text(min_size=1).filter(str.strip))
 def test_a_verbatim_passage_holds_both_parts_in_order(prompt, gt):
     text = muse({"prompt": prompt, "gt": gt}, "row 1")["text"]

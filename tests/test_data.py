@@ -158,6 +158,7 @@ def test_tofus_errors_name_flag_or_file(tiny_tofu, kwargs, says):
         load_tofu(**(dict(split="forget01", folder=str(tiny_tofu)) | kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split, retain, rows", [("forget10", 3600, 400), ("forget05", 3800, 200),
                                                  ("forget01", 3960, 40)])
 def test_the_published_splits_have_their_published_sizes(tofu, split, retain, rows):
@@ -611,6 +612,7 @@ def test_a_leak_is_seen_and_refused_whatever_the_source(source, where):
 
 # ---- cuts, limits, refusals -------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_cut_of_tofu_keeps_whole_authors_and_scores_only_what_is_taught(tofu):
     data = load_tofu("forget10", str(tofu), authors=20)
     assert len(data.forget) == 40 and len(data.retain) == 360 and data.name == "tofu-forget10-20"

@@ -57,6 +57,7 @@ def test_the_shapes_of_the_table_have_their_models_parameters(name, billions):
     assert need(Config(**SHAPES[name]), arguments("uld"), TEXT).weights / 2e9 == pytest.approx(billions, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_card_that_is_too_small_gets_flags_or_a_no():
     config = Config(**SHAPES["OLMoE-1B-7B"])
     found = ways(config, "uoe")

@@ -70,6 +70,7 @@ METHODS = ["--method uoe --forget-loss ga --retain-loss none", "--method uoe --f
 METHODS = [*FAST, *(pytest.param(options, marks=pytest.mark.slow) for options in METHODS)]
 
 
+@pytest.mark.slow
 def test_two_processes_that_need_the_same_model_train_it_once(out, monkeypatch):
     """Both ask at once; the second waits for the first and takes what it left."""
     args = parsed(*TINY, *WORLD, "--out", str(out / "both"))

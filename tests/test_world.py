@@ -149,6 +149,7 @@ def test_a_leak_is_refused(data, what):
             check_no_leak(dataclasses.replace(data, **{field: [*getattr(data, field), leak]}))
 
 
+@pytest.mark.slow
 def test_strangers_are_asked_in_every_wording_with_every_value(data):
     rows = data.strangers(10_000, np.random.default_rng(0))
     kinds = Counter((row["topic"], row["kind"]) for row in rows)
