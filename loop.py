@@ -150,7 +150,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
     with (held() as stops, tqdm(range(start, steps), desc=what, initial=start, total=steps, mininterval=0.5,
                                 leave=True) as bar):
         for step in bar:
-            # dropout: a function of the step, so that resuming is exact
+            # dropout: a function of the step, so that resuming is exact; other masks in each process
             torch.manual_seed(seed * 1_000_003 + step + parallel.rank() * 2**40)
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(step, steps, lr)
@@ -179,7 +179,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
             asked = time.perf_counter()
             stop = parallel.agreed(enough(step + 1, seconds + asked - began), device)
             began += time.perf_counter() - asked  # looking is not training
-            told = parallel.agreed(bool(stops), device)
+            told = parallel.agreed(bool(stops), device)  # to stop, this process or another: all do after this step
             if stop:
                 steps = step + 1
                 break

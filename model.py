@@ -12,7 +12,7 @@ Shapes, one letter per size:
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -479,6 +479,16 @@ def ended(said: Tensor, ends: Tensor) -> Tensor:
     first = torch.where(here.any(1), here.int().argmax(1), last)  # (R,)
     places = torch.arange(last + 1, device=said.device).minimum(first[:, None])  # (R, N)
     return said.gather(1, places)[:, : int(first.max()) + 1 if len(said) else 0]
+
+
+def of_state(config: Config, state: Mapping[str, Tensor]) -> GPT:
+    """A model whose weights are these very tensors, by their names in a state_dict; more names are left alone."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict({name: state[name] for name in model.state_dict()}, assign=True)
+    if config.tie_head:
+        model.head.weight = model.embed.weight
+    return model
 
 
 def sharing(model: GPT) -> GPT:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from errors import UserError
-from model import GPT
+from model import GPT, of_state
 
 LONGEST_WAIT = timedelta(hours=12)  # for a process that scores while others are ready for the next seed
 
@@ -114,9 +114,5 @@ def sharded(model: object, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     for method in ("hidden", "next_logits"):
         register_fsdp_forward_method(model, method)
     yield list(model.parameters())
-    with torch.device("meta"):
-        plain = GPT(model.config)
-    plain.load_state_dict({name: in_one_piece(p.detach()) for name, p in model.state_dict().items()}, assign=True)
-    if model.config.tie_head:
-        plain.head.weight = plain.embed.weight
-    model.__class__, model.__dict__ = GPT, plain.train(model.training).__dict__  # whoever holds it has it whole
+    plain = of_state(model.config, {name: in_one_piece(p.detach()) for name, p in model.state_dict().items()})
+    model.__class__, model.__dict__ = GPT, plain.train(model.training).__dict__  # in place, for whoever holds `model`

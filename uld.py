@@ -49,7 +49,7 @@ from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit, belief, strangers_belief
-from model import GPT, Cache, Config, generate
+from model import GPT, Cache, Config, generate, of_state
 from moe import MoE
 from objectives import cross_entropy, labelled, uniform, uniform_beside
 
@@ -224,22 +224,14 @@ def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets:
 @torch.no_grad()
 def merge_lora(model: GPT) -> GPT:
     """A model of plain layers that computes what `model` computes. Frozen weights without LoRA are shared."""
-    with torch.device("meta"):
-        plain = GPT(model.config)
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             state |= {f"{name}.{key}": value for key, value in module.merged().state_dict().items()}
         elif isinstance(module, MoE):
             for which, lora in module.low_rank.items():
                 state[f"{name}.{which}"] = lora.added(getattr(module, which))
-    own = model.state_dict()
-    for name in plain.state_dict():
-        state.setdefault(name, own.get(name))
-    plain.load_state_dict(state, assign=True)
-    if model.config.tie_head:
-        plain.head.weight = plain.embed.weight
-    return plain.requires_grad_(False)
+    return of_state(model.config, state).requires_grad_(False)
 
 
 def assistant_depth(args: argparse.Namespace, config: Config) -> int:
@@ -266,13 +258,7 @@ def first_layers(target: GPT, layers: int) -> GPT:
     check_depth(layers, target.config.n_layer)
     config = copy.copy(target.config)
     config.n_layer = layers
-    with torch.device("meta"):
-        assistant = GPT(config)
-    own = target.state_dict()
-    assistant.load_state_dict({name: own[name] for name in assistant.state_dict()}, assign=True)
-    if config.tie_head:
-        assistant.head.weight = assistant.embed.weight
-    return assistant.requires_grad_(False)
+    return of_state(config, target.state_dict()).requires_grad_(False)
 
 
 def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.0, dropout: float = 0.05) -> GPT:

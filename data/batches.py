@@ -223,7 +223,7 @@ class Rows:
         at_once = self.micro or self.batch_size
         for start in range(0, math.ceil(len(index) / parallel.size()), at_once):  # as often in every process
             part = mine[start : start + at_once]
-            batch = self.at(part or index[:1])
+            batch = self.at(part or index[:1])  # who has no row left runs one that counts for 0: the others wait for it
             if part != index:
                 both = zip(sizes(part), sizes(index), strict=True)
                 batch.share = Share(*(some / max(1, every) for some, every in both))
