@@ -71,9 +71,9 @@ def total(values: list[float], device: torch.device) -> list[float]:
     """Each number, added up over processes."""
     if size() == 1:
         return values
-    both = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(both)
-    return both.tolist()
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return summed.tolist()
 
 
 def agreed(here: bool, device: torch.device) -> bool:
@@ -93,6 +93,7 @@ def add_up(weights: list[Tensor]) -> None:
 
 
 def in_one_piece(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process holds a piece; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -110,7 +111,7 @@ def sharded(model: object, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         piece = fully_shard(part, mesh=mesh)
         assert isinstance(piece, FSDPModule)
         piece.set_gradient_divide_factor(1.0)  # a sum, not a mean: a part knows its share of the batch (Batch.share)
-        piece.set_force_sum_reduction_for_comms(True)
+        piece.set_force_sum_reduction_for_comms(True)  # between CPUs nothing else is to be had
     for method in ("hidden", "next_logits"):
         register_fsdp_forward_method(model, method)
     yield list(model.parameters())
