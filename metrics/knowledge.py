@@ -232,15 +232,15 @@ def left(unlearned: float, reference: float, target: float) -> float | None:
     return None if target == reference else (unlearned - reference) / (target - reference)
 
 
-def destroyed(utility: float, target_utility: float, framed: float | None = None,
-              target_framed: float | None = None) -> bool:
-    """Model utility below 0.9 of the target's, or `in_frame` below half the target's. A NaN is destroyed as well.
+def destroyed(utility: float, sound_utility: float, framed: float | None = None,
+              sound_framed: float | None = None) -> bool:
+    """Model utility below 0.9 of a sound model's, or `in_frame` below half of it. A NaN is destroyed as well.
 
     Of a destroyed model forget quality, AUC and PrivLeak say nothing about forgetting, and are withheld.
     """
-    if not utility >= 0.9 * target_utility:
+    if not utility >= 0.9 * sound_utility:
         return True
-    return framed is not None and target_framed is not None and not framed >= 0.5 * target_framed
+    return framed is not None and sound_framed is not None and not framed >= 0.5 * sound_framed
 
 
 def null_distances(references: Sequence[Sequence[float]]) -> list[float]:

@@ -172,14 +172,16 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         whole = all(name in of for name in data.utility)  # a published log may lack sets
         block["model_utility"] = utility_of(block, data.utility) if whole else None
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
-        block["destroyed"] = is_destroyed(block, out["target"]) if "target" in out else False
+        out[role] = block
+    for role, block in out.items():
+        sound = [out[of] for of in ("target", "reference") if of in out and of != role]
+        block["destroyed"] = role != "target" and is_destroyed(block, sound)
         with contextlib.suppress(ValueError, IndexError):  # no reference, no wrong answers, a NaN: nothing to compare
             against = [] if role == "reference" or block["destroyed"] else references[0]
-            quality = forget_quality(of["forget"].fact_ratios(), against)
+            quality = forget_quality(scores[role]["forget"].fact_ratios(), against)
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
             if null and not role.startswith("reference"):
                 block["forget_quality_null"] = null_share(quality.D, null)
-        out[role] = block
     return out
 
 
@@ -207,12 +209,19 @@ def is_broken(scores: Scores) -> bool:
     return not all(math.isfinite(loss) for of in scores.values() for loss in of.loss)
 
 
-def is_destroyed(block: dict[str, Any], target: dict[str, Any]) -> bool:
-    """Whether a model is too broken for its forget quality to mean anything (metrics/knowledge.py, destroyed)."""
-    if block["model_utility"] is None or not target["model_utility"]:
+def is_destroyed(block: dict[str, Any], sound: list[dict[str, Any]]) -> bool:
+    """Whether a model is too broken for its forget quality to mean anything (metrics/knowledge.py, destroyed).
+
+    sound: the target's numbers, and the reference's where there is one. What is worse than the target is not broken if
+    a model that never saw the forget set is no better. Where every row has a sentence of its own (TOFU), such a model
+    has none of them right: so sentences are asked about only beside a reference.
+    """
+    utilities = [of["model_utility"] for of in (block, *sound)]
+    if not sound or None in utilities or not sound[0]["model_utility"]:
         return False
-    framed = [of["forget"].get("in_frame") for of in (block, target)]
-    return destroyed(block["model_utility"], target["model_utility"], *framed)
+    frames = [of["forget"].get("in_frame") for of in (block, *sound)]
+    framed = (None, None) if None in frames or len(sound) < 2 else (frames[0], min(frames[1:]))
+    return destroyed(utilities[0], min(utilities[1:]), *framed)
 
 
 def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[str, Scores], target: GPT,

@@ -439,6 +439,23 @@ def test_a_destroyed_model_gets_no_forget_quality(retain, frame, destroyed):
     assert blocks["target"]["forget_quality_D"] == 1.0 and not blocks["target"]["destroyed"]
 
 
+@pytest.mark.parametrize("reference, frame, destroyed", [
+    ((KEPT, 0.9), 0.1, True),  # who never saw the rows speaks in their sentences: so should what is compared
+    ((KEPT, 0.01), 0.1, False),  # rows with a sentence each, as TOFU's
+    (([0.9] * 4, 0.9), 0.9, False),  # utility 0.21, a third of the target's, and the reference's is no better
+    (None, 0.1, False),  # nobody to say what is usual
+])
+def test_a_model_no_worse_than_the_reference_is_not_destroyed(reference, frame, destroyed):
+    of = {"target": (rows_of([0.01] * 4, known={"in_frame": 0.9}), rows_of(KEPT)),
+          "unlearned": (rows_of(RATIOS, known={"in_frame": frame}),
+                        rows_of(reference[0] if reference else KEPT))}
+    if reference:
+        of["reference"] = (rows_of(RATIOS, known={"in_frame": reference[1]}), rows_of(reference[0]))
+    block = score.summarise(models(**of), DATA)["unlearned"]
+    assert block["destroyed"] is destroyed
+    assert (block["forget_quality_D"] is None) is (destroyed or not reference)
+
+
 def test_forget_quality_counts_facts():
     """Three facts in two wordings each; their means are 0.5, 0.7 and 0.9 against 0.4, 0.8 and 0.95."""
     facts = [0, 0, 1, 1, 2, 2]
