@@ -45,10 +45,11 @@ COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
                 ("membership AUC, loss", None, "auc_loss", "max"), ("min-k++", None, "auc_min_k_plus_plus", "max"),
                 ("perplexity", None, "perplexity", "max"), ("known, own routing", None, "free_known", "max"),
                 ("known, target's routing", None, "forced_known", "max")],
-    "tofu": [("forget ROUGE-L", "forget", "rougeL_recall", "max"), ("forget prob.", "forget", "probability", "max"),
-             ("retain ROUGE-L", "retain", "rougeL_recall", "min"), ("retain prob.", "retain", "probability", "min"),
-             ("utility", None, "model_utility", "min"), ("p", None, "forget_quality", "each"),
-             ("D", None, "forget_quality_D", "max"), ("seconds", "run", "seconds", "max")],
+    "tofu": [("value said", "forget", "value_said", "max"), ("leak", "forget", "leak", "max"),
+             ("ROUGE-L", "forget", "rougeL_recall", "max"), ("retain, value said", "retain", "value_said", "min"),
+             ("retain, ROUGE-L", "retain", "rougeL_recall", "min"),
+             ("real authors, ROUGE-L", "real_authors", "rougeL_recall", "min"),
+             ("utility", None, "model_utility", "min")],
 }
 
 
