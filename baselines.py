@@ -155,9 +155,10 @@ class LogitOffset(SeveralModels):
     def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
         return target + self.alpha * (plus - minus)  # Offset (2)
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
+                cache: list[Cache] | None = None) -> Tensor:
         """Logits (B, T, V); with `at` (B, T) bool those of these positions alone, (N, V)."""
-        return self.combine(*self.part_logits(tokens, pad, trace, at))
+        return self.combine(*self.part_logits(tokens, pad, trace, at, cache))
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation."""

@@ -259,7 +259,7 @@ def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
     """The target's belief when the same questions are asked about strangers: what not knowing looks like."""
     each = [belief(target, known.as_strangers(draw)) for draw in range(draws)]
     level = Belief(*(sum(values) / draws for values in zip(*each, strict=True)))
-    print(f"facts about strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to be no more")
+    print(f"facts about strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
     return level
 
 

@@ -410,6 +410,10 @@ class GPT(nn.Module):
         """See `generate` below; every model here has this method."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
+    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """See `behind` below."""
+        return behind(self, prompts, pad, of, tails, at)
+
 
 def take(cache, rows: Tensor) -> None:
     """Cache.take, of a model's one cache or of all of its parts'."""
@@ -468,6 +472,22 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
                 rows, done, chosen, pad = rows[left], done[left], chosen[left], None if pad is None else pad[left]
         logits = model.next_logits(chosen[:, None], cache, pad).float()
     return ended(said, ends)
+
+
+def behind(model, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of several answers to each prompt, which is read once: (B, V) after prompts, (N, V) within answers.
+
+    prompts (B, P), left-padded by pad (B,). Row r of tails (R, T), right-padded, follows prompt of[r]; at (R, T) bool:
+    its N positions that are wanted.  Also for ULD's LogitDifference, as in `generate`.
+    """
+    cache = model.new_cache(len(prompts), prompts.shape[1] + tails.shape[1])
+    last = torch.zeros_like(prompts, dtype=torch.bool)
+    last[:, -1] = True
+    first = model(prompts, pad=pad, at=last, cache=cache)
+    if not at.any():  # answers of one token
+        return first, first[:0]
+    take(cache, of)
+    return first, model(tails, pad=pad[of], at=at, cache=cache)
 
 
 def ended(said: Tensor, ends: Tensor) -> Tensor:

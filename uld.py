@@ -49,7 +49,7 @@ from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit, belief, strangers_belief
-from model import GPT, Cache, Config, generate, of_state
+from model import GPT, Cache, Config, behind, generate, of_state
 from moe import MoE
 from objectives import cross_entropy, labelled, uniform, uniform_beside
 
@@ -313,10 +313,12 @@ class SeveralModels(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None,
-                    at: Tensor | None = None) -> list[Tensor]:
+    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
+                    cache: list[Cache] | None = None) -> list[Tensor]:
         """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
-        return [part(tokens, pad=pad, trace=trace if part is self.target else None, at=at) for part in self.parts]
+        caches = cache if cache is not None else [None for _ in self.parts]
+        return [part(tokens, cache=c, pad=pad, trace=trace if part is self.target else None, at=at)
+                for part, c in zip(self.parts, caches, strict=True)]
 
     def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
         """Every part's logits (B, V) of the next token, each from its own cache."""
@@ -327,6 +329,10 @@ class SeveralModels(nn.Module):
                  of: Tensor | None = None) -> Tensor:
         """See model.generate."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
+
+    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """See model.behind."""
+        return behind(self, prompts, pad, of, tails, at)
 
 
 class LogitDifference(SeveralModels):
@@ -346,9 +352,10 @@ class LogitDifference(SeveralModels):
     def assistant(self) -> GPT:
         return self.parts[1]
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
+                cache: list[Cache] | None = None) -> Tensor:
         """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: where not plausible the assistant is 0."""
-        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at))
+        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at, cache))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         keep = plausible(logits, self.filter_rate, self.keep_share)

@@ -19,7 +19,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ from tqdm import tqdm
 
 import loop
 from cli import parse
-from data.batches import Batch, Example, collate, encode_rows, in_order, left_pad, rows_that_fit
+from data.batches import Batch, Example, collate, encode_row, encode_rows, left_pad
+from data.rows import Row
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from flags import COUNT, Parser
 from interfaces import LanguageModel, TextCodec
 from methods import METHODS as ALL
+from metrics.likelihood import answer_log_probs
 from model import GPT, Config, count_parameters
 from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
@@ -133,8 +135,9 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
                    pad: Tensor, new: int = NEW) -> dict[str, tuple[Callable, Callable]]:
     """What -> (ours, transformers'), on the same weights and tokens. {} where transformers is not installed.
 
-    Training: batch. Likelihoods: examples, here longest first, there as they come. Decoding: prompts, (B, T), `new`
-    tokens. Here only answers meet the head, as everywhere in this code; there logits are what a forward pass gives.
+    Training: batch. Likelihoods: examples, here as scoring has them, there a plain loop over what comes. Decoding:
+    prompts, (B, T), `new` tokens. Here only answers meet the head, as everywhere in this code; there logits are what a
+    forward pass gives.
 
     Raises AssertionError where the two disagree on a logit by more than 1e-4 of the largest.
     """
@@ -162,15 +165,10 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
         cross_entropy(logits, batch.answers if forward is here else batch.labels).backward()
 
     @torch.no_grad()
-    def likelihoods(forward: Callable, batches: Callable[[], Iterable[Batch]]) -> list[Tensor]:
-        return [row_log_prob(forward(part), part.labels) for part in batches()]
-
-    def as_they_come() -> Iterator[Batch]:
+    def likelihoods_there() -> None:
         for i in range(0, len(examples), len(batch.tokens)):
-            yield collate(examples[i : i + len(batch.tokens)], device=model.device)
-
-    def by_length() -> Iterator[Batch]:
-        return in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device)
+            part = collate(examples[i : i + len(batch.tokens)], device=model.device)
+            row_log_prob(there(part), part.labels)
 
     def generate_theirs() -> None:
         theirs.generate(prompts, attention_mask=mask.long(), max_new_tokens=new, min_new_tokens=new, do_sample=False,
@@ -178,16 +176,22 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
 
     return {"training step": (partial(train_step, here, list(model.parameters())),
                               partial(train_step, there, list(theirs.parameters()))),
-            "likelihoods": (partial(likelihoods, here, by_length), partial(likelihoods, there, as_they_come)),
+            "likelihoods": (lambda: answer_log_probs(model, examples), likelihoods_there),
             f"{new} greedy tokens": (lambda: model.generate(prompts, new, pad=pad), generate_theirs)}
 
 
+def answers_of(rows: list[Row], tokenizer: TextCodec, context: int) -> list[Example]:
+    """What scoring asks of these rows: the answer of each, the paraphrased one, the wrong ones."""
+    return [encode_row(row, tokenizer, context, answer=answer, truncate=True) for row in rows
+            for answer in (row["answer"], row.get("paraphrased_answer"), *row.get("perturbed_answer", ())) if answer]
+
+
 def public(args: Any, rounds: int, device: torch.device) -> None:
-    """A public model on a data set's forget rows: steps of 8, likelihoods of 100, 64 tokens for 16 prompts."""
+    """A public model on a data set's forget rows: steps of 8, all answers of 20, 64 tokens for 16 prompts."""
     model, tokenizer = load(weights_of(args.model), torch.float32, device, args.template)
-    rows = [row for row in data_of(vars(args) | {"seed": 0}).forget if "question" in row][:100]
-    examples = encode_rows(rows, tokenizer, args.context or 512, truncate=True)
-    batch = collate(examples[:8], device=device)
+    rows = [row for row in data_of(vars(args) | {"seed": 0}).scored["forget"] if "question" in row][:20]
+    examples = answers_of(rows, tokenizer, args.context or 512)
+    batch = collate(encode_rows(rows[:8], tokenizer, args.context or 512, truncate=True), device=device)
     prompts, pad = left_pad([tokenizer.prompt(row["question"]) for row in rows[:16]], device)
     pairs = here_and_there(model, tokenizer, examples, batch, prompts, pad, 64)
     works = {f"{name} {i}": partial(timed, work, device) for name, both in pairs.items() for i, work in enumerate(both)}
@@ -225,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = Tokenizer.train(data.texts(), args.vocab_size)
         torch.manual_seed(0)
         target = GPT(small_config(args, tokenizer.vocab_size)).to(device).eval()
-        examples = encode_rows(data.retain, tokenizer, args.context, truncate=True)[:256]
-        batch = collate(examples[:32], list(range(32)), device)
+        examples = answers_of(data.scored["forget"][:64], tokenizer, args.context)
+        batch = collate(encode_rows(data.retain[:32], tokenizer, args.context, truncate=True), device=device)
         prompts, pad = left_pad([tokenizer.prompt(row["question"])[:12] for row in data.retain[:32]], device)
         pairs = here_and_there(target, tokenizer, examples, batch, prompts, pad)
         works = {f"{name} {i}": work for name, both in pairs.items() for i, work in enumerate(both)}

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.batches import encode_row, greedy_answers, in_order, rows_that_fit
+from data.batches import answer_length, encode_row, greedy_answers
 from data.rows import DataSet, Row
 from data.values import fact_ids, values_of
 from errors import UserError
 from files import digest, digest_of, write
 from interfaces import LanguageModel, TextCodec
 from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
+from metrics.likelihood import answer_log_probs
 from metrics.routing import routing_overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT
-from objectives import token_log_probs
 from pretrained import load
 from runs import forget_batches, local, weights_of
 from schema import ANY_NUMBER, read_json
@@ -39,22 +39,14 @@ STORED = {"loss": NUMBERS, "right": NUMBERS, "wrong": [NUMBERS], "rougeL": NUMBE
 WATCHED = ("value_said", "leak", "in_frame", "exact", "rougeL_recall", "loss")  # of a set, after every epoch
 
 
-@torch.no_grad()
 def answer_losses(model: LanguageModel, tokenizer: TextCodec, pairs: list[tuple[Row, str]], bar: tqdm | None = None,
                   where: str = "row", at_most: int = 64) -> list[float]:
     """Mean negative log-likelihood per answer token of each (row, answer), in nats. at_most: rows at once."""
     limit = model.config.max_len
     examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
                 for i, (row, answer) in enumerate(pairs, 1)]
-    losses = [0.0] * len(examples)
-    for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size, at_most), model.device):
-        log_p = token_log_probs(model(batch.tokens, at=batch.scored), batch.labels)
-        count = (batch.labels >= 0).sum(1).clamp_min(1)
-        for i, loss in zip(batch.index.tolist(), (-log_p.sum(1) / count).tolist(), strict=True):
-            losses[i] = loss
-        if bar is not None:
-            bar.update(len(batch.index))
-    return losses
+    log_p = answer_log_probs(model, examples, at_most, bar)
+    return [-one / max(1, answer_length(example)) for one, example in zip(log_p, examples, strict=True)]
 
 
 def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: str = "model") -> Scores:
@@ -115,7 +107,8 @@ def scores_key(data: DataSet, how: str) -> str:
     """Changes with the scored rows, with as_read's answer, and with the code that scores."""
     here = Path(__file__).parents[1]
     sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "objectives.py",
-               "uld.py", "metrics/tofu.py", "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
+               "uld.py", "metrics/tofu.py", "metrics/likelihood.py", "data/batches.py", "data/tokenizer.py",
+               "hub/tokenizer.py")
     return digest(data.scored, data.limits[:2], how, [(here / name).read_text() for name in sources])
 
 

@@ -515,7 +515,7 @@ class Told(torch.nn.Module):
         self.config, self.device, self.is_moe = Config(vocab_size=vocabulary, max_len=128), torch.device("cpu"), False
         self.rows, self.known, self.else_ = rows, known, else_
 
-    def forward(self, tokens, pad=None, trace=None, stem=None, at=None):
+    def forward(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_

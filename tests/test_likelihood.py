@@ -1,0 +1,79 @@
+"""metrics/likelihood.py: a question that is read once gives what reading it before every answer gives."""
+
+import pytest
+import torch
+from conftest import random_moe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_uoe import DENSE_BELOW
+from torch.testing import assert_close
+
+from baselines import LogitOffset
+from data.batches import IGNORE, Example, collate
+from metrics.likelihood import answer_log_probs, prompt_of
+from objectives import row_log_prob
+from uld import LogitDifference
+
+
+def example(prompt: list[int], answer: list[int]) -> Example:
+    return Example([*prompt, *answer[:-1]], [IGNORE] * (len(prompt) - 1) + answer)
+
+
+def one_by_one(model, examples: list[Example]) -> list[float]:
+    """Each alone, all of its logits: the definition."""
+    out = []
+    for one in examples:
+        batch = collate([one])
+        with torch.no_grad():
+            out.append(float(row_log_prob(model(batch.tokens), batch.labels)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(dense, sparse) -> dict:
+    latent = {key: value for key, value in DENSE_BELOW.items() if key != "n_dense"}
+    return {"dense": dense(0), "moe": sparse(0), "window": dense(1, window=5), "latent": random_moe(2, **latent),
+            "ULD": LogitDifference(dense(3), dense(4, n_layer=1), 0.7, 0.0),
+            "ULD, filter": LogitDifference(dense(3), dense(4, n_layer=1), 0.7, 0.2),
+            "offset": LogitOffset(dense(5), dense(6), dense(7), 0.5)}
+
+
+tokens = st.lists(st.integers(0, 60), min_size=1, max_size=9)
+questions = st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=5)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "window", "latent", "ULD", "ULD, filter", "offset"])
+@settings(max_examples=12, deadline=None)
+@given(asked=questions, at_most=st.integers(1, 12))
+def test_a_prompt_read_once_changes_nothing(models, kind, asked, at_most):
+    examples = [example(prompt, answer) for prompt, answers in asked for answer in answers]
+    assert_close(torch.tensor(answer_log_probs(models[kind], examples, at_most)),
+                 torch.tensor(one_by_one(models[kind], examples)), rtol=2e-4, atol=2e-4)
+
+
+def test_the_prompt_is_what_the_first_answer_token_is_predicted_from():
+    assert prompt_of(example([3, 1, 4], [1, 5])) == (3, 1, 4)
+    assert prompt_of(Example([7, 8, 9], [8, 9, 2])) == (7,)  # running text
+
+
+def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch):
+    model, read = dense(0), []
+    forward = type(model).forward
+
+    def counted(self, tokens, *args, **more):
+        read.append(tuple(tokens.shape))
+        return forward(self, tokens, *args, **more)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    answer_log_probs(model, [example([1, 2, 3, 4], [5, 6 + i]) for i in range(7)])
+    assert read == [(1, 4), (7, 1)]
+    read.clear()
+    answer_log_probs(model, [example([i, 2, 3, 4], [5, 6]) for i in range(7)])
+    assert read == [(7, 5)]  # nothing to share: one pass
+
+
+def test_equal_sentences_stay_equal_to_the_bit(models):
+    """metrics/knowledge.py, choice: a tie counts against the model, so it must be one."""
+    for model in models.values():
+        first, *others = answer_log_probs(model, [example([1, 2, 3, 4], [5, 6])] * 5)
+        assert others == [first] * 4
