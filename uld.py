@@ -358,8 +358,9 @@ class LogitDifference(SeveralModels):
         logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at, cache))
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
-        keep = plausible(logits, self.filter_rate, self.keep_share)
-        return logits - self.alpha * torch.where(keep, assistant, 0.0)  # ULD (2)
+        if self.filter_rate:
+            assistant = torch.where(plausible(logits, self.filter_rate, self.keep_share), assistant, 0.0)
+        return logits - self.alpha * assistant  # ULD (2)
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
         """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said.
@@ -367,8 +368,10 @@ class LogitDifference(SeveralModels):
         `centred` is of no consequence here: what stays in is shifted alike.
         """
         logits, assistant = (part.float() for part in self.part_next_logits(tokens, cache, pad))
-        keep = plausible(logits, self.filter_rate, self.keep_share)
-        return (logits - self.alpha * assistant).masked_fill(~keep, -math.inf)
+        said = logits - self.alpha * assistant
+        if self.filter_rate:
+            said = said.masked_fill(~plausible(logits, self.filter_rate, self.keep_share), -math.inf)
+        return said
 
 
 def alpha_of_strangers(model: LogitDifference, known: Rows, halvings: int = 8) -> float:

@@ -124,11 +124,11 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
     return measure
 
 
-def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor) -> dict[str, Callable[[], Any]]:
-    """NEW greedy tokens of the target, and of ULD's difference with an assistant of a quarter of its layers."""
+def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor, new: int = NEW) -> dict[str, Callable[[], Any]]:
+    """`new` greedy tokens for 8 prompts, of the target and of ULD's difference with a quarter of its layers, filter on."""
     assistant = merge_lora(build_assistant(target, max(1, target.config.n_layer // 4)))
     models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant)}
-    return {name: partial(model.generate, prompts, NEW, pad=pad) for name, model in models.items()}
+    return {name: partial(model.generate, prompts[:8], new, pad=pad[:8]) for name, model in models.items()}
 
 
 def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], batch: Batch, prompts: Tensor,
@@ -194,11 +194,14 @@ def public(args: Any, rounds: int, device: torch.device) -> None:
     batch = collate(encode_rows(rows[:8], tokenizer, args.context or 512, truncate=True), device=device)
     prompts, pad = left_pad([tokenizer.prompt(row["question"]) for row in rows[:16]], device)
     pairs = here_and_there(model, tokenizer, examples, batch, prompts, pad, 64)
-    works = {f"{name} {i}": partial(timed, work, device) for name, both in pairs.items() for i, work in enumerate(both)}
-    seconds = in_turn(works, rounds, "passes")
+    works = {f"{name} {i}": work for name, both in pairs.items() for i, work in enumerate(both)}
+    works |= decoding_pair(model, prompts, pad, 64)
+    seconds = in_turn({name: partial(timed, work, device) for name, work in works.items()}, rounds, "passes")
     print(f"\n{args.model}, {len(rows)} rows: seconds here / seconds in transformers")
     for name in pairs:
         print(line(name, seconds[f"{name} 0"], seconds[f"{name} 1"]))
+    print("seconds of ULD's decoding / of its target's, an assistant of a quarter")
+    print(line("64 tokens, ULD", seconds["ULD"], seconds["target"]))
 
 
 def line(name: str, ours: list[float], other: list[float]) -> str:
