@@ -125,7 +125,7 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
 
 
 def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor, new: int = NEW) -> dict[str, Callable[[], Any]]:
-    """`new` greedy tokens for 8 prompts, of the target and of ULD's difference with a quarter of its layers, filter on."""
+    """`new` greedy tokens for 8 prompts: the target, and ULD's difference, a quarter of its layers with the filter."""
     assistant = merge_lora(build_assistant(target, max(1, target.config.n_layer // 4)))
     models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant)}
     return {name: partial(model.generate, prompts[:8], new, pad=pad[:8]) for name, model in models.items()}
