@@ -37,7 +37,7 @@ from errors import one_line_errors
 from flags import COUNT, Parser
 from interfaces import LanguageModel, TextCodec
 from methods import METHODS as ALL
-from metrics.likelihood import answer_log_probs
+from metrics.likelihood import likelihoods
 from model import GPT, Config, count_parameters
 from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
@@ -176,7 +176,7 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
 
     return {"training step": (partial(train_step, here, list(model.parameters())),
                               partial(train_step, there, list(theirs.parameters()))),
-            "likelihoods": (lambda: answer_log_probs(model, examples), likelihoods_there),
+            "likelihoods": (lambda: likelihoods(model, examples), likelihoods_there),
             f"{new} greedy tokens": (lambda: model.generate(prompts, new, pad=pad), generate_theirs)}
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.batches import IGNORE, Example, in_order, left_pad, rows_that_fit
+from data.batches import IGNORE, Example, left_pad
 from errors import UserError, one_line_errors
 from eval import models_of
 from flags import COUNT, NATURAL, Parser
 from interfaces import LanguageModel
 from lab.tables import number
 from methods import open_run
-from objectives import all_right, row_log_prob
+from metrics.likelihood import likelihoods
 
 try:
     import lm_eval
@@ -63,13 +63,11 @@ class Harnessed(TemplateLM):
             ids = (context + continuation)[-(self.max_len + 1) :]
             scored = continuation[-(len(ids) - 1) :] if continuation else []
             examples.append(Example(ids[:-1], [IGNORE] * (len(ids) - 1 - len(scored)) + scored))
+        asked = [i for i, (_, _, continuation) in enumerate(requests) if continuation]
         out = [(0.0, True)] * len(examples)
-        size = rows_that_fit(examples, self.model.config.vocab_size)
-        for batch in tqdm(in_order(examples, size, self.model.device), total=-(-len(examples) // size), desc="score"):
-            logits = self.model(batch.tokens)
-            log_p, right = row_log_prob(logits, batch.labels), all_right(logits, batch.labels)
-            for i, p, hit in zip(batch.index.tolist(), log_p.tolist(), right.tolist(), strict=True):
-                out[i] = (p, bool(hit))
+        with tqdm(total=len(asked), desc="score") as bar:
+            for i, found in zip(asked, likelihoods(self.model, [examples[i] for i in asked], bar=bar), strict=True):
+                out[i] = (found.log_p, found.said)
         return out
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from data.batches import IGNORE, Example, answers, encode_row, in_order, rows_that_fit
 from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
-from metrics.likelihood import answer_log_probs
+from metrics.likelihood import likelihoods
 from metrics.memorization import extraction_strength, right_tokens
 from metrics.tofu import forget_quality, mean
 from model import GPT, Trace, whole
@@ -133,7 +133,7 @@ def choice(model, tokenizer, rows: Sequence[Row], values: Values | None = None) 
         if encoded and max(len(example.tokens) for example in encoded) <= limit:
             starts[i] = len(examples), len(encoded)
             examples += encoded
-    log_p = answer_log_probs(model, examples)
+    log_p = [found.log_p for found in likelihoods(model, examples)]
     out: list[Chosen | None] = [None] * len(rows)
     for i, (start, n) in starts.items():
         right, *wrong = log_p[start : start + n]

@@ -1,11 +1,13 @@
 """How likely a model finds answers, several of them to one question: the question is read once.
 
-    log_p = answer_log_probs(model, examples)   # examples: data.batches.encode_row's
+    found = likelihoods(model, examples)   # examples: data.batches.encode_row's
+    found[0].log_p, found[0].said          # of the first
 
 Shapes: B prompts   P longest prompt   R answers   T longest of them but its first token   V vocabulary
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +16,24 @@ from tqdm import tqdm
 
 from data.batches import IGNORE, Example, answer_length, in_order, left_pad, rows_that_fit
 from interfaces import LanguageModel
-from objectives import row_log_prob, token_log_probs
+from objectives import all_right, row_log_prob, token_log_probs
 
 Prompt = tuple[int, ...]
+Found = Iterator[tuple[Tensor, Tensor, Tensor]]  # (R,) each: places among the examples, log p, 1 where said
+
+
+class Likelihood(NamedTuple):
+    """Of one answer behind its prompt."""
+
+    log_p: float  # a sum over its tokens
+    said: bool  # every token of it is the likeliest: greedy decoding would say it
 
 
 @torch.no_grad()
-def answer_log_probs(model: LanguageModel, examples: list[Example], at_most: int = 64,
-                     bar: tqdm | None = None) -> list[float]:
-    """log p(answer | prompt) of each, a sum over its answer's tokens. at_most: answers at once; bar: counts them."""
+def likelihoods(model: LanguageModel, examples: list[Example], at_most: int = 64,
+                bar: tqdm | None = None) -> list[Likelihood]:
+    """Of each example's answer, which has a token at least. at_most: answers at once; bar: counts them."""
     size = rows_that_fit(examples, model.config.vocab_size, at_most)
-    out = torch.zeros(len(examples))
     of_prompt: dict[Prompt, list[int]] = {}
     for i, example in enumerate(examples):
         of_prompt.setdefault(prompt_of(example), []).append(i)
@@ -34,11 +43,13 @@ def answer_log_probs(model: LanguageModel, examples: list[Example], at_most: int
         found = alone(model, examples, size)
     else:
         found = shared(model, examples, of_prompt, size)
-    for index, log_p in found:
-        out[index.cpu()] = log_p.float().cpu()
+    out = [Likelihood(0.0, False)] * len(examples)
+    for places, log_p, said in found:
+        for i, p, right in zip(places.tolist(), log_p.tolist(), said.tolist(), strict=True):
+            out[i] = Likelihood(p, bool(right))
         if bar is not None:
-            bar.update(len(index))
-    return out.tolist()
+            bar.update(len(places))
+    return out
 
 
 def prompt_of(example: Example) -> Prompt:
@@ -46,26 +57,28 @@ def prompt_of(example: Example) -> Prompt:
     return tuple(example.tokens[: len(example.tokens) - answer_length(example) + 1])
 
 
-def alone(model: LanguageModel, examples: list[Example], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(places among the examples, log p of each), each behind a prompt of its own."""
+def alone(model: LanguageModel, examples: list[Example], size: int) -> Found:
+    """Each behind a prompt of its own."""
     for batch in in_order(examples, size, model.device):
-        yield batch.index, row_log_prob(model(batch.tokens, at=batch.scored), batch.labels)
+        logits = model(batch.tokens, at=batch.scored)
+        yield batch.index, row_log_prob(logits, batch.labels), all_right(logits, batch.labels)
 
 
-def shared(model, examples: list[Example], of_prompt: dict[Prompt, list[int]],
-           size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same, some prompts and all of their answers at a time."""
+def shared(model, examples: list[Example], of_prompt: dict[Prompt, list[int]], size: int) -> Found:
+    """Some prompts, each once, and all of their answers at a time."""
     device = model.device
     for prompts in portions(of_prompt, size):
         places = [i for prompt in prompts for i in of_prompt[prompt]]
         of = torch.tensor([row for row, prompt in enumerate(prompts) for _ in of_prompt[prompt]], device=device)
         answers = [examples[i].labels[-answer_length(examples[i]):] for i in places]
         starts = torch.tensor([answer[:1] for answer in answers], device=device)  # (R, 1)
-        tails = padded([answer[:-1] for answer in answers], 0).to(device)
+        tails = padded([answer[:-1] for answer in answers], 0).to(device)  # (R, T)
         labels = padded([answer[1:] for answer in answers], IGNORE).to(device)
         tokens, pad = left_pad([list(prompt) for prompt in prompts], device)
         first, rest = model.behind(tokens, pad, of, tails, labels != IGNORE)
-        yield torch.tensor(places), token_log_probs(first[of], starts)[:, 0] + row_log_prob(rest, labels)
+        first = first[of]  # (R, V)
+        yield (torch.tensor(places), token_log_probs(first, starts)[:, 0] + row_log_prob(rest, labels),
+               all_right(first, starts) * all_right(rest, labels))
 
 
 def padded(rows: list[list[int]], value: int) -> Tensor:

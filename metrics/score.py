@@ -24,7 +24,7 @@ from errors import UserError
 from files import digest, digest_of, write
 from interfaces import LanguageModel, TextCodec
 from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
-from metrics.likelihood import answer_log_probs
+from metrics.likelihood import likelihoods
 from metrics.routing import routing_overlap
 from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
 from model import GPT
@@ -45,8 +45,8 @@ def answer_losses(model: LanguageModel, tokenizer: TextCodec, pairs: list[tuple[
     limit = model.config.max_len
     examples = [encode_row(row, tokenizer, limit, f"{where} {i}", answer, truncate=True)
                 for i, (row, answer) in enumerate(pairs, 1)]
-    log_p = answer_log_probs(model, examples, at_most, bar)
-    return [-one / max(1, answer_length(example)) for one, example in zip(log_p, examples, strict=True)]
+    found = likelihoods(model, examples, at_most, bar)
+    return [-one.log_p / max(1, answer_length(example)) for one, example in zip(found, examples, strict=True)]
 
 
 def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: str = "model") -> Scores:

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from baselines import LogitOffset
 from data.batches import IGNORE, Example, collate
-from metrics.likelihood import answer_log_probs, prompt_of
-from objectives import row_log_prob
+from metrics.likelihood import likelihoods, prompt_of
+from objectives import all_right, row_log_prob
 from uld import LogitDifference
 
 
@@ -19,13 +19,14 @@ def example(prompt: list[int], answer: list[int]) -> Example:
     return Example([*prompt, *answer[:-1]], [IGNORE] * (len(prompt) - 1) + answer)
 
 
-def one_by_one(model, examples: list[Example]) -> list[float]:
+def one_by_one(model, examples: list[Example]) -> list[tuple[float, bool]]:
     """Each alone, all of its logits: the definition."""
     out = []
     for one in examples:
         batch = collate([one])
         with torch.no_grad():
-            out.append(float(row_log_prob(model(batch.tokens), batch.labels)))
+            logits = model(batch.tokens)
+        out.append((float(row_log_prob(logits, batch.labels)), bool(all_right(logits, batch.labels))))
     return out
 
 
@@ -47,8 +48,19 @@ questions = st.lists(st.tuples(tokens, st.lists(tokens, min_size=1, max_size=5))
 @given(asked=questions, at_most=st.integers(1, 12))
 def test_a_prompt_read_once_changes_nothing(models, kind, asked, at_most):
     examples = [example(prompt, answer) for prompt, answers in asked for answer in answers]
-    assert_close(torch.tensor(answer_log_probs(models[kind], examples, at_most)),
-                 torch.tensor(one_by_one(models[kind], examples)), rtol=2e-4, atol=2e-4)
+    found, wanted = likelihoods(models[kind], examples, at_most), one_by_one(models[kind], examples)
+    assert_close([one.log_p for one in found], [log_p for log_p, _ in wanted], rtol=2e-4, atol=2e-4)
+    assert [one.said for one in found] == [said for _, said in wanted]
+
+
+def test_what_greedy_decoding_says_is_said(models):
+    for model in models.values():
+        prompts = torch.randint(61, (4, 5), generator=torch.Generator().manual_seed(0))
+        answers = model.generate(prompts, 3).tolist()
+        examples = [example(prompt, answer) for prompt, answer in zip(prompts.tolist(), answers, strict=True)]
+        others = [example(prompt, [*answer[:2], (answer[2] + 1) % 61])
+                  for prompt, answer in zip(prompts.tolist(), answers, strict=True)]
+        assert [one.said for one in likelihoods(model, examples + others)] == [True] * 4 + [False] * 4
 
 
 def test_the_prompt_is_what_the_first_answer_token_is_predicted_from():
@@ -65,15 +77,15 @@ def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch
         return forward(self, tokens, *args, **more)
 
     monkeypatch.setattr(type(model), "forward", counted)
-    answer_log_probs(model, [example([1, 2, 3, 4], [5, 6 + i]) for i in range(7)])
+    likelihoods(model, [example([1, 2, 3, 4], [5, 6 + i]) for i in range(7)])
     assert read == [(1, 4), (7, 1)]
     read.clear()
-    answer_log_probs(model, [example([i, 2, 3, 4], [5, 6]) for i in range(7)])
+    likelihoods(model, [example([i, 2, 3, 4], [5, 6]) for i in range(7)])
     assert read == [(7, 5)]  # nothing to share: one pass
 
 
 def test_equal_sentences_stay_equal_to_the_bit(models):
     """metrics/knowledge.py, choice: a tie counts against the model, so it must be one."""
     for model in models.values():
-        first, *others = answer_log_probs(model, [example([1, 2, 3, 4], [5, 6])] * 5)
+        first, *others = likelihoods(model, [example([1, 2, 3, 4], [5, 6])] * 5)
         assert others == [first] * 4
