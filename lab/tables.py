@@ -5,11 +5,10 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from data import WORLDS
 from errors import UserError
-from flags import SHARE, WEIGHT, Number
+from flags import WEIGHT, Number
 from metrics.score import WATCHED
 from runs import ANYHOW
 from schema import ANY_NUMBER, read_json, read_json_lines
@@ -32,14 +31,14 @@ SINGLES = (("model_utility", "model utility"), ("forget_quality", "forget qualit
 
 
 WHOLE, SOME = Number(0, 2**53, whole=True), (ANY_NUMBER, None)
-OF_ALL: dict[Any, Any] = dict.fromkeys(["model_utility?", "forget_quality?", "forget_quality_D?"], (SHARE, None))
-BLOCK = {**OF_ALL, "forget?": {str: SOME}, str: (SOME, bool, list, {str: SOME})}  # of a model
+BLOCK = {"model_utility?": SOME, "forget_quality?": SOME, "forget_quality_D?": SOME, "forget?": {str: SOME},
+         str: (SOME, bool, list, {str: SOME})}  # of a model: its sets' numbers, and its own
 METRICS = {"target": BLOCK, str: BLOCK, "run?": {"seed?": WHOLE, "diverged?": bool,
                                                  "made_of?": {"rows": dict, "vocabulary": WHOLE}}}
 SCORED = METRICS | {"run": {"method": str, "forget_loss": (str, None), "retain_loss": (str, None), "diverged": bool,
                             "trainable_parameters": WHOLE, "total_parameters": WHOLE, "steps": WHOLE,
                             "notes?": [str]}}
-PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, **OF_ALL, str: SOME}  # a line of path.jsonl
+PATH = {"epoch?": WEIGHT, "step?": WEIGHT, "seconds?": WEIGHT, str: SOME}  # a line of path.jsonl
 
 
 def read_metrics(folder: str | Path, schema: dict = METRICS) -> dict:

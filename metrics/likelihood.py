@@ -67,14 +67,14 @@ def alone(model: LanguageModel, examples: list[Example], size: int) -> Found:
 def shared(model, examples: list[Example], of_prompt: dict[Prompt, list[int]], size: int) -> Found:
     """Some prompts, each once, and all of their answers at a time."""
     device = model.device
-    for prompts in portions(of_prompt, size):
-        places = [i for prompt in prompts for i in of_prompt[prompt]]
-        of = torch.tensor([row for row, prompt in enumerate(prompts) for _ in of_prompt[prompt]], device=device)
+    for part in portions(of_prompt, size):
+        places = [i for _, some in part for i in some]
+        of = torch.tensor([row for row, (_, some) in enumerate(part) for _ in some], device=device)
         answers = [examples[i].labels[-answer_length(examples[i]):] for i in places]
         starts = torch.tensor([answer[:1] for answer in answers], device=device)  # (R, 1)
         tails = padded([answer[:-1] for answer in answers], 0).to(device)  # (R, T)
         labels = padded([answer[1:] for answer in answers], IGNORE).to(device)
-        tokens, pad = left_pad([list(prompt) for prompt in prompts], device)
+        tokens, pad = left_pad([list(prompt) for prompt, _ in part], device)
         first, rest = model.behind(tokens, pad, of, tails, labels != IGNORE)
         first = first[of]  # (R, V)
         yield (torch.tensor(places), token_log_probs(first, starts)[:, 0] + row_log_prob(rest, labels),
@@ -86,14 +86,16 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
 
 
-def portions(of_prompt: dict[Prompt, list[int]], size: int) -> Iterator[list[Prompt]]:
-    """Prompts of like length together, as many as have `size` answers in all, or one."""
-    part: list[Prompt] = []
-    answers = 0
+def portions(of_prompt: dict[Prompt, list[int]], size: int) -> Iterator[list[tuple[Prompt, list[int]]]]:
+    """Prompts and their answers' places, at most `size` answers at a time: prompts of like length go together."""
+    part: list[tuple[Prompt, list[int]]] = []
+    room = size
     for prompt in sorted(of_prompt, key=len, reverse=True):
-        if part and answers + len(of_prompt[prompt]) > size:
-            yield part
-            part, answers = [], 0
-        part.append(prompt)
-        answers += len(of_prompt[prompt])
+        places = of_prompt[prompt]
+        for some in (places[i : i + size] for i in range(0, len(places), size)):
+            if len(some) > room:
+                yield part
+                part, room = [], size
+            part.append((prompt, some))
+            room -= len(some)
     yield part

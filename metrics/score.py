@@ -167,8 +167,7 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         block["forget_quality"] = block["forget_quality_D"] = block["forget_quality_n"] = None
         out[role] = block
     for role, block in out.items():
-        sound = [out[of] for of in ("target", "reference") if of in out and of != role]
-        block["destroyed"] = role != "target" and is_destroyed(block, sound)
+        block["destroyed"] = role == "unlearned" and is_destroyed(block, out.get("target"), out.get("reference"))
         with contextlib.suppress(ValueError, IndexError):  # no reference, no wrong answers, a NaN: nothing to compare
             against = [] if role == "reference" or block["destroyed"] else references[0]
             quality = forget_quality(scores[role]["forget"].fact_ratios(), against)
@@ -202,19 +201,22 @@ def is_broken(scores: Scores) -> bool:
     return not all(math.isfinite(loss) for of in scores.values() for loss in of.loss)
 
 
-def is_destroyed(block: dict[str, Any], sound: list[dict[str, Any]]) -> bool:
+def is_destroyed(block: dict[str, Any], target: dict[str, Any] | None, reference: dict[str, Any] | None) -> bool:
     """Whether a model is too broken for its forget quality to mean anything (metrics/knowledge.py, destroyed).
 
-    sound: the target's numbers, and the reference's where there is one. What is worse than the target is not broken if
-    a model that never saw the forget set is no better. Where every row has a sentence of its own (TOFU), such a model
-    has none of them right: so sentences are asked about only beside a reference.
+    What is worse than the target is not broken if a model that never saw the forget set is no better. Where every row
+    has a sentence of its own (TOFU), such a model has none of them right: so sentences are asked about only beside a
+    reference.
     """
-    utilities = [of["model_utility"] for of in (block, *sound)]
-    if not sound or None in utilities or not sound[0]["model_utility"]:
+    if target is None or block["model_utility"] is None or not target["model_utility"]:
         return False
-    frames = [of["forget"].get("in_frame") for of in (block, *sound)]
-    framed = (None, None) if None in frames or len(sound) < 2 else (frames[0], min(frames[1:]))
-    return destroyed(utilities[0], min(utilities[1:]), *framed)
+    sound, framed = target["model_utility"], block["forget"].get("in_frame")
+    if reference and reference["model_utility"]:
+        sound = min(sound, reference["model_utility"])
+    known = [of["forget"].get("in_frame") for of in (target, reference) if of]
+    if framed is None or None in known or not reference:
+        return destroyed(block["model_utility"], sound)
+    return destroyed(block["model_utility"], sound, framed, min(known))
 
 
 def path_writer(folder: Path, tokenizer: TextCodec, data: DataSet, scores: dict[str, Scores], target: GPT,

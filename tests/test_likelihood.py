@@ -84,6 +84,20 @@ def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch
     assert read == [(7, 5)]  # nothing to share: one pass
 
 
+def test_no_pass_has_more_answers_than_were_asked_for(dense, monkeypatch):
+    model, read = dense(0), []
+    forward = type(model).forward
+
+    def counted(self, tokens, *args, **more):
+        read.append(tuple(tokens.shape))
+        return forward(self, tokens, *args, **more)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    many = [example([1, 2, 3, 4], [5 + i, 6]) for i in range(10)]
+    likelihoods(model, [*many, example([7, 8, 9], [1, 2]), example([7, 8, 9], [3, 2])], at_most=4)
+    assert read == [(1, 4), (4, 1)] * 2 + [(2, 4), (4, 1)]  # 4, 4, and 2 beside the other prompt's 2
+
+
 def test_equal_sentences_stay_equal_to_the_bit(models):
     """metrics/knowledge.py, choice: a tie counts against the model, so it must be one."""
     for model in models.values():
