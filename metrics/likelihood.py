@@ -67,7 +67,9 @@ def alone(model: LanguageModel, examples: list[Example], size: int) -> Found:
 def shared(model, examples: list[Example], of_prompt: dict[Prompt, list[int]], size: int) -> Found:
     """Some prompts, each once, and all of their answers at a time."""
     device = model.device
-    for part in portions(of_prompt, size):
+    longest = {prompt: max(answer_length(examples[i]) for i in places) for prompt, places in of_prompt.items()}
+    order = sorted(of_prompt, key=lambda prompt: longest[prompt], reverse=True)  # of answers there are most tokens
+    for part in portions({prompt: of_prompt[prompt] for prompt in order}, size):
         places = [i for _, some in part for i in some]
         of = torch.tensor([row for row, (_, some) in enumerate(part) for _ in some], device=device)
         answers = [examples[i].labels[-answer_length(examples[i]):] for i in places]
@@ -87,11 +89,10 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def portions(of_prompt: dict[Prompt, list[int]], size: int) -> Iterator[list[tuple[Prompt, list[int]]]]:
-    """Prompts and their answers' places, at most `size` answers at a time: prompts of like length go together."""
+    """Prompts and their answers' places in this order, at most `size` answers at a time."""
     part: list[tuple[Prompt, list[int]]] = []
     room = size
-    for prompt in sorted(of_prompt, key=len, reverse=True):
-        places = of_prompt[prompt]
+    for prompt, places in of_prompt.items():
         for some in (places[i : i + size] for i in range(0, len(places), size)):
             if len(some) > room:
                 yield part
