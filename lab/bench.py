@@ -124,10 +124,11 @@ def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenize
     return measure
 
 
-def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor, new: int = NEW) -> dict[str, Callable[[], Any]]:
-    """`new` greedy tokens for 8 prompts: the target, and ULD's difference, a quarter of its layers with the filter."""
+def decoding_pair(target: GPT, prompts: Tensor, pad: Tensor, new: int = NEW,
+                  filter_rate: float = 0.0) -> dict[str, Callable[[], Any]]:
+    """`new` greedy tokens for 8 prompts, of the target and of ULD's difference with a quarter of its layers."""
     assistant = merge_lora(build_assistant(target, max(1, target.config.n_layer // 4)))
-    models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant)}
+    models: dict[str, LanguageModel] = {"target": target, "ULD": LogitDifference(target, assistant, 0.75, filter_rate)}
     return {name: partial(model.generate, prompts[:8], new, pad=pad[:8]) for name, model in models.items()}
 
 
@@ -195,7 +196,7 @@ def public(args: Any, rounds: int, device: torch.device) -> None:
     prompts, pad = left_pad([tokenizer.prompt(row["question"]) for row in rows[:16]], device)
     pairs = here_and_there(model, tokenizer, examples, batch, prompts, pad, 64)
     works = {f"{name} {i}": work for name, both in pairs.items() for i, work in enumerate(both)}
-    works |= decoding_pair(model, prompts, pad, 64)
+    works |= decoding_pair(model, prompts, pad, 64, filter_rate=1e-2)
     seconds = in_turn({name: partial(timed, work, device) for name, work in works.items()}, rounds, "passes")
     print(f"\n{args.model}, {len(rows)} rows: seconds here / seconds in transformers")
     for name in pairs:
