@@ -1,0 +1,205 @@
+"""What users are told where no other test says so: one line each that names the thing and the way out."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+
+import eval as scoring
+import uld
+import uoe
+from data.batches import encode_row
+from data.rows import DataSet
+from data.tofu import download, read_augmented
+from errors import UserError
+from hub.tokenizer import HubTokenizer
+from lab import fill, fuzz, kill, queue, sizes
+from lab.attacks import _relearn
+from lab.tables import read_path
+from metrics.score import scores_of
+from pretrained import load, save
+from runs import read_run
+from train import check_tokens
+
+
+def said(capsys, main, *words) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.splitlines()[-1].startswith("error: ")  # above it at most a bar
+    return err
+
+
+def changed(file: Path, **what) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | what))
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of a run's small files, to be broken; its weights are the run's own."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for file in runs[0].iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+        else:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+# ---- rows and tokenizers ------------------------------------------------------------------------------------------
+
+def test_a_text_of_one_token(tokenizer):
+    with pytest.raises(UserError, match=r"row 3 is a text of one token.*lengthen it"):
+        encode_row({"text": "a"}, OneToken(), 9, "row 3")
+
+
+class OneToken:
+    def passage(self, text: str) -> list[int]:
+        return [7]
+
+
+def test_tofu_without_a_network(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"--data tofu: could not fetch locuslab/TOFU \(OSError\).*pass the folder"):
+        download()
+
+
+def test_augmented_files_of_other_questions(tmp_path):
+    (tmp_path / "forget01_paraphrase.csv").write_text('other?,yes,"[\'o?\']","[\'aye\']"\n')
+    with pytest.raises(UserError, match=r"no row about a forget question of forget01: give the CSV files of this"):
+        read_augmented(tmp_path, "forget01", [{"question": "q?", "answer": "a"}])
+
+
+BYTES = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+
+
+@pytest.mark.parametrize("files, told", [
+    ({}, "tokenizer.json is missing"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": BYTES, "merges": []},
+                         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                                           "use_regex": True}}},
+     "no file names an end-of-text token; add eos_token to tokenizer_config.json"),
+])
+def test_a_folder_without_a_tokenizer_or_an_end(files, told, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=told):
+        HubTokenizer.load(tmp_path)
+
+
+def test_a_reference_with_other_tokens_or_another_template(dense, tokenizer, words, tmp_path, small_world):
+    for name, of in {"a": tokenizer, "b": words}.items():
+        save(dense(0, vocab_size=of.vocab_size), of, tmp_path / name)
+    ours = load(tmp_path / "a")[1]
+    args = Namespace(model="m", reference=str(tmp_path / "b"), template=None)
+    with pytest.raises(UserError, match=r"has another tokenizer than --model m.*give a model of the same family"):
+        check_tokens(args, ours, small_world)
+    args.reference = str(tmp_path / "a")
+    check_tokens(args, ours, small_world)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def test_a_run_whose_parts_are_gone(run):
+    (run / "model").unlink()
+    with pytest.raises(UserError, match=r"model is missing, so the run has no weights: run train.py again"):
+        read_run(run)
+
+
+def test_a_run_whose_target_is_gone(run):
+    changed(run / "config.json", target="nowhere")
+    with pytest.raises(UserError, match=r"nowhere is missing, so the run's target has no weights: run train.py again"):
+        read_run(run)
+
+
+def test_scores_of_a_model_that_the_run_does_not_name(run, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    changed(run / "metrics.json", judge=metrics["target"])
+    assert "has a judge that config.json does not name: run train.py again" in said(capsys, scoring.main, str(run))
+
+
+def test_a_run_without_hashes_is_not_verified(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    del config["made_of"]
+    (run / "config.json").write_text(json.dumps(config))
+    told = said(capsys, scoring.main, "--verify", str(run))
+    assert "was written by an older version, which noted no hashes: run train.py again" in told
+
+
+def test_the_path_of_a_run_that_was_not_watched(tmp_path):
+    with pytest.raises(UserError, match=r"path.jsonl is missing: run train.py with --score-every-epoch"):
+        read_path(tmp_path)
+
+
+def test_a_demonstration_of_another_method(runs, capsys):
+    assert "is a run of --method uoe: this shows runs of --method uld" in said(capsys, uld.main, str(runs[0]))
+
+
+def test_one_expert_of_a_run_that_chose_none(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    del config["unlearned_experts"]
+    (run / "config.json").write_text(json.dumps(config | {"method": "full"}))
+    assert "is a run of --method full: this shows runs of --method uoe" in said(capsys, uoe.main, str(run))
+
+
+def test_a_log_of_another_number_of_rows(tofu, small_world):
+    log = tofu / "logs" / "llama2-7b_retain90.json"
+    with pytest.raises(UserError, match=r"is the log of 300 forget rows, and .* scored here: give a log of the same"):
+        scores_of(str(log), {"dtype": "float32"}, small_world, None, "reference")
+
+
+def test_a_model_whose_losses_are_no_numbers(dense, words, small_world, tmp_path):
+    model = dense(0, vocab_size=words.vocab_size)
+    model.norm.weight.data.fill_(float("nan"))
+    save(model, words, tmp_path / "broken" / "model")
+    few = DataSet("few", small_world.forget, small_world.retain, scored={"forget": small_world.forget[:2]})
+    with pytest.raises(UserError, match=r"has losses that are not numbers.*download or train it again"):
+        scores_of(str(tmp_path / "broken"), {"dtype": "float32"}, few, words, "reference")
+
+
+# ---- lab ------------------------------------------------------------------------------------------------------------
+
+def test_relearning_passages():
+    with pytest.raises(UserError, match=r"teaches questions, and the rows that were forgotten are passages only"):
+        _relearn(None, None, DataSet("texts", [{"text": "a b c"}], []), [], None)
+
+
+def test_filling_tables_from_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fill"])
+    with pytest.raises(SystemExit) as stop:
+        fill.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: give the folder that holds the runs, such as out\n"
+
+
+def test_an_equation_that_two_statements_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(fill, "HERE", tmp_path / "results")
+    (tmp_path / "a.py").write_text("x = 1  # ULD (2)\ny = 2  # ULD (2)\n")
+    with pytest.raises(UserError, match=r"the marker '# ULD \(2\)' stands at 2 statements: a.py#L1, a.py#L2"):
+        fill.equation_table()
+
+
+def test_a_command_of_the_queue_that_fails(tmp_path, capsys):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("-c pass\n-c 1/0\n")
+    told = said(capsys, queue.main, str(lines), "--out", str(tmp_path / "out"))
+    assert "1 of 2 commands failed: mend them and start the queue again" in told
+
+
+@pytest.mark.parametrize("lab, broken, words, told", [
+    (fuzz, {"run_cases": lambda args: 2}, [], "2 cases ended otherwise than in one line or in order; --case NUMBER"),
+    (kill, {"kill_all": lambda *_: ["a"], "race_all": lambda *_: ["b"]}, [], "2 things are wrong"),
+    (sizes, {"subprocess": Namespace(run=lambda command: Namespace(returncode=1))}, ["5", "6"],
+     "5 rows could not be measured"),
+])
+def test_faults_that_were_found_are_counted(lab, broken, words, told, monkeypatch, capsys):
+    for name, instead in broken.items():
+        monkeypatch.setattr(lab, name, instead)
+    assert told in said(capsys, lab.main, *words)
