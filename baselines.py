@@ -65,7 +65,7 @@ def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Row
 
 def full(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
     """All weights."""
-    model = copy.deepcopy(target)
+    model = copy.deepcopy(target).requires_grad_(True)
     report = fit(model, list(model.parameters()), forget_and_keep(model, target, forget, retain, args))
     return model, {"model": model}, report
 
@@ -109,11 +109,11 @@ def experts_reaching(affinity: Tensor, p: float) -> list[uoe.Place]:
 
 def offset(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
     """The usual losses on l_target + alpha (l_assistant - l_assistant at the start), whose assistant alone trains."""
-    target.requires_grad_(False)  # so that its pass keeps nothing for a gradient
     layers = assistant_depth(args, target.config)
     assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
     before = first_layers(target, layers)
-    model = LogitOffset(target, assistant, before, args.offset_alpha)
+    frozen = sharing(target)  # so that its pass keeps nothing for a gradient
+    model = LogitOffset(frozen, assistant, before, args.offset_alpha)
     parameters = [p for p in assistant.parameters() if p.requires_grad]
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
     merged = merge_lora(assistant)

@@ -92,7 +92,7 @@ def test_every_method_leaves_the_target_and_changes_what_is_scored(bench, method
     target = bench.model(kind)
     before, tokens = state(target), torch.tensor([[5, 9, 2, 44]])
     model, kept, report = bench.unlearn(target, bench.args(method, lr=0.01, lora_rank=4))
-    assert not changed(before, target)
+    assert not changed(before, target) and all(p.requires_grad for p in target.parameters())
     assert all(isinstance(part, GPT) for part in kept.values()) and report["steps"] == 3 and not report["diverged"]
     with torch.no_grad():
         assert not torch.equal(model(tokens), target(tokens))
@@ -101,8 +101,10 @@ def test_every_method_leaves_the_target_and_changes_what_is_scored(bench, method
         assert torch.equal(again(tokens), model(tokens))  # what is kept is what was scored
 
 
-def test_full_changes_every_parameter(bench):
-    target = bench.model("dense")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_full_changes_every_parameter(bench, frozen):
+    """Of a target, too, that nobody meant to train."""
+    target = bench.model("dense").requires_grad_(not frozen)
     model, kept, report = bench.unlearn(target, bench.args("full", lr=0.01))
     assert changed(state(target), model) == set(state(target)) and kept == {"model": model}
     assert report["trainable_parameters"] == sum(p.numel() for p in target.parameters())
