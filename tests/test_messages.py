@@ -107,24 +107,28 @@ def test_a_reference_with_other_tokens_or_another_template(dense, tokenizer, wor
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_run_whose_parts_are_gone(run):
     (run / "model").unlink()
     with pytest.raises(UserError, match=r"model is missing, so the run has no weights: run train.py again"):
         read_run(run)
 
 
+@pytest.mark.slow
 def test_a_run_whose_target_is_gone(run):
     changed(run / "config.json", target="nowhere")
     with pytest.raises(UserError, match=r"nowhere is missing, so the run's target has no weights: run train.py again"):
         read_run(run)
 
 
+@pytest.mark.slow
 def test_scores_of_a_model_that_the_run_does_not_name(run, capsys):
     metrics = json.loads((run / "metrics.json").read_text())
     changed(run / "metrics.json", judge=metrics["target"])
     assert "has a judge that config.json does not name: run train.py again" in said(capsys, scoring.main, str(run))
 
 
+@pytest.mark.slow
 def test_a_run_without_hashes_is_not_verified(run, capsys):
     config = json.loads((run / "config.json").read_text())
     del config["made_of"]
@@ -138,10 +142,12 @@ def test_the_path_of_a_run_that_was_not_watched(tmp_path):
         read_path(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_demonstration_of_another_method(runs, capsys):
     assert "is a run of --method uoe: this shows runs of --method uld" in said(capsys, uld.main, str(runs[0]))
 
 
+@pytest.mark.slow
 def test_one_expert_of_a_run_that_chose_none(run, capsys):
     config = json.loads((run / "config.json").read_text())
     del config["unlearned_experts"]
