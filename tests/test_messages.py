@@ -6,9 +6,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import WORLD, tiny
 from tokenizers.pre_tokenizers import ByteLevel
 
 import eval as scoring
+import train
 import uld
 import uoe
 from data.batches import encode_row
@@ -168,6 +170,35 @@ def test_a_model_whose_losses_are_no_numbers(dense, words, small_world, tmp_path
     few = DataSet("few", small_world.forget, small_world.retain, scored={"forget": small_world.forget[:2]})
     with pytest.raises(UserError, match=r"has losses that are not numbers.*download or train it again"):
         scores_of(str(tmp_path / "broken"), {"dtype": "float32"}, few, words, "reference")
+
+
+@pytest.mark.slow
+def test_a_run_that_would_overwrite_what_it_is_of(runs, capsys):
+    """--name says the folder of the very run whose model is to be unlearned."""
+    told = said(capsys, train.main, "--method", "uoe", "--model", str(runs[0]), "--data", "topic", "--out",
+                str(runs[0].parent), "--name", runs[0].name)
+    assert f"--name {runs[0].name} would overwrite --model {runs[0]}: give another name" in told
+
+
+def test_pretraining_that_diverges(tmp_path, capsys):
+    told = said(capsys, train.main, *tiny(*WORLD, "--pretrain-lr", "1e9", "--pretrain-steps", "9", "--out", str(tmp_path)))
+    assert "pretraining the target diverged: lower --pretrain-lr (now 1000000000.0)" in told
+
+
+def test_a_reference_that_ends_answers_otherwise(dense, tmp_path, small_world, tokenizer):
+    save(dense(0, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "a")
+    ours = load(tmp_path / "a")[1]
+    args = Namespace(model="m", reference=str(tmp_path / "a"), template=None)
+    ends = Ending(ours)
+    with pytest.raises(UserError, match=r"reads prompts or ends answers otherwise than --model m: give both one --tem"):
+        check_tokens(args, ends, small_world)
+
+
+class Ending:
+    """A tokenizer that ends every answer with one token more than the one it is made of."""
+
+    def __init__(self, of):
+        self.encode, self.prompt, self.completion = of.encode, of.prompt, lambda answer: [*of.encode(answer), 0]
 
 
 # ---- lab ------------------------------------------------------------------------------------------------------------
