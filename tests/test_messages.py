@@ -181,7 +181,8 @@ def test_a_run_that_would_overwrite_what_it_is_of(runs, capsys):
 
 
 def test_pretraining_that_diverges(tmp_path, capsys):
-    told = said(capsys, train.main, *tiny(*WORLD, "--pretrain-lr", "1e9", "--pretrain-steps", "9", "--out", str(tmp_path)))
+    words = tiny(*WORLD, "--pretrain-lr", "1e9", "--pretrain-steps", "9", "--out", str(tmp_path))
+    told = said(capsys, train.main, *words)
     assert "pretraining the target diverged: lower --pretrain-lr (now 1000000000.0)" in told
 
 
