@@ -1,15 +1,18 @@
 """What users are told where no other test says so: one line each that names the thing and the way out."""
 
 import json
+import random
 from argparse import Namespace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from conftest import WORLD, tiny
 from tokenizers.pre_tokenizers import ByteLevel
 
 import eval as scoring
+import loop
 import train
 import uld
 import uoe
@@ -241,3 +244,17 @@ def test_faults_that_were_found_are_counted(lab, broken, words, told, monkeypatc
     for name, instead in broken.items():
         monkeypatch.setattr(lab, name, instead)
     assert told in said(capsys, lab.main, *words)
+
+
+def test_a_command_that_fails_without_being_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill, "prepare", lambda *_: [])
+    monkeypatch.setattr(kill, "start", lambda *_: (0, None))
+    monkeypatch.setattr(kill, "ended", lambda *_: Namespace(status=1, said="boom"))
+    with pytest.raises(UserError, match=r"does not run undisturbed: boom"):
+        kill.kill_all(1, random.Random(0), tmp_path)
+
+
+def test_a_process_that_kept_another_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.parallel, "total", lambda values, device: [7])
+    with pytest.raises(UserError, match=r"state.pt: other processes kept another step than 0: start again with --rest"):
+        loop.minimise([torch.ones(2, requires_grad=True)], dict, 3, 0.1, tmp_path, "toy", 0)
