@@ -23,7 +23,7 @@ from typing import NamedTuple
 import regex
 import tokenizers
 
-from errors import UserError
+from errors import UserError, shown
 from flags import Number
 from hub.sandbox import check_tokenizer, render
 from schema import parse_json, read_bytes, read_json
@@ -120,8 +120,18 @@ class HubTokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, in which special tokens are spelled like other words; special: they are tokens."""
+        return self.ids(text, special=special, front=False)
+
+    def ids(self, text: str, special: bool, front: bool) -> list[int]:
+        """front: with what the tokenizer itself puts there. Raises UserError for a text on which its pattern fails."""
         self.backend.encode_special_tokens = not special
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=front).ids
+        except BaseException as error:  # the library's panic is no Exception, and so nobody's but ours to catch
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the tokenizer's pattern gives up on {shown(text[:60])}: shorten that text, or use the "
+                            "tokenizer of another model") from None
 
     def encode_inside(self, before: str, text: str, after: str) -> list[int]:
         """Ids of a row's text between two pieces of a template, whose special tokens are tokens.
@@ -161,8 +171,7 @@ class HubTokenizer:
 
     def passage(self, text: str) -> list[int]:
         """Ids of running text: no template, and in front only what the tokenizer itself puts there."""
-        self.backend.encode_special_tokens = True
-        return self.backend.encode(text).ids
+        return self.ids(text, special=False, front=True)
 
 
 class NoTokenizer:

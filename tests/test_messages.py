@@ -99,6 +99,23 @@ def test_a_folder_without_a_tokenizer_or_an_end(files, told, tmp_path):
         HubTokenizer.load(tmp_path)
 
 
+def test_a_text_on_which_a_tokenizer_gives_up(tmp_path):
+    """Its pattern backtracks: the library counts to a limit and panics, which is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": r"^(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated",
+             "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    end = {"id": 256, "content": "<e>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "model": {"type": "BPE", "vocab": BYTES | {"<e>": 256}, "merges": []}, "added_tokens": [end],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    tokenizer = HubTokenizer.load(tmp_path)
+    assert len(tokenizer.encode("a plain text")) == 12
+    with pytest.raises(UserError, match=r"the tokenizer's pattern gives up on a{60}: shorten that text"):
+        tokenizer.passage("a" * 70 + "!")
+
+
 def test_a_reference_with_other_tokens_or_another_template(dense, tokenizer, words, tmp_path, small_world):
     for name, of in {"a": tokenizer, "b": words}.items():
         save(dense(0, vocab_size=of.vocab_size), of, tmp_path / name)
