@@ -68,7 +68,9 @@ def test_the_prompt_is_what_the_first_answer_token_is_predicted_from():
     assert prompt_of(Example([7, 8, 9], [8, 9, 2])) == (7,)  # running text
 
 
-def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch):
+@pytest.fixture
+def model_and_passes(dense, monkeypatch):
+    """A model, and the shapes (B, T) of tokens in each of its passes so far."""
     model, read = dense(0), []
     forward = type(model).forward
 
@@ -77,6 +79,11 @@ def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch
         return forward(self, tokens, *args, **more)
 
     monkeypatch.setattr(type(model), "forward", counted)
+    return model, read
+
+
+def test_each_prompt_is_read_once_however_many_answers_it_has(model_and_passes):
+    model, read = model_and_passes
     likelihoods(model, [example([1, 2, 3, 4], [5, 6 + i]) for i in range(7)])
     assert read == [(1, 4), (7, 1)]
     read.clear()
@@ -84,15 +91,8 @@ def test_each_prompt_is_read_once_however_many_answers_it_has(dense, monkeypatch
     assert read == [(7, 5)]  # nothing to share: one pass
 
 
-def test_no_pass_has_more_answers_than_were_asked_for(dense, monkeypatch):
-    model, read = dense(0), []
-    forward = type(model).forward
-
-    def counted(self, tokens, *args, **more):
-        read.append(tuple(tokens.shape))
-        return forward(self, tokens, *args, **more)
-
-    monkeypatch.setattr(type(model), "forward", counted)
+def test_no_pass_has_more_answers_than_were_asked_for(model_and_passes):
+    model, read = model_and_passes
     many = [example([1, 2, 3, 4], [5 + i, 6]) for i in range(10)]
     likelihoods(model, [*many, example([7, 8, 9], [1, 2]), example([7, 8, 9], [3, 2])], at_most=4)
     assert read == [(1, 4), (4, 1)] * 2 + [(2, 4), (4, 1)]  # 4, 4, and 2 beside the other prompt's 2
