@@ -243,6 +243,8 @@ class Belief(NamedTuple):
 
     p: float  # mean probability of the value
     hit: float  # share whose value is the likeliest continuation
+    warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
+    cool: float  # the same at temperature 0.5
 
     def at_most(self, other: "Belief") -> bool:
         return self.p <= other.p and self.hit <= other.hit
@@ -250,9 +252,10 @@ class Belief(NamedTuple):
 
 def belief(model: LanguageModel, rows: Rows) -> Belief:
     """Of rows whose labels are on the value (data/values.py, encode_fact)."""
-    p = rows.each(model, row_log_prob).exp()
+    p, cool = (rows.each(model, lambda logits, labels, t=t: row_log_prob(logits.float() / t, labels)).exp()
+               for t in (1, 0.5))
     hit = rows.each(model, all_right)
-    return Belief(float(p.mean()), float(hit.mean()))
+    return Belief(*(float(x.mean()) for x in (p, hit, 1 - (1 - p) ** 8, 1 - (1 - cool) ** 8)))
 
 
 def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:

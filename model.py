@@ -511,6 +511,11 @@ def of_state(config: Config, state: Mapping[str, Tensor]) -> GPT:
     return model
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def sharing(model: GPT) -> GPT:
     """A model of its own on the same weights in memory, frozen. Whoever changes some of them copies these first."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}

@@ -130,6 +130,17 @@ def uniform(logits: Tensor, labels: Tensor) -> Tensor:
     return answer_mean(-logits.float().log_softmax(-1).mean(-1), labels)
 
 
+def cross_entropy_to(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+    """Mean cross entropy to a distribution with `share` (N,) on the label and the rest even on all other tokens.
+
+    Logits (N, V), labels (N,). A share of 1 is ULD's equation 4, one of 1 / V its equation 5.
+    """
+    log_p = logits.float().log_softmax(-1)
+    right = log_p.gather(-1, labels[:, None])[:, 0]
+    others = (log_p.sum(-1) - right) / (logits.shape[-1] - 1)
+    return -(share * right + (1 - share) * others).mean()
+
+
 def uniform_beside(logits: Tensor, labels: Tensor) -> Tensor:
     """`uniform` over all tokens but the label, as if that could not be said: logits (N, V), labels (N,).
 

@@ -16,11 +16,13 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
     row uld-stray9: with the rows about other authors that the authors' files hold).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
-    sure of every word, and the language goes with the fact.
+    sure of every word, and the language goes with the fact. Where there are strangers its label is only as sure as
+    takes the target down to them (row uld-certain): a target is less sure of wordings it was never taught, and an
+    assistant that is sure of all takes too much there and too little elsewhere.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for none. There equation 5 is on all tokens beside the right one (--fork in: as printed). Left out, as it
     also can be, the assistant learns what kind of word comes next, and the difference has no whole sentence left.
-    Rows about strangers are part of D'_r (--strangers 0: none).
+    Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter. What 0 outside the plausible set
     does: row uld-centred.
@@ -42,16 +44,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo
-from data.batches import Rows
+from data.batches import Rows, answer_length
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
-from loop import Fit, belief, strangers_belief
-from model import GPT, Cache, Config, behind, generate, of_state
+from loop import Belief, Fit, belief, strangers_belief
+from model import GPT, Cache, Config, behind, generate, of_state, same_memory
 from moe import MoE
-from objectives import cross_entropy, labelled, uniform, uniform_beside
+from objectives import cross_entropy_to, labelled, row_log_prob, uniform, uniform_beside
 
 LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     #     name                kind       small  public  what it is
@@ -61,6 +63,7 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
 
+AIM = 0.5  # the alpha at which the assistant would be sure enough of what it is taught; less so of other wordings
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
@@ -71,9 +74,9 @@ def subtract(text: str) -> float | str:
 
 FLAGS = [
     #     name                kind       small  public  what it is                                     off the world
-    Flag("--lr",              POSITIVE,  3e-3,  1e-3,   "peak learning rate of the assistant"),
-    Flag("--epochs",          COUNT,     20,    10,     "passes over D'_f"),
-    Flag("--retain-weight",   WEIGHT,    6.5,   6.5,    "beta of equation 3"),
+    Flag("--lr",              POSITIVE,  6e-3,  1e-3,   "peak learning rate of the assistant",          3e-3),
+    Flag("--epochs",          COUNT,     30,    10,     "passes over D'_f",                             20),
+    Flag("--retain-weight",   WEIGHT,    20.0,  6.5,    "beta of equation 3",                           6.5),
     Flag("--subtract",        subtract,  "strangers", 0.75, "alpha of equation 2; strangers: where forget facts "
                                                         "become as unlikely as strangers' are",         0.75),
     Flag("--filter-rate",     SHARE,     0.0,   1e-2,   "tokens less likely than this share of the likeliest are out "
@@ -92,13 +95,18 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
          perturbed: bool = True, stray_share: float = 0.0) -> tuple[list[Row], list[Row]]:
     """D'_f: forget rows and their paraphrases. D'_r: as many retain rows, and wrong answers to forget questions.
 
-    Section 3.3. retain_share: of retain rows, as a multiple of the forget rows; stray_share: so many wrong answers to
-    retain questions too, which the ULD authors' files hold by mistake. Raises UserError where there are none.
+    Section 3.3. Where there are strangers D'_r also has forget questions about them, and rows about strangers of all
+    topics, as many as D'_f: a retain set of one topic tells the assistant nothing of others.
+    retain_share: of retain rows, as a multiple of the forget rows; stray_share: so many wrong answers to retain
+    questions too, which the ULD authors' files hold by mistake. Raises UserError where there are none.
     """
     drawn = np.random.default_rng([0xD, args.seed]).permutation(len(data.retain))
     kept = sorted(drawn[: round(retain_share * len(data.forget))])
     forget = data.forget + (data.paraphrased if paraphrased else [])  # ULD 3.3
     retain = [data.retain[i] for i in kept] + (data.perturbed if perturbed else []) + strangers_beside(data, args)
+    if data.strangers:
+        wanted = round(getattr(args, "strangers", 0.0) * len(forget))
+        retain += data.strangers(wanted, np.random.default_rng([0x6E, args.seed]))
     if stray_share:
         asked = [data.retain[i] for i in drawn if data.retain[i].get("perturbed_answer")]
         stray = augment(asked[: round(stray_share * len(data.forget))])[1]
@@ -111,10 +119,11 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
 
 
 def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
-            centred: bool = False) -> tuple["LogitDifference", dict[str, GPT], dict]:
-    """The paper's algorithm. forget: D'_f, retain: D'_r. The target is left as it is, and is not run.
+            centred: bool = False, certain: bool = False) -> tuple["LogitDifference", dict[str, GPT], dict]:
+    """The paper's algorithm. forget: D'_f, retain: D'_r. The target is left as it is, and is not run in training.
 
-    centred: see LogitDifference. Returns (what is scored, folder name -> what is kept, report).
+    centred: see LogitDifference. certain: equation 4 as printed, with strangers too.
+    Returns (what is scored, folder name -> what is kept, report).
     """
     # 1. A small assistant: the target's first K layers, frozen, with low-rank changes that train (section 3.2).
     layers = assistant_depth(args, target.config)
@@ -124,11 +133,16 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
     if args.fork != "in":
         leave_out_forks(retain, forget)
+    level = strangers_belief(target, forget.calibrating()) if args.subtract == "strangers" else None
+    sure = torch.ones(len(forget.rows), device=target.device)  # of each row's answer, in equation 4
+    if level and args.forget_on == "value" and not certain:
+        sure = as_sure_as_needed(target, forget, level)
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits, answers = labelled(assistant, batch)
-            learn = cross_entropy(logits, answers) * batch.share.answers  # ULD (4)
+            share = sure[batch.index][:, None].expand_as(batch.labels)[batch.scored]  # (N,)
+            learn = cross_entropy_to(logits, answers, share) * batch.share.answers  # ULD (4)
             flat = uniform_beside(logits, answers) if args.fork == "beside" else 0 * learn
             flat = BESIDE * flat * batch.share.answers
             yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
@@ -142,9 +156,24 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     # 3. Decode with both: the target's logits minus the assistant's.
     assistant = merge_lora(assistant)
     model = LogitDifference(target, assistant, alpha, args.filter_rate, centred)
-    if args.subtract == "strangers":
-        model.alpha = alpha_of_strangers(model, forget.calibrating())
+    if level:
+        model.alpha = alpha_of_strangers(model, forget.calibrating(), level)
     return model, {"assistant": assistant}, report | {"subtract": model.alpha, "centred": centred}
+
+
+@torch.no_grad()
+def as_sure_as_needed(target: GPT, forget: Rows, level: Belief) -> Tensor:
+    """What share of equation 4's label each forget row's value gets, (rows,), the rest being even on all other tokens.
+
+    The log odds that the target gives a value lie by some margin above strangers', by less in wordings it was never
+    taught. An assistant with a share q on the value takes alpha (log odds of q + log (V - 1)) from them: here as much
+    as the margin, at an alpha of AIM. One that is sure of all wordings alike, as printed, takes too much where the
+    target was less sure and too little where it was surest.
+    """
+    p = forget.each(target, row_log_prob).double().exp()
+    tokens = torch.tensor([answer_length(example) for example in forget.examples], device=p.device)
+    margin = (p.logit(eps=1e-9) - math.log(level.p / (1 - level.p))).clamp_min(0)
+    return (margin / (AIM * tokens) - math.log(target.config.vocab_size - 1)).sigmoid().float()
 
 
 # ---- 1. the assistant: LoRA on the target's first layers ------------------------------------------------------------
@@ -317,12 +346,20 @@ class SeveralModels(nn.Module):
                     cache: list[Cache] | None = None) -> list[Tensor]:
         """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
         caches = cache if cache is not None else [None for _ in self.parts]
-        return [part(tokens, cache=c, pad=pad, trace=trace if part is self.target else None, at=at)
-                for part, c in zip(self.parts, caches, strict=True)]
+        hidden = [part.hidden(tokens, c, pad, trace if part is self.target else None)
+                  for part, c in zip(self.parts, caches, strict=True)]
+        return self.heads(hidden if at is None else [x[at] for x in hidden])
 
     def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
         """Every part's logits (B, V) of the next token, each from its own cache."""
-        return [part.next_logits(tokens, c, pad) for part, c in zip(self.parts, cache, strict=True)]
+        return self.heads([part.hidden(tokens, c, pad)[:, -1] for part, c in zip(self.parts, cache, strict=True)])
+
+    def heads(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Every part's logits of its last hidden states. A head that all of them share is read once."""
+        head = self.target.head
+        if all(same_memory(part.head.weight, head.weight) for part in self.parts):
+            return list(head(torch.stack(hidden)).unbind())
+        return [part.head(x) for part, x in zip(self.parts, hidden, strict=True)]
 
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
@@ -374,17 +411,19 @@ class LogitDifference(SeveralModels):
         return said
 
 
-def alpha_of_strangers(model: LogitDifference, known: Rows, halvings: int = 8) -> float:
+def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than strangers' are by the target.
 
+    Neither in the mean, nor greedily, nor by what one of eight samples would say at temperatures of 1 and 0.5: the
+    difference believes all of them alike, strangers some much and most hardly, and of two equal means the first is said
+    more often.
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
     2 where no alpha up to there is enough.
     """
-    level, before = strangers_belief(model.target, known), model.alpha
-    low, high = 0.0, 2.0
+    before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if belief(model, known).at_most(level):
+        if all(ours <= theirs for ours, theirs in zip(belief(model, known), level, strict=True)):
             high = model.alpha
         else:
             low = model.alpha
@@ -393,8 +432,13 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, halvings: int = 8) -
 
 
 def reopen(target: GPT, parts: dict[str, GPT], config: dict) -> LogitDifference:
-    """What a run's folder holds, decoded as it was scored."""
-    return LogitDifference(target, parts["assistant"], config["subtract"], config["filter_rate"], config["centred"])
+    """What a run's folder holds, decoded as it was scored. The assistant shares embedding and head again."""
+    assistant = parts["assistant"]
+    for name in ("embed", "head"):
+        of, mine = getattr(target, name).weight, getattr(assistant, name).weight
+        if of.shape == mine.shape and torch.equal(of, mine):
+            mine.data = of.data
+    return LogitDifference(target, assistant, config["subtract"], config["filter_rate"], config["centred"])
 
 
 METHOD = Method(unlearn, FLAGS, arch="gpt", losses=("ce", "uniform"), rows=rows, check=check, reopen=reopen)

@@ -127,8 +127,8 @@ def end_of(rule: str, kept: dict[str, Any]) -> Look:
     if rule == "best test":
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
-        level = loop.Belief(**kept["strangers"])
-        enough = [look for look in looks if loop.Belief(look["p"], look["hit"]).at_most(level)]
+        level = kept["strangers"]
+        enough = [look for look in looks if look["p"] <= level["p"] and look["hit"] <= level["hit"]]
         return [*enough, looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]

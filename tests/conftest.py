@@ -126,7 +126,7 @@ class Bench:
 
     def args(self, method: str, **others) -> argparse.Namespace:
         """What --method has by default, for a small model, one epoch."""
-        told = dict(method=method, seed=0, model=None, epochs=1, forget_loss="npo", retain_loss="gd",
+        told = dict(method=method, seed=0, model=None, epochs=1, forget_on="value", forget_loss="npo", retain_loss="gd",
                     retain_weight=1.0) | others
         losses = [loss.FLAGS for loss in (*FORGET.values(), *RETAIN.values())]
         return defaults(*losses, loop.FLAGS, train.METHODS[method].flags, **told)

@@ -282,12 +282,18 @@ def test_belief_is_a_mean_over_rows_of_probabilities_and_of_hits(wordy_bench):
     found = belief(model, rows)
     assert found.p == pytest.approx(sum(each) / len(each), rel=1e-4)
     assert found.hit == pytest.approx(sum(hits) / len(hits))
+    assert found.warm == pytest.approx(sum(1 - (1 - p) ** 8 for p in each) / len(each), rel=1e-4)
+    colder = []
+    for tokens, labels in rows.examples:
+        p = (model(torch.tensor([tokens]))[0] / 0.5).softmax(-1)
+        colder.append(math.prod(float(p[t, label]) for t, label in enumerate(labels) if label >= 0))
+    assert found.cool == pytest.approx(sum(1 - (1 - p) ** 8 for p in colder) / len(colder), rel=1e-4)
 
 
 @pytest.mark.parametrize("p, hit, enough", [(0.2, 0.3, True), (0.1, 0.0, True), (0.1, 0.4, False), (0.3, 0.0, False),
                                             (0.3, 0.4, False)])
 def test_belief_is_at_most_anothers_where_both_its_numbers_are(p, hit, enough):
-    assert Belief(p, hit).at_most(Belief(0.2, 0.3)) == enough
+    assert Belief(p, hit, 1.0, 1.0).at_most(Belief(0.2, 0.3, 0.5, 0.5)) == enough
 
 
 def test_the_belief_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):

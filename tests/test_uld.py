@@ -7,18 +7,25 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from data.batches import IGNORE
+import uld
+from data.batches import IGNORE, answer_length
 from data.rows import DataSet
+from data.values import encode_fact
 from errors import UserError
-from model import Config, Trace, count_parameters
+from loop import Belief, strangers_belief
+from model import Config, Trace, count_parameters, same_memory
 from moe import MoE
+from objectives import row_log_prob
+from pretrained import load, save
 from uld import (
     LogitDifference,
     LoRAStack,
     add_lora,
     alpha_of_strangers,
+    as_sure_as_needed,
     assistant_depth,
     build_assistant,
     explain,
@@ -127,7 +134,7 @@ def test_likelihood_by_hand(dense, rate, keep_share):
 def test_a_centred_assistant_that_is_uniform_changes_nothing(dense, rate):
     """All its logits 10: off centre, every plausible token loses 8 and no other does."""
     target, assistant, tokens = dense(0, std=0.15), dense(1), torch.tensor([[5, 9, 2], [7, 1, 33]])
-    assistant.forward = lambda tokens, **_: torch.full((*tokens.shape, 61), 10.0)
+    assistant.head.forward = lambda hidden: torch.full((*hidden.shape[:-1], 61), 10.0)
     with torch.no_grad():
         before = target(tokens).log_softmax(-1)
         centred = LogitDifference(target, assistant, 0.8, rate, centred=True, keep_share=False)(tokens).log_softmax(-1)
@@ -480,9 +487,10 @@ def test_the_target_is_not_run_while_its_assistant_trains(bench, monkeypatch):
 
 
 def test_the_losses_are_reversed_on_answers_alone(bench):
-    """Equations 4, 5 and 3 at step 0, where the LoRA is zero and the assistant is the target's first layer."""
+    """Equations 4, 5 and 3 as printed, at step 0, where LoRA is zero and the assistant the target's first layer."""
     target = bench.model("dense")
-    bench.unlearn(target, bench.args("uld", lora_dropout=0.0, assistant_layers=1, retain_weight=6.5, fork="in"))
+    bench.unlearn(target, bench.args("uld", lora_dropout=0.0, assistant_layers=1, retain_weight=6.5, fork="in",
+                                      subtract=0.75))
     first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
     assistant, learn, flat = first_layers(target, 1), [], []
     for of, into in ((bench.forget, learn), (bench.retain, flat)):
@@ -507,6 +515,32 @@ def test_centring_is_an_argument_and_kept_for_decoding(bench):
         assert torch.equal(again(tokens), model(tokens))
 
 
+def test_a_head_that_both_share_is_read_once_and_says_the_same(bench, monkeypatch):
+    target = bench.model("dense")
+    model, _, _ = bench.unlearn(target, bench.args("uld", filter_rate=0.05, lr=0.01))
+    apart = copy.deepcopy(model)  # whose heads are copies, and no longer one
+    calls = []
+    monkeypatch.setattr(target.head, "forward", lambda x: calls.append(x.shape) or F.linear(x, target.head.weight))
+    tokens, at = torch.tensor([[5, 9, 2], [7, 1, 33]]), torch.tensor([[1, 0, 1], [0, 0, 1]]).bool()
+    with torch.no_grad():
+        assert_close(model(tokens), apart(tokens))
+        assert_close(model(tokens, at=at), apart(tokens, at=at))
+        assert torch.equal(model.generate(tokens, 6), apart.generate(tokens, 6))
+    assert calls[:2] == [(2, 2, 3, 32), (2, 3, 32)] and len(calls) == 2 + 6
+
+
+def test_an_assistant_from_a_folder_shares_its_embedding_and_head_with_the_target_again(bench, tmp_path):
+    target = bench.model("dense")
+    model, kept, report = bench.unlearn(target, bench.args("uld", filter_rate=0.05, lr=0.01))
+    save(kept["assistant"], bench.tokenizer, tmp_path / "assistant")
+    loaded, _ = load(tmp_path / "assistant")
+    assert not same_memory(loaded.head.weight, target.head.weight)
+    again = reopen(target, {"assistant": loaded}, {"filter_rate": 0.05} | report)
+    assert same_memory(loaded.head.weight, target.head.weight) and same_memory(loaded.embed.weight, target.embed.weight)
+    with torch.no_grad():
+        assert_close(again(torch.tensor([[5, 9, 2]])), model(torch.tensor([[5, 9, 2]])))
+
+
 class Told(torch.nn.Module):
     """Gives the right next token a logit of its own and all others 0: `known` in the rows it knows, else `else_`."""
 
@@ -514,14 +548,19 @@ class Told(torch.nn.Module):
         super().__init__()
         self.config, self.device, self.is_moe = Config(vocab_size=vocabulary, max_len=128), torch.device("cpu"), False
         self.rows, self.known, self.else_ = rows, known, else_
+        self.head = torch.nn.Linear(1, 1)
+        self.head.forward = lambda hidden: hidden
 
-    def forward(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
+    def hidden(self, tokens, cache=None, pad=None, trace=None, stem=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_
             for t, token in enumerate(row[1:]):
                 out[b, t, token] = height
-        return out if at is None else out[at]
+        return out
+
+    def forward(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
+        return self.hidden(tokens) if at is None else self.hidden(tokens)[at]
 
 
 @pytest.mark.parametrize("known, stranger, taken", [(6.0, 1.0, 9.0), (4.0, 0.0, 3.0), (5.0, 1.0, 2.5),
@@ -532,17 +571,20 @@ def test_alpha_is_where_what_is_known_becomes_as_unlikely_as_strangers(wordy_ben
     tokens = [example.tokens for example in rows.examples]
     size = wordy_bench.tokenizer.vocab_size
     model = LogitDifference(Told(size, tokens, known, stranger), Told(size, tokens, taken, 0.0), 0.3, 0.0)
-    alpha = alpha_of_strangers(model, rows)
+    level = strangers_belief(model.target, rows)
+    alpha = alpha_of_strangers(model, rows, level)
     wanted = (known - stranger) / taken
     assert wanted - 1e-6 <= alpha <= wanted + 2 / 2**8 + 1e-6 and model.alpha == 0.3
-    assert alpha_of_strangers(model, rows, halvings=3) >= alpha
+    assert alpha_of_strangers(model, rows, level, halvings=3) >= alpha
+    for name in ("p", "warm", "cool"):  # each of them counts
+        assert alpha_of_strangers(model, rows, level._replace(**{name: getattr(level, name) / 2})) > alpha
 
 
 def test_an_assistant_that_knows_nothing_gets_the_largest_alpha(wordy_bench):
     rows = wordy_bench.forget.calibration
     tokens, size = [example.tokens for example in rows.examples], wordy_bench.tokenizer.vocab_size
     model = LogitDifference(Told(size, tokens, 6.0, 1.0), Told(size, tokens, 0.0, 0.0), 0.3, 0.0)
-    assert alpha_of_strangers(model, rows) == 2.0
+    assert alpha_of_strangers(model, rows, strangers_belief(model.target, rows)) == 2.0
 
 
 def test_the_method_decodes_with_the_alpha_of_strangers_and_writes_it_down(wordy_bench):
@@ -550,9 +592,54 @@ def test_the_method_decodes_with_the_alpha_of_strangers_and_writes_it_down(wordy
     args = wordy_bench.args("uld", lr=0.01, epochs=5)
     assert args.subtract == "strangers"
     model, kept, report = wordy_bench.unlearn(target, args)
-    assert report["subtract"] == model.alpha == alpha_of_strangers(model, wordy_bench.forget.calibration)
+    known = wordy_bench.forget.calibration
+    assert report["subtract"] == model.alpha == alpha_of_strangers(model, known, strangers_belief(target, known))
     again = reopen(target, kept, vars(args) | report)
     assert again.alpha == model.alpha
+
+
+def test_where_there_are_strangers_they_are_among_what_the_assistant_knows_nothing_of(small_world):
+    """Once asked as the forget rows are, as many as the retain set, and once of all topics, as many as D'_f."""
+    args = argparse.Namespace(seed=3, strangers=1.0)
+    forget, retain = rows(small_world, args)
+    _, without = rows(small_world, argparse.Namespace(seed=3, strangers=0.0))
+    told = retain[len(without) :]
+    known = {row["subject"] for row in small_world.taught() if "subject" in row}
+    assert retain[: len(without)] == without and len(told) == len(small_world.retain) + len(forget)
+    assert not known & {row["subject"] for row in told}
+    asked = {row["topic"] for row in told[len(small_world.retain) :]}
+    assert len(asked) == 6 and {row["topic"] for row in told[: len(small_world.retain)]} < asked
+    assert rows(small_world, args) == (forget, retain)
+    assert rows(small_world, argparse.Namespace(seed=3, strangers=0.5))[1] != retain
+
+
+def test_an_assistant_is_to_be_as_sure_as_takes_the_target_down_to_strangers(wordy_bench):
+    """Subtracting 0.5 of what it is to be leaves the value the odds of strangers against all else together."""
+    rows = wordy_bench.rows(wordy_bench.world.forget, encode=encode_fact)
+    target, size = wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
+    p = rows.each(target, row_log_prob).exp()
+    level = Belief(float(p.sort().values[3]) * 1.01, 0.0, 0.1, 0.1)  # four rows are believed no more than that
+    sure = as_sure_as_needed(target, rows, level)
+    for q, was, example in zip(sure.tolist(), p.tolist(), rows.examples, strict=True):
+        assert answer_length(example) == 1
+        if was <= level.p:
+            assert q == pytest.approx(1 / size, rel=1e-4)
+            continue
+        target = torch.tensor([was, *[(1 - was) / (size - 1)] * (size - 1)], dtype=torch.double).log()
+        assistant = torch.tensor([q, *[(1 - q) / (size - 1)] * (size - 1)], dtype=torch.double).log()
+        left = (target - 0.5 * assistant).softmax(0)[0]
+        assert float(left) == pytest.approx(level.p, rel=1e-3)
+
+
+def test_without_strangers_or_on_request_equation_4_is_as_printed(wordy_bench, monkeypatch):
+    target, asked = wordy_bench.model("dense"), []
+    monkeypatch.setattr(uld, "as_sure_as_needed", lambda *given: asked.append(given) or torch.ones(99))
+    wordy_bench.unlearn(target, wordy_bench.args("uld", subtract=0.75))
+    wordy_bench.unlearn(target, wordy_bench.args("uld"), certain=True)
+    wordy_bench.unlearn(target, wordy_bench.args("uld", forget_on="answer"))
+    assert not asked
+    wordy_bench.unlearn(target, wordy_bench.args("uld"))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("text, value", [("strangers", "strangers"), ("0", 0.0), ("1.5", 1.5)])
