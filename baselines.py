@@ -15,7 +15,9 @@ Shapes: B batch   T tokens   V vocabulary
 import argparse
 import copy
 from collections.abc import Iterator
+from typing import cast
 
+import torch
 from torch import Tensor
 
 import uoe
@@ -24,7 +26,7 @@ from errors import UserError
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
-from model import GPT, Cache, Config, sharing
+from model import GPT, Cache, Config, Trace, sharing
 from objectives import FORGET, RETAIN, cross_entropy, labelled
 from uld import (
     DEPTH,
@@ -63,10 +65,29 @@ def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Row
     return losses
 
 
+ON_CPU = Flag("--target-on-cpu", bool, False, False, "the target waits on the CPU; losses that ask it ask it there")
+
+
+class OnCPU:
+    """A model that waits on the CPU and is asked from another device, `of`: what losses need of the target."""
+
+    def __init__(self, model: GPT, of: torch.device):
+        self.model, self.config, self.device = model.cpu(), model.config, of
+
+    def __call__(self, tokens: Tensor, trace: Trace | None = None, at: Tensor | None = None) -> Tensor:
+        logits = self.model(tokens.cpu(), trace=trace, at=None if at is None else at.cpu())
+        if trace is not None:
+            trace.hidden = {layer: x.to(self.device) for layer, x in trace.hidden.items()}
+        return logits.to(self.device)
+
+
 def full(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
-    """All weights."""
+    """All weights: a second model beside the target, which can wait on the CPU."""
+    device = target.device
     model = copy.deepcopy(target).requires_grad_(True)
-    report = fit(model, list(model.parameters()), forget_and_keep(model, target, forget, retain, args))
+    before = cast(GPT, OnCPU(target, device)) if args.target_on_cpu else target
+    report = fit(model, list(model.parameters()), forget_and_keep(model, before, forget, retain, args))
+    target.to(device)
     return model, {"model": model}, report
 
 
@@ -174,7 +195,7 @@ def no_hidden_states(args: argparse.Namespace, config: Config) -> None:
 
 OFFSET_ALPHA = Flag("--offset-alpha", WEIGHT, 1.0, 1.0, "weight of the difference that is added")
 METHODS = {
-    "full": Method(full, [*training((1e-4, 1e-5), (80, 5)), UNTIL], arch="moe", retain_weight=5.0),
+    "full": Method(full, [*training((1e-4, 1e-5), (80, 5)), UNTIL, ON_CPU], arch="moe", retain_weight=5.0),
     "lora": Method(lora, [*training((1e-3, 1e-4), (80, 5)), UNTIL, *LORA], arch="moe", retain_weight=5.0),
     "esft": Method(esft, [*training((1e-3, 1e-5), (80, 5)), UNTIL,
                           Flag("--esft-p", SHARE, 0.15, 0.15, "share of a layer's affinity that its experts reach")],

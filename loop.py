@@ -252,8 +252,8 @@ class Belief(NamedTuple):
 
 def belief(model: LanguageModel, rows: Rows) -> Belief:
     """Of rows whose labels are on the value (data/values.py, encode_fact)."""
-    p, cool = (rows.each(model, lambda logits, labels, t=t: row_log_prob(logits.float() / t, labels)).exp()
-               for t in (1, 0.5))
+    p = rows.each(model, row_log_prob).exp()
+    cool = rows.each(model, lambda logits, labels: row_log_prob(2 * logits.float(), labels)).exp()
     hit = rows.each(model, all_right)
     return Belief(*(float(x.mean()) for x in (p, hit, 1 - (1 - p) ** 8, 1 - (1 - cool) ** 8)))
 

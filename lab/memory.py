@@ -101,7 +101,7 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         return trained, trained * size, 0, config.n_layer - lowest
     if method == "full" or method == "finetune":
         every = count_parameters(model)
-        return every, 0 if method == "finetune" else every * size, 0, config.n_layer
+        return every, 0 if method == "finetune" or args.target_on_cpu else every * size, 0, config.n_layer
     low_rank = (args.lora_rank, args.lora_alpha)
     if method == "lora":
         blocks = sum(p.numel() for block in model.blocks for p in block.parameters())

@@ -136,6 +136,20 @@ def test_decoding_says_what_the_cpu_says(factories, card, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("losses", ["di kl", "rmu hidden"])
+def test_a_target_that_waits_on_the_cpu_is_asked_there(tmp_path, card, losses):
+    asked = dict(zip(("--forget-loss", "--retain-loss"), losses.split(), strict=True))
+    logs = []
+    for flags in ([], ["--target-on-cpu"]):
+        name = "there" if flags else "here"
+        train.main([*tiny("--method", "full", *(word for pair in asked.items() for word in pair)), *WORLD, *flags,
+                    "--out", str(tmp_path), "--name", name, "--device", "card"])
+        logs.append([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["uoe", "uld", *BASELINES])
 def test_every_method_trains_scores_and_decodes_there(tmp_path, card, method):
     train.main([*tiny("--method", method), *WORLD, "--out", str(tmp_path), "--name", "run", "--device", "card"])

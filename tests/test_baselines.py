@@ -188,3 +188,14 @@ def test_an_offset_has_no_hidden_states_to_steer(bench, loss):
 def test_an_assistant_deeper_than_its_target_is_refused_before_anything_is_trained(bench, method):
     with pytest.raises(UserError, match="--assistant-layers 9 is not between 1 and the target's 3"):
         METHODS[method].check(bench.args(method, assistant_layers=9), bench.model("dense").config)
+
+
+@pytest.mark.parametrize("losses", [("npo", "kl"), ("di", "gd"), ("rmu", "hidden"), ("stranger", "gd")])
+def test_a_target_that_waits_on_the_cpu_teaches_the_same(wordy_bench, losses):
+    """tests/on_device.py has it with two devices."""
+    target, made = wordy_bench.model("dense"), []
+    for on_cpu in (False, True):
+        args = wordy_bench.args("full", forget_loss=losses[0], retain_loss=losses[1], target_on_cpu=on_cpu)
+        made.append(wordy_bench.unlearn(target, args)[0].state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert not all(torch.equal(made[0][name], value) for name, value in target.state_dict().items())

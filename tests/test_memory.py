@@ -32,6 +32,11 @@ def test_what_trains_is_counted_as_the_method_counts_it(bench, method, kind):
     assert states <= needed.trains <= states + needed.weights + 4 * report["trainable_parameters"]
 
 
+def test_a_target_that_waits_on_the_cpu_takes_no_memory_of_the_card():
+    both, one = (need(DENSE, arguments("full", target_on_cpu=on_cpu), TEXT) for on_cpu in (False, True))
+    assert both.total() - one.total() == both.weights
+
+
 def test_all_parameters_in_bf16_take_a_second_copy_and_18_bytes_each():
     count = count_parameters(GPT(DENSE))
     needed = need(DENSE, arguments("full"), TEXT)
