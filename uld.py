@@ -172,7 +172,7 @@ def as_sure_as_needed(target: GPT, forget: Rows, level: Belief) -> Tensor:
     """
     p = forget.each(target, row_log_prob).double().exp()
     tokens = torch.tensor([answer_length(example) for example in forget.examples], device=p.device)
-    margin = (p.logit(eps=1e-9) - math.log(level.p / (1 - level.p))).clamp_min(0)
+    margin = (p.logit(eps=1e-9) - torch.full_like(p, level.p).logit(eps=1e-9)).clamp_min(0)
     return (margin / (AIM * tokens) - math.log(target.config.vocab_size - 1)).sigmoid().float()
 
 
