@@ -136,10 +136,9 @@ def test_decoding_says_what_the_cpu_says(factories, card, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("losses", ["di kl", "rmu hidden"])
-def test_a_target_that_waits_on_the_cpu_is_asked_there(tmp_path, card, losses):
-    asked = dict(zip(("--forget-loss", "--retain-loss"), losses.split(), strict=True))
-    logs = []
+def test_a_target_that_waits_on_the_cpu_is_asked_there(tmp_path, card):
+    """By one loss for its logits, by the other for its hidden states."""
+    asked, logs = {"--forget-loss": "di", "--retain-loss": "hidden"}, []
     for flags in ([], ["--target-on-cpu"]):
         name = "there" if flags else "here"
         train.main([*tiny("--method", "full", *(word for pair in asked.items() for word in pair)), *WORLD, *flags,
