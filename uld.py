@@ -63,7 +63,7 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
 
-AIM = 0.5  # the alpha at which the assistant would be sure enough of what it is taught; less so of other wordings
+AIM = 0.5  # the alpha that as_sure_as_needed reckons with. The one chosen is larger: wordings not taught sink in less
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
@@ -167,8 +167,8 @@ def as_sure_as_needed(target: GPT, forget: Rows, level: Belief) -> Tensor:
 
     The log odds that the target gives a value lie by some margin above strangers', by less in wordings it was never
     taught. An assistant with a share q on the value takes alpha (log odds of q + log (V - 1)) from them: here as much
-    as the margin, at an alpha of AIM. One that is sure of all wordings alike, as printed, takes too much where the
-    target was less sure and too little where it was surest.
+    as the margin, at an alpha of AIM, and of several tokens each its part. One that is sure of all wordings alike, as
+    printed, takes too much where the target was less sure and too little where it was surest.
     """
     p = forget.each(target, row_log_prob).double().exp()
     tokens = torch.tensor([answer_length(example) for example in forget.examples], device=p.device)
