@@ -51,7 +51,7 @@ from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Belief, Fit, belief, strangers_belief
-from model import GPT, Cache, Config, behind, generate, of_state, same_memory
+from model import GPT, Cache, Config, Parts, behind, generate, of_state, same_memory
 from moe import MoE
 from objectives import cross_entropy_to, labelled, row_log_prob, uniform, uniform_beside
 
@@ -242,7 +242,7 @@ def add_lora(model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets:
         parts = block if targets == "all" else getattr(block, targets)
         for module in list(parts.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and name not in ("router", "shared_gate"):
+                if isinstance(child, nn.Linear) and name not in ("router", "shared_gate"):
                     setattr(module, name, LoRALinear(child, rank, alpha, dropout))
             if isinstance(module, MoE):
                 for name in ("gate_up", "down"):
@@ -346,9 +346,8 @@ class SeveralModels(nn.Module):
                     cache: list[Cache] | None = None) -> list[Tensor]:
         """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
         caches = cache if cache is not None else [None for _ in self.parts]
-        hidden = [part.hidden(tokens, c, pad, trace if part is self.target else None)
-                  for part, c in zip(self.parts, caches, strict=True)]
-        return self.heads(hidden if at is None else [x[at] for x in hidden])
+        return self.heads([part.hidden(tokens, c, pad, trace if part is self.target else None, at=at)
+                           for part, c in zip(self.parts, caches, strict=True)])
 
     def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
         """Every part's logits (B, V) of the next token, each from its own cache."""
@@ -367,7 +366,7 @@ class SeveralModels(nn.Module):
         """See model.generate."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
-    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Parts]:
         """See model.behind."""
         return behind(self, prompts, pad, of, tails, at)
 

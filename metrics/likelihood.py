@@ -32,7 +32,20 @@ class Likelihood(NamedTuple):
 @torch.no_grad()
 def likelihoods(model: LanguageModel, examples: list[Example], at_most: int = 64,
                 bar: tqdm | None = None) -> list[Likelihood]:
-    """Of each example's answer, which has a token at least. at_most: answers at once; bar: counts them."""
+    """Of each example's answer, which has a token at least. at_most: answers at once; bar: counts them.
+
+    An example that comes again is not asked again: rounding differs with the place in a batch, and equals are to tie.
+    """
+    names = [(tuple(example.tokens), tuple(example.labels)) for example in examples]
+    different = dict(zip(names, examples, strict=True))
+    found = dict(zip(different, of_each(model, list(different.values()), at_most, bar), strict=True))
+    if bar is not None:
+        bar.update(len(examples) - len(different))
+    return [found[name] for name in names]
+
+
+def of_each(model: LanguageModel, examples: list[Example], at_most: int, bar: tqdm | None) -> list[Likelihood]:
+    """The same of examples no two of which are equal."""
     size = rows_that_fit(examples, model.config.vocab_size, at_most)
     of_prompt: dict[Prompt, list[int]] = {}
     for i, example in enumerate(examples):
@@ -70,17 +83,21 @@ def shared(model, examples: list[Example], of_prompt: dict[Prompt, list[int]], s
     longest = {prompt: max(answer_length(examples[i]) for i in places) for prompt, places in of_prompt.items()}
     order = sorted(of_prompt, key=lambda prompt: longest[prompt], reverse=True)  # of answers there are most tokens
     for part in portions({prompt: of_prompt[prompt] for prompt in order}, size):
-        places = [i for _, some in part for i in some]
-        of = torch.tensor([row for row, (_, some) in enumerate(part) for _ in some], device=device)
+        row = {i: row for row, (_, some) in enumerate(part) for i in some}
+        places = sorted(row, key=lambda i: answer_length(examples[i]), reverse=True)
+        of = torch.tensor([row[i] for i in places], device=device)
         answers = [examples[i].labels[-answer_length(examples[i]):] for i in places]
         starts = torch.tensor([answer[:1] for answer in answers], device=device)  # (R, 1)
         tails = padded([answer[:-1] for answer in answers], 0).to(device)  # (R, T)
         labels = padded([answer[1:] for answer in answers], IGNORE).to(device)
         tokens, pad = left_pad([list(prompt) for prompt, _ in part], device)
-        first, rest = model.behind(tokens, pad, of, tails, labels != IGNORE)
+        first, parts = model.behind(tokens, pad, of, tails, labels != IGNORE)
         first = first[of]  # (R, V)
-        yield (torch.tensor(places), token_log_probs(first, starts)[:, 0] + row_log_prob(rest, labels),
-               all_right(first, starts) * all_right(rest, labels))
+        log_p, said = token_log_probs(first, starts)[:, 0], all_right(first, starts)
+        for some, rest in parts:
+            log_p[some] += row_log_prob(rest, labels[some])
+            said[some] *= all_right(rest, labels[some])
+        yield torch.tensor(places), log_p, said
 
 
 def padded(rows: list[list[int]], value: int) -> Tensor:

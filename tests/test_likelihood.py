@@ -1,5 +1,7 @@
 """metrics/likelihood.py: a question that is read once gives what reading it before every answer gives."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import random_moe
@@ -101,5 +103,6 @@ def test_no_pass_has_more_answers_than_were_asked_for(model_and_passes):
 def test_equal_sentences_stay_equal_to_the_bit(models):
     """metrics/knowledge.py, choice: a tie counts against the model, so it must be one."""
     for model in models.values():
-        first, *others = likelihoods(model, [example([1, 2, 3, 4], [5, 6])] * 5)
-        assert others == [first] * 4
+        for answer, times in itertools.product(([5], [5, 6], [5, 6, 7]), (2, 3, 9)):
+            first, *others = likelihoods(model, [example([1, 2, 3, 4], answer)] * times + [example([8, 9], [5, 6])])
+            assert others[:-1] == [first] * (times - 1)

@@ -551,16 +551,16 @@ class Told(torch.nn.Module):
         self.head = torch.nn.Linear(1, 1)
         self.head.forward = lambda hidden: hidden
 
-    def hidden(self, tokens, cache=None, pad=None, trace=None, stem=None):
+    def hidden(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_
             for t, token in enumerate(row[1:]):
                 out[b, t, token] = height
-        return out
+        return out if at is None else out[at]
 
     def forward(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
-        return self.hidden(tokens) if at is None else self.hidden(tokens)[at]
+        return self.hidden(tokens, at=at)
 
 
 @pytest.mark.parametrize("known, stranger, taken", [(6.0, 1.0, 9.0), (4.0, 0.0, 3.0), (5.0, 1.0, 2.5),
