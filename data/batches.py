@@ -297,11 +297,10 @@ class Rows:
 
     @torch.no_grad()
     def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """what(logits, labels) -> (B,), of every row under the model as it is now: (rows,) float32."""
-        out = torch.zeros(len(self.examples), device=self.device)
-        for batch in self.in_order(rows_that_fit(self.examples, model.config.vocab_size)):
-            out[batch.index] = what(self.run(model, batch)[0], batch.labels)
-        return out
+        """what(logits, labels) -> (B,) or (B, M), of every row under the model as it is now: (rows,) or (rows, M)."""
+        batches = list(self.in_order(rows_that_fit(self.examples, model.config.vocab_size)))
+        found = torch.cat([what(self.run(model, batch)[0], batch.labels) for batch in batches])
+        return found[torch.cat([batch.index for batch in batches]).argsort()]
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------
