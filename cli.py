@@ -8,6 +8,7 @@ What was chosen comes first (method, losses, data, model), then every file that 
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,15 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
             yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, public, "lambda")]
 
 
-def all_readers() -> Iterator[tuple[str, list[Flag]]]:
-    """Every reader there is, to say where a flag belongs that the chosen ones do not read."""
-    yield "--data tofu", tofu.FLAGS
-    yield "--data tofu with --method uld", tofu.AUGMENTED
-    yield "--data world or topic", world.FLAGS
-    yield "--model", [*PUBLIC, *REFERENCE]
-    yield "the small models (no --model)", pretrain.SMALL
-    yield "--arch moe", pretrain.SMALL_MOE
-    yield "unlearning methods", [*WATCH, *values.FLAGS]
-    for name, method in METHODS.items():
-        yield f"--method {name}", method.flags
-    for flag, losses in (("--forget-loss", FORGET), ("--retain-loss", RETAIN)):
-        for name, loss in losses.items():
-            yield f"{flag} {name}", list(loss.FLAGS)
-    yield "a retain loss", [Flag("--retain-weight", WEIGHT, 0, 0, "")]
+def all_readers() -> dict[str, list[Flag]]:
+    """Every reader there is, whatever is chosen: to say where a flag belongs that the chosen ones do not read."""
+    choices = {"method": (*METHODS, "finetune"), "arch": ("gpt", "moe"), "model": (None, "folder"), "forget": (None,),
+               "data": ("world", "tofu"), "tofu": (False, True), "forget_loss": FORGET, "retain_loss": RETAIN}
+    found: dict[str, dict[str, Flag]] = {}
+    for chosen in product(*choices.values()):
+        for title, flags in readers(argparse.Namespace(**dict(zip(choices, chosen, strict=True)))):
+            found.setdefault(title, {}).update({flag.name: flag for flag in flags})
+    return {title: list(flags.values()) for title, flags in found.items()}
 
 
 def first_choices(parser: Parser) -> None:
@@ -141,9 +136,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         flag = word.partition("=")[0]
-        owners = [title for title, flags in all_readers() if any(flag == f.name for f in flags)]
+        owners = [title for title, flags in all_readers().items() if any(flag == f.name for f in flags)]
         if owners:
-            raise UserError(f"{flag} does nothing here: it belongs to {', '.join(dict.fromkeys(owners))}")
+            raise UserError(f"{flag} does nothing here: it belongs to {', '.join(owners)}")
         raise UserError(f"{word} is unknown: --help lists what --method {first.method} takes")
     given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
     for key, value in vars(first).items():

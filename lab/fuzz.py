@@ -312,8 +312,7 @@ FIRST = ["--data", "--forget", "--retain", "--model", "--arch", "--forget-loss",
 
 def draw_command(rng: Random) -> list[str]:
     """A command of train.py or eval.py whose flags have values of any kind; every flag there is comes up."""
-    flags = [flag for _, flags in [("", cli.RUN), *cli.all_readers(), ("", cli.loop.FLAGS),
-                                   ("", cli.pretrain.FINETUNE)] for flag in flags]
+    flags = [flag for flags in cli.all_readers().values() for flag in flags]
     words = ["train.py", "--method", str(rng.choice(["finetune", *train.METHODS]))]
     if rng.random() < 0.15:
         words = ["eval.py", "nowhere"]

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.testing import assert_close
 
-from model import GPT, Config, Trace, count_parameters, rope_frequencies
+from model import GPT, Config, Linear, Trace, count_parameters, rope_frequencies
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6]]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -393,3 +395,47 @@ def test_any_of_several_end_tokens_ends_a_row(dense):
     for row, full in zip(got.tolist(), free.tolist(), strict=True):
         first = next((i for i, t in enumerate(full) if t in ends), len(full))
         assert row == (full[: first + 1] + [full[min(first, 7)]] * 8)[: len(row)]
+
+
+# ---- what need not be computed ------------------------------------------------------------------------------------
+
+KINDS = {"dense": dict(), "moe": dict(n_expert=7, top_k=3, d_ff=16), "window": dict(window=3),
+         "after": dict(norm_after=True, qk_norm="full"),
+         "one layer": dict(n_layer=1), "granite": dict(logit_divisor=3.0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@settings(max_examples=10, deadline=None)
+@given(wanted=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_wanted_positions_alone_have_the_values_and_gradients_of_a_whole_pass(dense, kind, checkpointing, wanted):
+    model = dense(0, **KINDS[kind]).train()
+    model.checkpointing = checkpointing
+    at = torch.tensor(wanted)
+    tokens = torch.randint(61, at.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for logits in (model(tokens, at=at), model(tokens)[at], model(tokens, at=at, trace=Trace())):
+        gradients = torch.autograd.grad(logits.tanh().sum(), list(model.parameters()))
+        found.append((logits, *gradients))
+    for other in found[1:]:
+        assert_close(found[0], other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trace_has_all_positions_whichever_are_wanted(sparse):
+    model, tokens, trace = sparse(0), torch.tensor([[5, 9, 2], [7, 1, 33]]), Trace()
+    model(tokens, at=tokens == 9, trace=trace)
+    assert all(x.shape == (2, 3, 32) for x in trace.hidden.values())
+    assert all(routing.probs.shape == (2, 3, 7) for routing in trace.routing.values())
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (64,), (65,), (3, 1), (4, 16), (2, 3, 5), (0,), (2, 0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_is_one_for_any_number_of_rows(shape, bias):
+    torch.manual_seed(0)
+    layer = Linear(24, 10, bias)
+    x = torch.randn(*shape, 24, requires_grad=True)
+    wanted = (x[..., None, :] * layer.weight).sum(-1) + (layer.bias if bias else 0)
+    assert layer(x).shape == (*shape, 10)
+    assert_close(layer(x), wanted)
+    assert_close(torch.autograd.grad(layer(x).sin().sum(), (x, layer.weight)),
+                 torch.autograd.grad(wanted.sin().sum(), (x, layer.weight)))
