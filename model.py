@@ -511,7 +511,7 @@ def behind(model, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: T
 
     prompts (B, P), left-padded by pad (B,). Row r of tails (R, T), right-padded, follows prompt of[r]; at (R, T) bool:
     its N positions that are wanted, those of its first tokens. The longest rows come first, and on a CPU are read some
-    512 tokens at a time, where products are as quick as they get, so that little is padding.
+    1,024 tokens at a time, where products are as quick as they get, so that little is padding.
     Also for ULD's LogitDifference, as in `generate`.
     """
     cache = model.new_cache(len(prompts), prompts.shape[1] + tails.shape[1])
@@ -520,7 +520,7 @@ def behind(model, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: T
     first = model(prompts, pad=pad, at=last, cache=cache)
     lengths, parts, start = at.sum(1).tolist(), [], 0
     while start < len(of) and lengths[start]:  # answers of one token have nothing here
-        rows = math.ceil(512 / lengths[start]) if prompts.device.type == "cpu" else len(of)
+        rows = math.ceil(1024 / lengths[start]) if prompts.device.type == "cpu" else len(of)
         some, width = slice(start, start + rows), lengths[start]
         logits = model(tails[some, :width], pad=pad[of[some]], at=at[some, :width], cache=taken(cache, of[some]))
         parts.append((some, logits))
