@@ -166,7 +166,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer; few rows, as in decoding, a CPU multiplies quicker from the other side.
+    """A linear layer, x W^T. Of few rows, as in decoding, a CPU computes (W x^T)^T instead, which it has quicker.
 
     Seconds of F.linear over those of this, whole decoding steps, two threads of an AMD EPYC, float32, torch 2.13:
         rows                                2     8    16    32    64   100
@@ -448,7 +448,7 @@ def take(cache, rows: Tensor) -> None:
 
 
 def taken(cache, rows: Tensor):
-    """The same as new caches; those that there are stay as they are."""
+    """Caches of these rows alone, as `take` makes of them; those given stay as they are."""
     new = [copy.copy(part) for part in cache] if isinstance(cache, list) else copy.copy(cache)
     take(new, rows)
     return new
@@ -510,8 +510,8 @@ def behind(model, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: T
     """Logits of several answers to each prompt, which is read once: (B, V) after prompts, (N, V) of some answers each.
 
     prompts (B, P), left-padded by pad (B,). Row r of tails (R, T), right-padded, follows prompt of[r]; at (R, T) bool:
-    its N positions that are wanted, those of its first tokens. The longest rows come first, and on a CPU are read some
-    1,024 tokens at a time, where products are as quick as they get, so that little is padding.
+    its N positions that are wanted, those of its first tokens. The longest rows have to come first: then little is
+    padding where a CPU reads some 1,024 tokens at a time, enough for its products to be as quick as they get.
     Also for ULD's LogitDifference, as in `generate`.
     """
     cache = model.new_cache(len(prompts), prompts.shape[1] + tails.shape[1])

@@ -236,8 +236,8 @@ def steering(args: argparse.Namespace, places: list[Place]) -> argparse.Namespac
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequence[Place] = (), top: int = 6) -> str:
     """Per layer, the experts the forget set engages most, e.g. `E7 0.412 -> 0.398 *`; * marks the unlearned."""
-    even = float(affinity.sum(1).nanmean()) / affinity.shape[1]
     n = affinity.shape[1]
+    even = float(affinity.sum(1).nanmean()) / n
     lines = [f"affinity of the forget set (equation 2), top {min(top, n)} of {n} experts per layer; "
              f"evenly spread, each would have {even:.3f}"]
     for layer, row in enumerate(affinity):
