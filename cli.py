@@ -100,11 +100,13 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
 
 def all_readers() -> dict[str, list[Flag]]:
     """Every reader there is, whatever is chosen: to say where a flag belongs that the chosen ones do not read."""
-    choices = {"method": (*METHODS, "finetune"), "arch": ("gpt", "moe"), "model": (None, "folder"), "forget": (None,),
-               "data": ("world", "tofu"), "tofu": (False, True), "forget_loss": FORGET, "retain_loss": RETAIN}
+    losses = [(forget, "none") for forget in FORGET] + [("npo", retain) for retain in RETAIN]
     found: dict[str, dict[str, Flag]] = {}
-    for chosen in product(*choices.values()):
-        for title, flags in readers(argparse.Namespace(**dict(zip(choices, chosen, strict=True)))):
+    for method, arch, model, data, (forget, retain) in product((*METHODS, "finetune"), ("gpt", "moe"), (None, "folder"),
+                                                               ("world", "tofu"), losses):
+        first = argparse.Namespace(method=method, arch=arch, model=model, data=data, tofu=data == "tofu", forget=None,
+                                   forget_loss=forget, retain_loss=retain)
+        for title, flags in readers(first):
             found.setdefault(title, {}).update({flag.name: flag for flag in flags})
     return {title: list(flags.values()) for title, flags in found.items()}
 
