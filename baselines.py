@@ -56,10 +56,10 @@ def forget_and_keep(model: LanguageModel, target: GPT, forget: Rows, retain: Row
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:
         for batch in forget.parts(step):
-            f = forget_loss(model, *forget.run(model, batch), batch) * forget_loss.share(batch)
+            f = forget_loss.of(model, forget, batch)
             yield {"forget": f, "loss": f}
         for batch in retain.parts(step):
-            r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
+            r = retain_loss.of(model, retain, batch)
             yield {"retain": r, "loss": args.retain_weight * r}
 
     return losses

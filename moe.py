@@ -150,15 +150,15 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
     counts = torch.bincount(chosen.reshape(-1), minlength=len(gate_up)).tolist()
     token = order // k
     rows = x.index_select(0, token)  # (N * K, D); x[token] has a gradient that threads add up in any order
+    scales = weights.reshape(-1)[order, None].to(x.dtype)  # (N * K, 1); before `down`, which is as good, and narrower
     pieces = []
-    for count, part, wi, wo in zip(counts, rows.split(counts), gate_up, down, strict=True):
+    for count, part, scale, wi, wo in zip(counts, rows.split(counts), scales.split(counts), gate_up, down, strict=True):
         if count:
             gate, up = F.linear(part, wi).chunk(2, dim=-1)
-            pieces.append(F.linear(F.silu(gate) * up, wo))
+            pieces.append(F.linear(F.silu(gate) * up * scale, wo))
     if not pieces:  # an empty batch
         return torch.zeros_like(x)
-    y = torch.cat(pieces) * weights.reshape(-1)[order, None].to(x.dtype)
-    return torch.zeros_like(x).index_add(0, token, y)
+    return torch.zeros_like(x).index_add(0, token, torch.cat(pieces))
 
 
 def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
@@ -181,8 +181,8 @@ def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E,), one past each expert's last row
     rows = x.index_select(0, token)  # (N * K, D)
     gate, up = changed(rows, gate_up, "gate_up").chunk(2, dim=-1)
-    y = changed(F.silu(gate) * up, down, "down")
-    return torch.zeros_like(x).index_add(0, token, y * weights.reshape(-1)[order, None].to(x.dtype))
+    inner = F.silu(gate) * up * weights.reshape(-1)[order, None].to(x.dtype)  # (N * K, F)
+    return torch.zeros_like(x).index_add(0, token, changed(inner, down, "down"))
 
 
 def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:

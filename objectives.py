@@ -1,7 +1,7 @@
 """Forget and retain losses: each a formula, a pure function, and below it the class that the training loop calls.
 
     loss = FORGET["npo"](target, forget, args)      # made once, of the model before unlearning: what it must remember
-    value = loss(model, logits, trace, batch)       # every step, of what the model now makes of a batch of these rows
+    value = loss.of(model, forget, batch)           # every step, of what the model now makes of a batch of these rows
 
 A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end; its flags stand with it.
 
@@ -76,6 +76,7 @@ class Loss:
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
+    READS_TRACE = False  # or its trace is empty: what nobody reads need not be computed
     RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
@@ -84,6 +85,12 @@ class Loss:
     def __call__(self, model: LanguageModel, logits: Tensor, trace: Trace, batch: Batch) -> Tensor:
         """The loss of a batch, a float32 scalar; logits (N, V) and trace are what model, as it is now, made of it."""
         raise NotImplementedError
+
+    def of(self, model: LanguageModel, rows: Rows, batch: Batch) -> Tensor:
+        """What a batch of these rows adds to a step's loss, from one pass of the model over it."""
+        trace = Trace()
+        logits = rows.run(model, batch, trace if self.READS_TRACE else None)
+        return self(model, logits, trace, batch) * self.share(batch)
 
     def share(self, batch: Batch) -> float:
         """What to multiply the loss of a part of a step's batch by, so that the parts add up to the whole's loss."""
@@ -118,7 +125,7 @@ class KL(Loss):
 
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
-            before, _ = self.rows.run(self.before, batch)
+            before = self.rows.run(self.before, batch)
         return kl(logits, before, batch.answers)
 
 
@@ -247,7 +254,7 @@ class DPO(Loss):
 
     def __call__(self, model, logits, trace, batch):
         refusal = self.refused.at(batch.index.tolist())
-        wanted = row_log_prob(self.refused.run(model, refusal)[0], refusal.labels)
+        wanted = row_log_prob(self.refused.run(model, refusal), refusal.labels)
         return dpo(wanted, self.refused_before[batch.index], row_log_prob(logits, batch.labels),
                    self.before[batch.index], self.beta)
 
@@ -272,7 +279,7 @@ class DI(Loss):
 
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
-            before, _ = self.rows.run(self.before, batch)
+            before = self.rows.run(self.before, batch)
         return deliberate_imagination(logits, before, batch.answers, self.offset)
 
 
@@ -305,13 +312,15 @@ class RMU(Loss):
     """
 
     RETAIN_WEIGHT = (40.0, 1.0)
+    READS_TRACE = True
     FLAGS = (Flag("--steering", POSITIVE, 4.0, 4.0, "length of the control vector, in mean hidden lengths"), STEERED)
 
     @torch.no_grad()
     def __init__(self, model, rows, args):
         self.layer = steered_layer(model, args)
         few = rows.at(list(range(min(64, len(rows.examples)))))
-        _, trace = rows.run(model, few)
+        trace = Trace()
+        rows.run(model, few, trace)
         length = trace.hidden[self.layer][few.scored].float().norm(dim=-1).mean()
         u = torch.rand(model.config.d_model, generator=torch.Generator().manual_seed(args.seed)).to(model.device)
         self.control = args.steering * length * u / u.norm()  # (D,)
@@ -323,14 +332,16 @@ class RMU(Loss):
 class Hidden(Loss):
     """RMU's own retain loss: hidden states of retain rows stay where they were (equation 3)."""
 
+    READS_TRACE = True
     FLAGS = (STEERED,)
 
     def __init__(self, model, rows, args):
         self.before, self.rows, self.layer = model, rows, steered_layer(model, args)
 
     def __call__(self, model, logits, trace, batch):
+        before = Trace()
         with torch.no_grad():
-            _, before = self.rows.run(self.before, batch)
+            self.rows.run(self.before, batch, before)
         return hidden_distance(trace.hidden[self.layer], before.hidden[self.layer], batch.scored)
 
 

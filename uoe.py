@@ -106,12 +106,13 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + alpha * anchor + lambda * retain
         for batch in forget.parts(step):
-            logits, trace = forget.run(model, batch)
+            trace = Trace()
+            logits = forget.run(model, batch, trace)
             f = forget_loss(model, logits, trace, batch) * forget_loss.share(batch)
             a = anchor_losses(trace, places, batch.mask, masked) * batch.share.tokens
             yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}  # two terms of equation 4,
         for batch in retain.parts(step):
-            r = retain_loss(model, *retain.run(model, batch), batch) * retain_loss.share(batch)
+            r = retain_loss.of(model, retain, batch)
             yield {"retain": r, "loss": args.retain_weight * r}  # UOE (4)
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))

@@ -287,19 +287,18 @@ class Rows:
                 self.stems[i] = x[:n].clone()
         self.start = start
 
-    def run(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Trace]:
-        """Logits (N, V) of a batch's answer positions alone, and the pass's trace."""
-        trace = Trace()
+    def run(self, model: LanguageModel, batch: Batch, trace: Trace | None = None) -> Tensor:
+        """Logits (N, V) of a batch's answer positions alone. trace: see GPT.forward."""
         if self.start is None:
-            return model(batch.tokens, trace=trace, at=batch.scored), trace
+            return model(batch.tokens, trace=trace, at=batch.scored)
         x = pad_sequence([self.stems[i] for i in batch.index.tolist()], batch_first=True)  # (B, T, D)
-        return model(batch.tokens, trace=trace, stem=(self.start, x), at=batch.scored), trace
+        return model(batch.tokens, trace=trace, stem=(self.start, x), at=batch.scored)
 
     @torch.no_grad()
     def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """what(logits, labels) -> (B,) or (B, M), of every row under the model as it is now: (rows,) or (rows, M)."""
         batches = list(self.in_order(rows_that_fit(self.examples, model.config.vocab_size)))
-        found = torch.cat([what(self.run(model, batch)[0], batch.labels) for batch in batches])
+        found = torch.cat([what(self.run(model, batch), batch.labels) for batch in batches])
         return found[torch.cat([batch.index for batch in batches]).argsort()]
 
 

@@ -42,7 +42,7 @@ def learning_from(teacher: LanguageModel, low_rank: bool) -> Callable[..., Unlea
         def losses(step: int) -> Iterator[dict[str, Tensor]]:
             for name, rows, weight in (("forget", forget, 1.0), ("retain", retain, args.retain_weight)):
                 for batch in rows.parts(step):
-                    logits, _ = rows.run(model, batch)
+                    logits = rows.run(model, batch)
                     with torch.no_grad():
                         wanted, answers = labelled(teacher, batch)
                     distance = kl(logits, wanted, answers) * batch.share.answers

@@ -28,8 +28,9 @@ from data.rows import Row
 from errors import one_line_errors
 from flags import Parser
 from methods import METHODS
-from model import GPT, Config, count_parameters
+from model import GPT, Block, Config, count_parameters
 from moe import MoE
+from objectives import FORGET, RETAIN
 from uld import add_lora, assistant_depth, build_assistant
 from uoe import isolate
 
@@ -68,6 +69,8 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     weights = size * count_parameters(model)
     frozen = args.method in ("uoe", "esft")
     insides = max(inside(block, config, frozen) for block in model.blocks)
+    looked = max(inside(block, config, frozen=True) for block in model.blocks)  # nothing is kept for a gradient
+    last_mlp = inside_mlp(model.blocks[-1], config, frozen)
     trained, beside, after, backward = what_trains(model, args, size)
     # float32: gradient and two moments; bf16: beside these a float32 copy, and a gradient of its own in passing
     everything = args.method in ("full", "finetune")
@@ -77,9 +80,11 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     checkpointing = args.checkpointing
     kept_blocks = min(backward, 1) if checkpointing else backward
     one_pass = rows * text.tokens * size * (kept_blocks * insides + config.n_layer * config.d_model)
+    if kept_blocks and not checkpointing and not reads_trace(args):  # the last MLP meets answers alone
+        one_pass -= rows * (text.tokens - text.answer) * size * last_mlp
     # logits and their gradient; in float32 a softmax, its gradient, and of lower precision a copy
     one_pass += rows * text.answer * config.vocab_size * (2 * size + 8 + (4 if size == 2 else 0))
-    one_pass = max(one_pass, (args.micro_batch or 64) * text.tokens * size * insides)  # or looking at rows, 64 at once
+    one_pass = max(one_pass, (args.micro_batch or 64) * text.tokens * size * looked)  # or looking at rows, 64 at once
     stems = text.total * config.d_model * size
     kept = stems if args.method in ("uoe", "esft") and stems <= 2 * KEPT_BYTES else 0
     return Need(weights, states + beside, max(one_pass, after), kept)  # once training has ended no pass takes memory
@@ -118,17 +123,29 @@ def count(parameters: list) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def inside(block, config: Config, frozen: bool = False) -> int:
+def reads_trace(args: argparse.Namespace) -> bool:
+    """Whether some pass of a step is asked for hidden states or routing: UOE's anchor, a loss that says so."""
+    names = (FORGET.get(getattr(args, "forget_loss", "")), RETAIN.get(getattr(args, "retain_loss", "")))
+    return args.method == "uoe" or any(loss.READS_TRACE for loss in names if loss)
+
+
+def inside(block: Block, config: Config, frozen: bool = False) -> int:
     """Numbers per token that a block's backward pass finds again: what goes into each of its products and functions.
 
     frozen: most of its weights are, and what goes into their products is not asked for.
     """
-    D, F, width = config.d_model, config.d_ff, config.d_head * config.n_head
+    D, width = config.d_model, config.d_head * config.n_head
     attention = 2 * D + 4 * width if frozen else 4 * D + 6 * width
+    return attention + inside_mlp(block, config, frozen)
+
+
+def inside_mlp(block: Block, config: Config, frozen: bool = False) -> int:
+    """As `inside`, of its MLP or MoE and the norm before that."""
+    D, F = config.d_model, config.d_ff
     if isinstance(block.mlp, MoE):
         routed = config.top_k * (D + 4 * F if frozen else 3 * D + 5 * F)
-        return attention + 2 * D + routed + 4 * config.n_expert
-    return attention + 2 * D + (3 if frozen else 5) * block.mlp.up.out_features
+        return 2 * D + routed + 4 * config.n_expert
+    return 2 * D + (3 if frozen else 5) * block.mlp.up.out_features
 
 
 # ---- measured -----------------------------------------------------------------------------------------------------

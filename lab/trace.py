@@ -90,7 +90,7 @@ class WeightedGD(Weighted):
 class WeightedKL(Weighted):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
-            before, _ = self.rows.run(self.before, batch)
+            before = self.rows.run(self.before, batch)
         log_p, log_q = before.float().log_softmax(-1), logits.float().log_softmax(-1)
         return self.mean(in_place((log_p.exp() * (log_p - log_q)).sum(-1), batch.labels), batch)
 

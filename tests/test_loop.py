@@ -26,6 +26,7 @@ from loop import (
     until,
     until_strangers,
 )
+from model import Trace
 from objectives import cross_entropy, row_log_prob
 
 
@@ -173,25 +174,27 @@ def test_a_state_that_is_damaged_or_of_another_model_is_named(tmp_path):
 def test_rows_that_begin_at_their_stems_give_the_logits_of_whole_passes(bench, layer):
     """In batches of rows of unequal length, right-padded, and by another model that differs above only."""
     model, batch = bench.model(), bench.forget.batch(0)
-    whole, trace = bench.forget.run(model, batch)
+    trace, traced = Trace(), Trace()
+    whole = bench.forget.run(model, batch, trace)
     assert len(set(batch.mask.sum(1).tolist())) > 1
     bench.forget.keep_stems(model, layer)
-    late, traced = bench.forget.run(model, batch)
+    late = bench.forget.run(model, batch, traced)
     assert len(whole) == int((batch.labels >= 0).sum())
     torch.testing.assert_close(late, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bench.forget.run(model, batch), whole, rtol=1e-4, atol=1e-5)  # the last MLP on answers
     assert set(traced.routing) == set(range(layer, 3)) and set(trace.routing) == {0, 1, 2}
 
 
 def test_stems_that_are_too_large_to_keep_are_not_kept(bench, monkeypatch):
     model, batch = bench.model(), bench.forget.batch(0)
-    whole, _ = bench.forget.run(model, batch)
+    whole = bench.forget.run(model, batch)
     needed = 4 * 32 * sum(len(example.tokens) for example in bench.forget.examples)  # float32, width 32
     for budget, kept in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr("data.batches.KEPT_BYTES", budget)
         bench.retain.start = bench.forget.start = None
         bench.forget.keep_stems(model, 1)
         assert (bench.forget.start == 1) == kept
-        torch.testing.assert_close(bench.forget.run(model, batch)[0], whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bench.forget.run(model, batch), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_looked_at_no_more_at_once_than_memory_takes(bench):

@@ -13,6 +13,7 @@ import objectives
 from data.batches import IGNORE, encode_whole
 from data.values import encode_fact
 from errors import UserError
+from model import Trace
 
 LOGITS = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.8, 0.1, 0.1]],
                        [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]]).log()
@@ -255,13 +256,21 @@ def test_deliberate_imagination_by_hand():
 
 # ---- the losses by name: what each remembers of the model before, and what it asks of the model now -----------------
 
+def traced(loss, model, rows, batch):
+    """What a loss says with a full trace at hand, whether it reads that or not."""
+    trace = Trace()
+    return loss(model, rows.run(model, batch, trace), trace, batch)
+
+
 def asked(bench, table: dict, name: str, kind: str = "moe", **others):
     """(loss, what it says of the model as it was, of another model, the batch, the two models)."""
     before, after = bench.model(kind, 0), bench.model(kind, 1)
     args = bench.args("uoe", rmu_layer=1, **others)
     loss, batch = table[name](before, bench.forget, args), bench.forget.batch(0)
     with torch.no_grad():
-        values = [loss(model, *bench.forget.run(model, batch), batch) for model in (before, after)]
+        values = [traced(loss, model, bench.forget, batch) for model in (before, after)]
+        for model, value in zip((before, after), values, strict=True):  # a loss that reads a trace says so
+            assert_close(loss.of(model, bench.forget, batch), value, rtol=1e-4, atol=1e-5)
     return loss, *values, batch, before, after
 
 
@@ -324,10 +333,11 @@ def test_rmu_steers_to_a_vector_so_many_times_as_long_as_the_mean_hidden_state(b
     with torch.no_grad():
         for i in range(9):
             one = bench.forget.at([i])
-            _, trace = bench.forget.run(before, one)
+            bench.forget.run(before, one, trace := Trace())
             lengths += trace.hidden[1][one.labels >= 0].norm(dim=-1).tolist()  # of answers alone
         for name, model in (("before", before), ("after", after)):
-            _, traces[name] = bench.forget.run(model, batch)
+            traces[name] = Trace()
+            bench.forget.run(model, batch, traces[name])
     assert loss.control.norm().item() == pytest.approx(4.0 * sum(lengths) / len(lengths), rel=1e-4)
     assert (loss.control > 0).all()  # drawn from [0, 1)^D, as the paper's
     assert_close(value, objectives.rmu(traces["after"].hidden[1], loss.control, batch.labels >= 0))
@@ -367,7 +377,7 @@ def test_the_stranger_loss_of_the_target_is_the_kl_to_its_mean_over_strangers(wo
             tokens, labels = map(torch.tensor, rows.examples[i])
             q = target(tokens[None])[0].log_softmax(-1)[labels >= 0]
             each += [float((p * (p.log() - r)).sum()) for p, r in zip(wanted[i], q, strict=True)]
-        value = loss(target, *rows.run(target, batch), batch)
+        value = traced(loss, target, rows, batch)
     assert len(each) == 3 if encode is encode_fact else len(each) > 20
     assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4) and value.item() > 0.01
 
@@ -378,7 +388,7 @@ def test_the_stranger_loss_pushes_towards_what_strangers_get_and_ends_there(word
     rows = bench.rows(bench.world.forget, encode=encode_fact)
     loss, batch = objectives.Stranger(target, rows, bench.args("full")), rows.batch(0)
     with torch.no_grad():
-        logits, wanted = rows.run(target, batch)[0], answers_about_strangers(bench, rows, target)
+        logits, wanted = rows.run(target, batch), answers_about_strangers(bench, rows, target)
     logits.requires_grad_()
     loss(target, logits, None, batch).backward()
     rows_wanted = torch.cat([wanted[i] for i in batch.index.tolist()])
@@ -398,9 +408,9 @@ def test_beside_npo_it_is_the_sum_of_both(wordy_bench, share):
                            ("stranger-npo", "stranger", "npo"))
     batch = bench.forget.batch(1)
     with torch.no_grad():
-        how = (model, *bench.forget.run(model, batch), batch)
-        assert both(*how).item() == pytest.approx((towards(*how) + share * away(*how)).item(), rel=1e-5)
-        assert towards(*how) > 0 and away(*how) > 0
+        of_both, of_towards, of_away = (traced(loss, model, bench.forget, batch) for loss in (both, towards, away))
+        assert of_both.item() == pytest.approx((of_towards + share * of_away).item(), rel=1e-5)
+        assert of_towards > 0 and of_away > 0
 
 
 def test_names_of_several_tokens_have_no_twins_of_one_length(bench):
@@ -428,7 +438,7 @@ def test_the_losses_of_a_batchs_parts_add_up_to_the_whole_ones(wordy_bench, name
 
     def value_and_gradient(batches):
         model.zero_grad()
-        total = sum(loss(model, *rows.run(model, batch), batch) * loss.share(batch) for batch in batches)
+        total = sum(loss.of(model, rows, batch) for batch in batches)
         total.backward()
         return total.item(), model.moe(0).router.weight.grad.clone()
 
@@ -458,7 +468,7 @@ def test_strangers_means_that_are_too_large_to_keep_are_computed_each_time(wordy
     monkeypatch.setattr("data.batches.KEPT_BYTES", 1)
     fresh = objectives.Stranger(target, rows, bench.args("full"))
     batch = rows.batch(0)
-    logits = rows.run(bench.model("dense", 1), batch)[0]
+    logits = rows.run(bench.model("dense", 1), batch)
     assert kept.kept and not fresh.kept
     value = kept(target, logits, None, batch).item()
     assert fresh(target, logits, None, batch).item() == pytest.approx(value, rel=1e-4)

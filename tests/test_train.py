@@ -191,7 +191,8 @@ def test_an_alpha_of_nothing_is_the_target_and_attacks_remember_how_they_decoded
     capsys.readouterr()
     scoring.main([str(folder), "--json", "--subtract", "0"])
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics["unlearned"]["forget"] == metrics["target"]["forget"]
+    # but for the last bits: both models' states meet the head in one product, and rows of a product round together
+    assert metrics["unlearned"]["forget"] == pytest.approx(metrics["target"]["forget"], rel=1e-6)
     kept = json.loads((folder / "metrics.json").read_text())
     assert kept["unlearned"]["forget"]["loss"] != pytest.approx(kept["target"]["forget"]["loss"], rel=1e-3)
     attacks = folder / "attacks.json"
