@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+import uld
 import uoe
 from data.batches import Rows
 from errors import UserError
@@ -28,17 +29,6 @@ from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
 from model import GPT, Cache, Config, Trace, sharing
 from objectives import FORGET, RETAIN, cross_entropy, labelled
-from uld import (
-    DEPTH,
-    LORA,
-    SeveralModels,
-    add_lora,
-    assistant_depth,
-    build_assistant,
-    check,
-    first_layers,
-    merge_lora,
-)
 
 Unlearned = tuple[LanguageModel, dict[str, GPT], dict]  # what is scored, folder name -> what is kept, report
 
@@ -95,9 +85,9 @@ def lora(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit:
          targets: str = "all") -> Unlearned:
     """Low-rank changes; targets: all linear layers, or those of attn or mlp."""
     model = sharing(target)
-    parameters = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
+    parameters = uld.add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, targets)
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
-    merged = merge_lora(model)
+    merged = uld.merge_lora(model)
     return merged, {"model": merged}, report
 
 
@@ -130,21 +120,21 @@ def experts_reaching(affinity: Tensor, p: float) -> list[uoe.Place]:
 
 def offset(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
     """The usual losses on l_target + alpha (l_assistant - l_assistant at the start), whose assistant alone trains."""
-    layers = assistant_depth(args, target.config)
-    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    before = first_layers(target, layers)
+    layers = uld.assistant_depth(args, target.config)
+    assistant = uld.build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    before = uld.first_layers(target, layers)
     frozen = sharing(target)  # so that its pass keeps nothing for a gradient
     model = LogitOffset(frozen, assistant, before, args.offset_alpha)
     parameters = [p for p in assistant.parameters() if p.requires_grad]
     report = fit(model, parameters, forget_and_keep(model, target, forget, retain, args))
-    merged = merge_lora(assistant)
+    merged = uld.merge_lora(assistant)
     return LogitOffset(target, merged, before, args.offset_alpha), {"assistant": merged, "before": before}, report
 
 
 def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
     """Two assistants learn, one from the retain rows alone and one from both sets; their difference is added."""
-    layers = assistant_depth(args, target.config)
-    without, seen = (build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    layers = uld.assistant_depth(args, target.config)
+    without, seen = (uld.build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
                      for _ in range(2))
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:
@@ -158,11 +148,11 @@ def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace
 
     parameters = [p for part in (without, seen) for p in part.parameters() if p.requires_grad]
     report = fit(LogitOffset(target, without, seen, args.offset_alpha), parameters, losses)
-    kept = {"without": merge_lora(without), "with": merge_lora(seen)}
+    kept = {"without": uld.merge_lora(without), "with": uld.merge_lora(seen)}
     return LogitOffset(target, kept["without"], kept["with"], args.offset_alpha), kept, report
 
 
-class LogitOffset(SeveralModels):
+class LogitOffset(uld.SeveralModels):
     """l = l_target + alpha (l_plus - l_minus), a model like any other.
 
     Offset unlearning (equation 2): plus is an assistant, minus the same before it unlearnt.
@@ -188,7 +178,7 @@ class LogitOffset(SeveralModels):
 
 def no_hidden_states(args: argparse.Namespace, config: Config) -> None:
     """Raises UserError where an offset model would be steered: it has no hidden states of its own."""
-    check(args, config)
+    uld.check(args, config)
     if args.forget_loss == "rmu" or args.retain_loss == "hidden":
         raise UserError("--method offset has no hidden states of its own to steer: --forget-loss npo, say")
 
@@ -196,17 +186,17 @@ def no_hidden_states(args: argparse.Namespace, config: Config) -> None:
 OFFSET_ALPHA = Flag("--offset-alpha", WEIGHT, 1.0, 1.0, "weight of the difference that is added")
 METHODS = {
     "full": Method(full, [*training((1e-4, 1e-5), (80, 5)), UNTIL, ON_CPU], arch="moe", retain_weight=5.0),
-    "lora": Method(lora, [*training((1e-3, 1e-4), (80, 5)), UNTIL, *LORA], arch="moe", retain_weight=5.0),
+    "lora": Method(lora, [*training((1e-3, 1e-4), (80, 5)), UNTIL, *uld.LORA], arch="moe", retain_weight=5.0),
     "esft": Method(esft, [*training((1e-3, 1e-5), (80, 5)), UNTIL,
                           Flag("--esft-p", SHARE, 0.15, 0.15, "share of a layer's affinity that its experts reach")],
                    arch="moe", needs_experts=True, retain_weight=5.0),
-    "offset": Method(offset, [*training((3e-3, 1e-4), (80, 5)), UNTIL, DEPTH, *LORA, OFFSET_ALPHA], arch="gpt",
+    "offset": Method(offset, [*training((3e-3, 1e-4), (80, 5)), UNTIL, uld.DEPTH, *uld.LORA, OFFSET_ALPHA], arch="gpt",
                      check=no_hidden_states,
                      reopen=lambda target, parts, config: LogitOffset(target, parts["assistant"], parts["before"],
                                                                       config["offset_alpha"])),
-    "divergence": Method(divergence, [*training((3e-3, 1e-3), (20, 10)), DEPTH, *LORA, OFFSET_ALPHA,
+    "divergence": Method(divergence, [*training((3e-3, 1e-3), (20, 10)), uld.DEPTH, *uld.LORA, OFFSET_ALPHA,
                                       Flag("--retain-weight", WEIGHT, 1.0, 1.0, "of what both assistants learn")],
-                         arch="gpt", losses=("ce", "gd"), check=check,
+                         arch="gpt", losses=("ce", "gd"), check=uld.check,
                          reopen=lambda target, parts, config: LogitOffset(target, parts["without"], parts["with"],
                                                                           config["offset_alpha"])),
 }

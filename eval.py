@@ -101,18 +101,20 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def verify(folder: Path, device: str) -> None:
-    """Everything that a run's files claim, computed anew: what it was made of, how long it trained, every score.
+    """What a run's files claim, computed anew: what it was made of, how many steps it trained, every score.
 
-    Prints a line for each claim that does not hold; raises UserError where there is one.
+    Seconds and bytes are taken on trust. Prints a line for each claim that does not hold; raises UserError where there
+    is one.
     """
     run = open_run(folder, device, check=False)
     metrics = read_metrics(folder, SCORED)
     if "made_of" not in run.config:
         raise UserError(f"{folder} was written by an older version, which noted no hashes: run train.py again")
     wrong = [f"{name}: not what the run was made of" for name in differences(folder, run.config, run.data)]
-    claimed, found = flat(metrics), flat(fresh_metrics(folder, run, trust=False))
-    claimed |= {f"run {key}": run.config[key] for key in ("made_of", "diverged")} | {"run steps": run.config["steps"]}
-    found |= {f"run {key}": metrics["run"][key] for key in ("made_of", "diverged")}
+    fresh, ran = fresh_metrics(folder, run, trust=False), metrics["run"]
+    claimed, found = (flat(of | {"run": {"notes": of["run"].get("notes", [])}}) for of in (metrics, fresh))
+    claimed |= {f"run {key}": run.config[key] for key in ("made_of", "diverged", "steps")}
+    found |= {f"run {key}": ran[key] for key in ("made_of", "diverged")}
     found["run steps"] = len((folder / "log.jsonl").read_text().splitlines())
     for key in sorted(claimed.keys() | found.keys()):
         ours, theirs = found.get(key), claimed.get(key)

@@ -39,7 +39,6 @@ Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slo
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
 
 
-
 def until(text: str) -> float | str:
     """A kind of flag: strangers, never, or a share from 0 to 1."""
     return text if text in ("strangers", "never") else SHARE(text)
@@ -89,13 +88,9 @@ class Weights:
                 p.copy_(full)
 
 
-def never(done: int, spent: float) -> bool:
-    return False
-
-
 def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, folder: Path, what: str, seed: int,
              weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
-             enough: Callable[[int, float], bool] = never, slow: tuple[Tensor, ...] = (),
+             enough: Callable[[int, float], bool] = lambda done, spent: False, slow: tuple[Tensor, ...] = (),
              slow_factor: float = 1.0) -> dict:
     """Minimise losses(step)["loss"] over `parameters`, or the sum where it yields several (Losses).
 
@@ -138,7 +133,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
 
     if resume and state_file.is_file():
         start, seconds, log, ended = bring_back()
-    device = weights.full[0].device if weights.full else torch.device("cpu")
+    device = weights.full[0].device
     if parallel.total([start], device) != [start * parallel.size()]:
         raise UserError(f"{state_file}: other processes kept another step than {start}: start again with --restart")
     if ended is not None:
@@ -247,6 +242,7 @@ class Belief(NamedTuple):
     cool: float  # the same at temperature 0.5
 
     def at_most(self, other: "Belief") -> bool:
+        """By mean probability and likeliest value, which is what --until asks; ULD's alpha asks all four."""
         return self.p <= other.p and self.hit <= other.hit
 
 
@@ -273,11 +269,7 @@ def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
     """
     level = strangers_belief(target, known)
-
-    def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
-        return belief(model, known).at_most(level)
-
-    return after_epoch
+    return lambda model, *_: belief(model, known).at_most(level)
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:
@@ -305,7 +297,7 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
     """
     how = (tokenizer, args.context, args.batch_size)
     encode = encode_fact if args.forget_on == "value" else encode_whole
-    left = Rows(forget, *how, args.seed, args.device, "forget row", encode, data.twins)
+    left = Rows(forget, *how, args.seed, args.device, "forget row", encode, data.twins, args.micro_batch)
     known = data.calibration
     asked = "strangers" in (getattr(args, "until", None), getattr(args, "subtract", None))
     if asked and data.strangers is None:  # of rows of any source: see data/strangers.py
@@ -317,11 +309,8 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
         print(f"strangers are asked about {len(known)} of {len(data.forget)} forget rows")
     if known and (asked or data.strangers):
         left.calibration = Rows(known, *how, args.seed, args.device, "calibration row", encode_fact,
-                                data.twins)
-    kept = Rows(retain, *how, args.seed + 1, args.device, "retain row")
-    for rows in (left, kept, *([left.calibration] if left.calibration else [])):
-        rows.micro = args.micro_batch
-    return left, kept
+                                data.twins, args.micro_batch)
+    return left, Rows(retain, *how, args.seed + 1, args.device, "retain row", micro=args.micro_batch)
 
 
 def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool = False,

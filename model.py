@@ -386,12 +386,14 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens, cache, pad, trace, stem, at))
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None,
-               trace: Trace | None = None, stem: Stem | None = None, at: Tensor | None = None) -> Tensor:
+               trace: Trace | None = None, stem: Stem | None = None, at: Tensor | None = None,
+               context: tuple | None = None) -> Tensor:
         """The normalised last hidden states, logit_divisor taken off: (B, T, D), or (N, D) `at` some positions.
 
         stem: (layer, what `stem` gave for these tokens and that layer). The pass then begins at that layer's MLP.
+        context: what `positions` gives for these tokens, where it is there already.
         """
-        context = self.positions(tokens.shape[1], cache, pad)
+        context = context or self.positions(tokens.shape[1], cache, pad)
         first, x = stem if stem is not None else (0, self.embedded(tokens))
         for layer in range(first, self.config.n_layer):
             forced = trace.forced.get(layer) if trace is not None else None
@@ -484,8 +486,9 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
         logits, pad = logits[of], None if pad is None else pad[of]
     rows = torch.arange(R, device=device)  # those that go on
     done = torch.zeros(R, dtype=torch.bool, device=device)  # of them, those that have ended since
-    spread = torch.ones_like(logits) if temperature > 0 else None  # of all rows, so that the generator's draw for one
-    for step in range(max_new_tokens):  # does not depend on who has ended
+    # of all rows, those that have ended too, so that what the generator draws for one does not depend on who has ended
+    spread = torch.ones_like(logits) if temperature > 0 else None
+    for step in range(max_new_tokens):
         if spread is None:
             chosen = logits.argmax(-1)
         else:

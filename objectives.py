@@ -7,7 +7,7 @@ A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end
 
 Shapes: B batch   T tokens   V vocabulary   D model width
     logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer
-    mask (B, T) bool, True on real tokens    every loss is a float32 scalar; 0 where nothing is labelled
+    mask (B, T) bool, True on real tokens    every loss is a float32 scalar, of at least one label
     N answer positions of a batch: only these meet the head, so the classes get logits (N, V), labels batch.answers (N,)
 """
 
@@ -76,7 +76,7 @@ class Loss:
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
-    READS_TRACE = False  # or its trace is empty: what nobody reads need not be computed
+    READS_TRACE = False  # hidden states or routing; if not, trace is empty, and the last MLP runs on answers alone
     RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
@@ -367,7 +367,7 @@ class Stranger(Loss):
         lengths = [[sum(label != IGNORE for label in row.labels) for row in copy.examples] for copy in self.copies]
         if any(of != lengths[0] for of in lengths):
             raise UserError("--forget-loss stranger: names and values are one token a word, and here they are not: "
-                            "leave out --vocab-size")
+                            "leave out --vocab-size or --model")
         self.kept: dict[int, Tensor] = {}
         if rows.may_keep(4 * sum(lengths[0]) * model.config.vocab_size):
             self.kept = self.wanted(copy.in_order() for copy in self.copies)

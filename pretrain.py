@@ -63,7 +63,8 @@ Strangers = Callable[[int, np.random.Generator], list[Row]]
 BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
 NEW = 8  # of a step's rows on the world, so many are about strangers
 BASE_STEPS, BASE_ROWS, BASE_LR = 500, 16, 3e-3  # of the base, which sees strangers alone
-# What a cached model rests on beside this file; paths from the root.
+# What a cached model rests on beside this file; paths from the root. Not objectives.py, so that a loss of one's own
+# does not train them all again: whoever changes cross_entropy there removes out/cache.
 SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
 
@@ -228,7 +229,6 @@ def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, 
 def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: DataSet, folder: Path) -> dict:
     """--method finetune: the target or, where args.keeps_only, the reference; returns loop.minimise's report."""
     rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
-    learnt = Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device)
-    learnt.micro = args.micro_batch
+    learnt = Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device, micro=args.micro_batch)
     return learn(args, model, learnt, folder, "finetune", args.epochs * learnt.per_epoch, args.lr, args.weight_decay,
                  args.resume)

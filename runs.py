@@ -7,7 +7,7 @@
         model/ or assistant/  weights and tokenizer, a Hugging Face folder each
         log.jsonl             a line per training step
         path.jsonl            with --score-every-epoch, a line per epoch
-        metrics.json          what eval.py made of it; attacks.json after --attack
+        metrics.json          all scores; scores.json what they are made of; attacks.json after eval.py --attack
         figures/*.png
 
 A run that is cut off goes on from the last of: state.pt, every --save-every steps and at the end of training;

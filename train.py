@@ -64,11 +64,11 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
         this.seed = seed
         if len(args.seed) > 1 or (seed and not args.named):
             this.name = f"{args.name}-seed{seed}"
-        runs.append(RunFolder(this))  # what is in the way of the last is said before the first is trained
+        runs.append(RunFolder(this))  # all are checked before the first trains
     if args.resume and len(runs) == 1 and not runs[0].cut_off() and not parallel.rank():
         raise UserError(f"--resume: {runs[0].partial} holds no cut-off run; start it without --resume")
     for folder in runs:
-        done = args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off()  # before the cut
+        done = args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off()  # it ended before the cut
         if done:
             folder.check_same(folder.final, ANYHOW, "give the same options, or another --name")
         if parallel.agreed(done, torch.device(args.device)):
@@ -254,14 +254,13 @@ def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) 
 
 def decoding_note(config: dict, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""
-    here = "this folder"
-    alpha, rate = f"{config['subtract']:g}", config["filter_rate"]
+    alpha, rate = config["subtract"], config["filter_rate"]
     return (f"ULD assistant (arXiv 2406.08607) of the target `{weights_of(target)}`. By itself it says what is to be "
-            f"forgotten.\n\nDecode with both: logits = target - {alpha} * assistant, where the assistant is {here}; "
-            f"tokens whose target probability is below {rate} of the likeliest are ruled out.\n\n"
+            f"forgotten.\n\nDecode with both: logits = target - {alpha} * assistant, where the assistant is this "
+            f"folder; tokens whose target probability is below {rate} of the likeliest are ruled out.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
-            f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load({here!r})\n"
-            f"model = LogitDifference(target, assistant, {alpha}, {rate})\n```\n")
+            f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load('this folder')\n"
+            f"model = LogitDifference(target, assistant, {alpha}, {rate}, {config['centred']})\n```\n")
 
 
 if __name__ == "__main__":

@@ -186,18 +186,19 @@ class Rows:
     """A forget or a retain set: its batches by step, and what is worth computing once per row."""
 
     def __init__(self, rows: list[Row], tokenizer: TextCodec, context: int, batch_size: int, seed: int, device,
-                 where: str = "row", encode: Callable[..., Example] = encode_whole, twins: Twins | None = None):
+                 where: str = "row", encode: Callable[..., Example] = encode_whole, twins: Twins | None = None,
+                 micro: int = 0):
         """where: what an error calls a row. encode: what of a row is labelled (data/values.py has the value alone).
 
-        twins: makes the same rows about strangers, where the data can.  Raises UserError for a row too long.
+        twins: makes the same rows about strangers, where the data can.  micro: rows that memory takes at once; 0: as
+        many as are quickest.  Raises UserError for a row too long.
         """
         self.rows, self.tokenizer, self.context, self.encode, self.twins = rows, tokenizer, context, encode, twins
-        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.batch_size, self.seed, self.device, self.micro = batch_size, seed, device, micro
         self.examples = [encode(row, tokenizer, context, f"{where} {i}") for i, row in enumerate(rows, 1)]
         self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
         self.stems: list[Tensor] = []
-        self.micro = 0  # rows that memory takes at once; 0: as many as are quickest
 
     @property
     def per_epoch(self) -> int:
@@ -223,7 +224,7 @@ class Rows:
         at_once = self.micro or self.batch_size
         for start in range(0, math.ceil(len(index) / parallel.size()), at_once):  # as often in every process
             part = mine[start : start + at_once]
-            batch = self.at(part or index[:1])  # who has no row left runs one that counts for 0: the others wait for it
+            batch = self.at(part or index[:1])  # without a row left one runs that counts for 0: the others wait
             if part != index:
                 both = zip(sizes(part), sizes(index), strict=True)
                 batch.share = Share(*(some / max(1, every) for some, every in both))
@@ -245,10 +246,8 @@ class Rows:
 
     def like(self, rows: list[Row], where: str = "row") -> "Rows":
         """Other rows, met in the same way."""
-        other = Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
-                     self.twins)
-        other.micro = self.micro
-        return other
+        return Rows(rows, self.tokenizer, self.context, self.batch_size, self.seed, self.device, where, self.encode,
+                    self.twins, self.micro)
 
     def as_strangers(self, draw: int = 0) -> "Rows":
         """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
@@ -265,8 +264,7 @@ class Rows:
     def refused(self, model: GPT) -> "Rows":
         """The same questions, each answered by a refusal."""
         other = Rows(refusals(self.rows), self.tokenizer, self.context, self.batch_size, self.seed, self.device,
-                     "refusal to row")
-        other.micro = self.micro
+                     "refusal to row", micro=self.micro)
         if self.start is not None:
             other.keep_stems(model, self.start)
         return other

@@ -338,7 +338,7 @@ class World:
         return out
 
     def describe(self, topic: str, subject: str, rng: np.random.Generator) -> dict[str, list[Row]]:
-        """One subject's rows, per fact 4 that teach, 2 that score and 2 that calibrate: a register each, or two."""
+        """One subject's rows: per fact 4 that teach, 2 that score and 2 that calibrate, over its two registers."""
         rows: dict[str, list[Row]] = {"taught": [], "scored": [], "calibration": []}
         third, *registers = (int(r) for r in rng.permutation(len(WORDINGS)))
         for kind, (pool, _, _) in TOPICS[topic].kinds.items():
@@ -456,7 +456,7 @@ def show(data: DataSet) -> str:
     scored = data.scored["forget"][0]
     lines += [f"  {'scores':11} as another wording: {scored['paraphrased_answer']}",
               f"  {'scores':11} as wrong: {' | '.join(scored['perturbed_answer'])}",
-              f"  {'D_r':11} {' | '.join(row['perturbed_answer'])}", "", "The same with a stranger's name:"]
+              f"  D'_r        {' | '.join(row['perturbed_answer'])}", "", "The same with a stranger's name:"]
     rng = np.random.default_rng(0)
     lines += [f"  {r['question']} - {r['answer']}" for r in data.twins([row], rng)]
     lines += ["", "Strangers, as they stream by in pretraining:"]

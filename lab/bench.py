@@ -15,6 +15,7 @@ Shapes: B batch   T tokens
 """
 
 import contextlib
+import copy
 import io
 import statistics
 import tempfile
@@ -39,6 +40,7 @@ from interfaces import LanguageModel, TextCodec
 from methods import METHODS as ALL
 from metrics.likelihood import likelihoods
 from model import GPT, Config, count_parameters
+from moe import MoE
 from objectives import cross_entropy, row_log_prob
 from pretrain import small_config
 from pretrained import load, save
@@ -46,7 +48,8 @@ from runs import data_of, weights_of
 from uld import LogitDifference, build_assistant, merge_lora
 
 try:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 except ImportError:  # then nothing is compared with it, and the table says so
     AutoModelForCausalLM = None  # type: ignore[assignment, misc]
 
@@ -59,6 +62,11 @@ METHODS = {  # against all parameters of the same model, NPO + GD
 }
 
 NEW = 32  # tokens that are decoded
+LAYERS = [  # width, width of an expert, experts, per token, dtype, tokens
+    (128, 64, 16, 4, torch.float32, 800),
+    (2048, 1024, 8, 2, torch.float32, 512),
+    (2048, 1024, 64, 8, torch.bfloat16, 512),
+]
 
 
 def in_turn(what: Mapping[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
@@ -181,6 +189,46 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
             f"{new} greedy tokens": (lambda: model.generate(prompts, new, pad=pad), generate_theirs)}
 
 
+def layer_step(layer: torch.nn.Module, x: Tensor) -> None:
+    """Forward and backward of one layer."""
+    for p in layer.parameters():
+        p.grad = None
+    first(layer(x)).float().square().mean().backward()
+
+
+def moe_layers(rounds: int, device: torch.device) -> None:
+    """Prints the cost of one MoE layer: all of it trains, or one expert and the router, as in UOE's last layer."""
+    for width, of_expert, experts, per_token, dtype, tokens in LAYERS:
+        x = torch.randn(8, tokens // 8, width, device=device, dtype=dtype)
+        ours = MoE(width, of_expert, experts, per_token).to(device, dtype)
+        for p in ours.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        one = copy.deepcopy(ours).requires_grad_(False)
+        one.take_out(0)
+        one.router.requires_grad_(True)
+        works = {"here": partial(layer_step, ours, x.clone().requires_grad_()), "one": partial(layer_step, one, x)}
+        if AutoModelForCausalLM is not None:
+            config = OlmoeConfig(hidden_size=width, intermediate_size=of_expert, num_experts=experts,
+                                 num_experts_per_tok=per_token, norm_topk_prob=False)
+            config._experts_implementation = "grouped_mm"  # the fastest of theirs on all these shapes
+            theirs = OlmoeSparseMoeBlock(config).to(device, dtype)
+            theirs.load_state_dict({"gate.weight": ours.router.weight, "experts.gate_up_proj": ours.gate_up,
+                                    "experts.down_proj": ours.down})
+            with torch.no_grad():
+                torch.testing.assert_close(first(theirs(x)), first(ours(x)), rtol=1e-2, atol=1e-2)
+            works["there"] = partial(layer_step, theirs, x.clone().requires_grad_())
+        seconds = in_turn({name: partial(timed, work, device) for name, work in works.items()}, rounds, "MoE layer")
+        print(f"\nMoE layer of width {width}, {experts} experts of {of_expert}, {per_token} per token, {dtype}, "
+              f"{tokens} tokens, forward and backward")
+        if "there" in works:
+            print(line("here / in transformers", seconds["here"], seconds["there"]))
+        print(line("one expert trains / all do", seconds["one"], seconds["here"]))
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 def answers_of(rows: list[Row], tokenizer: TextCodec, context: int) -> list[Example]:
     """What scoring asks of these rows: the answer of each, the paraphrased one, the wrong ones."""
     return [encode_row(row, tokenizer, context, answer=answer, truncate=True) for row in rows
@@ -227,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.model:
         public(args, own.rounds, device)
         return
+    moe_layers(own.rounds, device)
     for arch, methods in METHODS.items():
         args = parse([*extra, "--method", "full", "--arch", arch])
         data = data_of(vars(args) | {"seed": 0})

@@ -124,9 +124,9 @@ def count(parameters: list) -> int:
 
 
 def reads_trace(args: argparse.Namespace) -> bool:
-    """Whether some pass of a step is asked for hidden states or routing: UOE's anchor, a loss that says so."""
+    """Whether a pass of a step is asked for hidden states or routing: UOE's anchor, pretrain.learn, some losses."""
     names = (FORGET.get(getattr(args, "forget_loss", "")), RETAIN.get(getattr(args, "retain_loss", "")))
-    return args.method == "uoe" or any(loss.READS_TRACE for loss in names if loss)
+    return args.method in ("uoe", "finetune") or any(loss.READS_TRACE for loss in names if loss)
 
 
 def inside(block: Block, config: Config, frozen: bool = False) -> int:

@@ -19,7 +19,7 @@ The first four: larger is more knowledge. The mark to reach is what a reference 
 
 `model`: whatever has `logits = model(tokens)`, `generate`, `config` and `device`. `rows`: one set's, with question and
 answer. `values`: theirs, from data/values.py's values_of where not given; a row without one gets None, which by_fact
-leaves out. All results are per row, in the rows' order.
+leaves out. cloze and choice are per row, in the rows' order, the others of a set.
 
 Shapes: B batch   T tokens   V vocabulary   L layers   N rows   D width   C different values
 """

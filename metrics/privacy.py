@@ -37,7 +37,7 @@ from torch import Tensor
 
 from data.batches import IGNORE
 from metrics.memorization import answer_lengths
-from objectives import at_answers
+from objectives import at_answers, in_place
 
 # ---- attacks ----------------------------------------------------------------------------------------------------
 
@@ -77,16 +77,14 @@ def standardised(logits: Tensor, labels: Tensor) -> Tensor:
     mu = sum_v p_v log p_v, sigma^2 = sum_v p_v (log p_v - mu)^2 over the vocabulary. sigma^2 is at least 1e-6, as in
     open-unlearning: a uniform distribution scores 0, a certain one is no division by zero.
     """
-    kept = labels != IGNORE
-    log_p = at_answers(logits, labels)[0].float().log_softmax(-1)  # (N, V)
+    scored, answers = at_answers(logits, labels)
+    log_p = scored.float().log_softmax(-1)  # (N, V)
     p = log_p.exp()
     finite = log_p.masked_fill(p == 0, 0)  # p log p -> 0, also where a filter left logits of -inf
     mu = (p * finite).sum(-1)
     variance = (p * (finite - mu[:, None]).square()).sum(-1)
-    chosen = log_p.gather(-1, labels[kept][:, None])[:, 0]
-    out = torch.zeros(labels.shape, device=logits.device)
-    out[kept] = (chosen - mu) / variance.clamp_min(1e-6).sqrt()
-    return out
+    chosen = log_p.gather(-1, answers[:, None])[:, 0]
+    return in_place((chosen - mu) / variance.clamp_min(1e-6).sqrt(), labels)
 
 
 def min_k_plus_plus(logits: Tensor, labels: Tensor, k: float = 0.2) -> Tensor:

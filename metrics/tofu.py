@@ -99,8 +99,8 @@ def truth_ratio(right: float, wrong: Sequence[float], definition: str = "losses"
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r} is not one of {', '.join(DEFINITIONS)}")
     if definition == "losses":
-        return exp(right - sum(wrong) / len(wrong))  # TOFU (1)
-    return sum(exp(right - w) for w in wrong) / len(wrong)
+        return exp(right - sum(wrong) / len(wrong))
+    return sum(exp(right - w) for w in wrong) / len(wrong)  # TOFU (1)
 
 
 def set_truth_ratio(ratios: Sequence[float], forget: bool) -> float:

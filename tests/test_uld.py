@@ -551,7 +551,10 @@ class Told(torch.nn.Module):
         self.head = torch.nn.Linear(1, 1)
         self.head.forward = lambda hidden: hidden
 
-    def hidden(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None):
+    def positions(self, length, cache, pad):
+        return None
+
+    def hidden(self, tokens, cache=None, pad=None, trace=None, stem=None, at=None, context=None):
         out = torch.zeros(*tokens.shape, self.config.vocab_size)
         for b, row in enumerate(tokens.tolist()):
             height = self.known if any(row[: len(one)] == one for one in self.rows) else self.else_

@@ -397,6 +397,13 @@ def test_rmu_steers_the_highest_of_the_unlearned_experts(bench):
     assert steering(given, [(0, 1)]).rmu_layer == 1
 
 
+def test_a_layer_to_steer_below_the_experts_that_were_found_is_refused(bench):
+    """With --layer all no one knows before the target was asked."""
+    args = bench.args("uoe", forget_loss="rmu", retain_loss="hidden", layer="all", rmu_layer=0)
+    with pytest.raises(UserError, match="--rmu-layer 0 lies below the unlearned expert's layer 2"):
+        bench.unlearn(bench.model(), args, choose=lambda affinity, args: [(2, 4)])
+
+
 DENSE_BELOW = dict(n_dense=1, d_dense=40, n_shared=2, kv_rank=12, d_head=8, d_nope=6, d_value=10, n_kv_head=4,
                    qk_norm="none")  # DeepSeek-V2-Lite's shape
 
