@@ -59,7 +59,7 @@ def models_of(run: Run) -> dict[str, LanguageModel]:
     models = {"target": run.target} | ({"unlearned": run.model} if run.config["method"] != "finetune" else {})
     if run.config.get("reference") and not Path(run.config["reference"]).is_file():
         models["reference"] = load(weights_of(run.config["reference"]), run.target.embed.weight.dtype,
-                                   run.target.device)[0]
+                                   run.target.device, run.config.get("template"))[0]
     return models
 
 
@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
                      for kind, of in kinds.items()}
             if any(paths.values()):
                 drawn += draw_paths(paths, Path(args.figures))
-            print("drew " + ", ".join(map(str, drawn)))
+            if drawn:
+                print("drew " + ", ".join(map(str, drawn)))
     elif args.verify:
         verify(Path(args.verify), args.device)
     elif args.tofu_log:

@@ -264,7 +264,8 @@ def read_config(folder: Path) -> Config:
         if raw.get(key) is not None and raw[key] not in harmless:
             raise UserError(f"{path}: {key} {raw[key]!r} is not supported; use a checkpoint without it")
     # new transformers: {"rope_parameters": {"rope_type", "rope_theta", ...}}; old: rope_theta, and rope_scaling
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = {key: value for key, value in (raw.get("rope_parameters") or raw.get("rope_scaling") or {}).items()
+            if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{path}: rope_scaling {rope} is not supported (of rope_types only llama3 and yarn are)")
@@ -281,8 +282,7 @@ def read_config(folder: Path) -> Config:
         if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
             raise UserError(f"{path}: rope_scaling has a high_freq_factor no higher than low_freq_factor: "
                             "download it again")
-        raw["rope_scaling"] = {"rope_type": rope_type, **{key: rope[key] for key in (*wanted, *others)
-                                                          if rope.get(key) is not None}}
+        raw["rope_scaling"] = {"rope_type": rope_type, **{key: rope[key] for key in (*wanted, *others) if key in rope}}
     raw.setdefault("head_dim", 0)  # 0: width / heads
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
     if missing := [theirs for theirs in keys.values() if theirs not in raw]:

@@ -1,7 +1,8 @@
 """Every figure this code draws, from logs and metrics that are on disk. Readable in black and white.
 
     draw(folder, scores, experts)      # of one run: losses, truth ratios, and of a MoE's experts share and affinity
-    draw_paths(runs, folder)           # of several, with --score-every-epoch: what unlearning does along the way
+    draw_kinds(kinds, folder)          # of kinds of runs: leak.png and kept.png of results/
+    draw_paths(paths, folder)          # of several, with --score-every-epoch: what unlearning does along the way
 """
 
 import json
@@ -126,6 +127,8 @@ def draw_paths(paths: dict[str, list[list[dict]]], folder: Path) -> list[Path]:
     quality.png: utility against forget quality, and that against time (ULD, Figures 4 and 5).
     overlap.png: routing overlap by step (UOE, Figure 3).
     """
+    if plt is None:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     panels = {
         "collateral": [("epoch", "forget loss"), ("epoch", "untouched loss")],

@@ -266,6 +266,12 @@ def test_old_spellings_and_extra_constants(tmp_path):
         load(tmp_path)
 
 
+def test_a_null_among_rope_settings_is_as_if_it_were_not_there(checkpoint):
+    change_config(checkpoint, rope_theta=5000.0, rope_parameters={"rope_theta": None, "partial_rotary_factor": None,
+                                                                  "rope_type": None})
+    assert hub.read_config(checkpoint).rope_theta == 5000.0
+
+
 def test_tied_head_shares_storage(pair):
     name, _, _, ours = pair
     shared = ours.head.weight is ours.embed.weight

@@ -10,6 +10,7 @@ from test_pretrained import make
 import train
 from data.rows import write_rows
 from eval import main as score
+from lab import distill
 from lab.upcycling import main as upcycle
 from methods import open_run
 from pretrained import load
@@ -91,7 +92,7 @@ def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
     assert opened.target(tokens).dtype == expected
     # ULD subtracts in float32
     assert opened.model(tokens).dtype == (torch.float32 if "uld" in options else expected)
-    assert opened.tokenizer.prompt("Q") == opened.tokenizer.prompt("Q")
+    assert opened.tokenizer.prompt("Q") == load(weights_of(tuned["target"]))[1].prompt("Q")
     # the fine-tuned target is scored once, beside its weights, and read from there
     written = json.loads((tuned["target"] / "metrics.json").read_text())["target"]
     if "float32" not in options:
@@ -128,13 +129,15 @@ def test_a_published_log_stands_in_for_the_reference(place, tuned, capsys):
 
 
 @pytest.mark.slow
-def test_an_assistant_says_how_it_is_to_be_decoded(place, tuned):
+def test_an_assistant_says_how_it_is_to_be_decoded_and_can_be_distilled(place, tuned):
     folder = run(place, "note", "--method", "uld", "--lora-rank", "4", "--model", str(tuned["target"]),
                  "--assistant-layers", "1")
     note = (folder / "assistant" / "README.md").read_text()
     assert str(tuned["target"]) in note and "0.75" in note
     small, _ = load(folder / "assistant")
     assert small.config.n_layer == 1
+    distill.main([str(folder), "--epochs", "1", "--device", "cpu"])
+    assert "unlearned" in json.loads((place / "out" / "note-distilled" / "metrics.json").read_text())
 
 
 def test_upcycling_that_cannot_be_is_one_line_and_exit_2(place, capsys):
