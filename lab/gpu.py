@@ -32,7 +32,8 @@ from cli import parse
 from data.rows import DataSet, Row
 from errors import one_line_errors
 from flags import Parser
-from lab.bench import timed, weights_met
+from lab.bench import in_turn, timed, weights_met
+from lab.trial import write_page
 from methods import METHODS
 from model import GPT, Config, count_parameters
 from moe import MoE, experts_grouped, experts_loop
@@ -244,14 +245,9 @@ def unlearn(here: Here, target: GPT, *flags: str) -> tuple[Any, dict[str, Any]]:
 def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
     """Seconds per greedy token of AT_ONCE answers side by side, prompt included, each model by turns."""
     tokens = torch.randint(1, 100, (AT_ONCE, PROMPT), device=here.device)
-    works = {name: lambda model=model: model.generate(tokens, here.decoded) for name, model in models.items()}
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(3):
-        for name, work in works.items():
-            seconds = timed(work, here.device)
-            if turn:
-                spent[name].append(seconds / here.decoded)
-    return {name: statistics.median(each) for name, each in spent.items()}
+    works = {name: lambda model=model: timed(lambda: model.generate(tokens, here.decoded), here.device)
+             for name, model in models.items()}
+    return {name: statistics.median(each) / here.decoded for name, each in in_turn(works, 2, "decoding").items()}
 
 
 class Theirs:
@@ -341,15 +337,16 @@ def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> 
 
 
 def page(results: dict[str, Any]) -> str:
-    """results/gpu.md."""
-    lines = ["# One GPU, full size", "", f"`python -m lab.gpu` on {results['device']}, torch {results['torch']}, "
+    """What results/gpu.md holds between its markers."""
+    lines = [f"`python -m lab.gpu` on {results['device']}, torch {results['torch']}, "
              f"transformers {results['transformers']}; random weights, {PROMPT} + {ANSWER} tokens a row. "
              "The numbers are in [gpu.json](gpu.json).", ""]
     rates = results.get("card", {"error": ""})
     if "error" not in rates:
         lines += [f"Measured in the same run: {rates['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16 (a square product), "
                   f"{rates['bytes_per_second'] / 1e12:.2f} TB/s (a copy, read and written).", ""]
-    for name, title in (("uoe", "UOE, OLMoE-1B-7B's shape"), ("uld", "ULD, Llama-2-7B's shape")):
+    for name, title in (("uoe", "UOE, OLMoE-1B-7B's shape, an expert of the lowest layer"),
+                        ("uld", "ULD, Llama-2-7B's shape")):
         if "error" in results.get(name, {"error": ""}) or "error" in rates:
             lines += [f"## {title}", "", f"Not measured: {results.get(name, {}).get('error', 'no time left')}", ""]
         else:
@@ -357,13 +354,13 @@ def page(results: dict[str, Any]) -> str:
     lines += ["## One layer's experts, forward and backward", ""]
     table = results.get("experts", {"error": "no time left"})
     if "error" in table:
-        return "\n".join([*lines, f"Not measured: {table['error']}", ""])
+        return "\n".join([*lines, f"Not measured: {table['error']}"])
     ways = list(dict.fromkeys(way for row in table.values() for way in row))
     lines += ["| ms | " + " | ".join(ways) + " |", "| --- |" + " --- |" * len(ways)]
     for name, row in table.items():
         cells = [f"{1e3 * row[way]:.2f}" if row.get(way) else "-" for way in ways]
         lines.append(f"| {name} tokens | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 PARTS = {"card": card, "experts": experts, "uoe": uoe, "uld": uld}
@@ -398,7 +395,7 @@ def measure(args: argparse.Namespace) -> None:
         here.forget_peak()
         print(json.dumps(results[part]), f"({time.perf_counter() - began_part:.0f} s)", flush=True)
         (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "gpu.md").write_text(page(results))
+        write_page(folder / "gpu.md", page(results), "One GPU, full size", "<!-- gpu: written by lab/gpu.py -->")
     print(page(results))
 
 

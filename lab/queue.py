@@ -9,6 +9,7 @@ out/queue/done.txt. What was cut off goes on with --resume where it left a cut-o
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -38,14 +39,14 @@ def cut_off(line: str, out: Path) -> bool:
     words = shlex.split(line)
     if "--name" not in words:
         return False
-    name = words[words.index("--name") + 1]
-    return any(out.glob(f"{name}*.partial/asked.json"))
+    wanted = re.escape(words[words.index("--name") + 1]) + r"(-seed\d+)?\.partial"  # not another that begins so
+    return any(re.fullmatch(wanted, file.parent.name) for file in out.glob("*.partial/asked.json"))
 
 
 def run_line(number: int, line: str, out: Path, threads: int) -> int:
     """One command in a process of its own; returns its exit status."""
     words = shlex.split(line)
-    words += [] if "--out" in words else ["--out", str(out)]
+    words += [] if "--out" in words or "lab.upcycling" in words else ["--out", str(out)]
     words += ["--resume"] if cut_off(line, out) else []
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with open(out / "queue" / f"{number}.log", "w") as log:

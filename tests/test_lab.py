@@ -15,7 +15,7 @@ from lab import distill
 from lab.ablations import main as ablate
 from lab.ablations import uniform_on_all
 from lab.grip import Held, off_span, repair_routers, spans, with_projection, with_repair
-from lab.queue import read_lines
+from lab.queue import cut_off, read_lines
 from lab.trace import WEIGHTED, Weighted, balanced_weights, weighted_mean, with_trace
 from methods import open_run
 from model import Trace
@@ -306,3 +306,12 @@ def test_a_line_with_seed_is_done_for_each(tmp_path):
         read_lines(file, [0])
     with pytest.raises(UserError, match="does not exist"):
         read_lines(tmp_path / "absent", [0])
+
+
+def test_a_run_is_cut_off_where_it_alone_was_begun(tmp_path):
+    assert not cut_off("train.py --name a", tmp_path)
+    for name in ("a-kl", "b-seed3"):
+        (tmp_path / f"{name}.partial").mkdir()
+        (tmp_path / f"{name}.partial" / "asked.json").touch()
+    assert [cut_off(f"train.py --name {name}", tmp_path) for name in ("a", "a-kl", "b")] == [False, True, True]
+    assert not cut_off("train.py", tmp_path)
