@@ -4,10 +4,9 @@
 
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean and, in brackets, the worst over the runs of each KIND
-(out/KIND, out/KIND-seed1, ...). `<!-- at value LEVEL: ... -->` reads every run's path where so many forget values are
-said, `<!-- at D LEVEL: ... -->` where forget quality's D has fallen to it, `<!-- at best: ... -->` at its best epoch,
-as ULD's paper does. `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind without runs
-is named on standard error; its row stays as it was, so that a table can grow without every run being at hand.
+(out/KIND, out/KIND-seed1, ...). `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind
+without runs is named on standard error; its row stays as it was, so that a table can grow without every run being at
+hand.
 `<!-- equations -->` and `<!-- book -->` are README's tables of statements and of files, made from the code.
 """
 
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from errors import UserError, one_line_errors
-from lab.tables import LEVELS, by_kind, heads_at, read_metrics, rows_at, spread
+from lab.tables import by_kind, read_metrics, spread
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
@@ -62,8 +61,6 @@ def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -
     if worst == "count":  # a share of reference pairs that are as far apart: 0 means outside
         measured = [value for value in values if value is not None]
         return f"{sum(value > 0 for value in measured)} of {len(measured)}" if measured else "-"
-    if worst == "each":
-        return ", ".join("-" if value is None else f"{value:.2g}" for value in values)
     known = [value for value in values if value is not None]
     withheld = sum(bool(run.get(role, {}).get("destroyed")) for run in runs) if key.startswith("forget_quality") else 0
     if len(known) + withheld < len(values) or not values:
@@ -100,21 +97,6 @@ def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tu
         cells = [cell(runs, role, where, key, worst) for _, where, key, worst in COLUMNS[columns]] if runs else None
         lines.append((kind, label, f"({len(runs)})", cells))
     return ["mean (worst) of runs", *(name for name, *_ in COLUMNS[columns])], lines
-
-
-def level_table(by: str, level: str | None, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
-    if by not in (*LEVELS, "best") or (level is None) != (by == "best"):
-        raise UserError(f"at {by}: `at best`, or a measure and a level, as in `at exact 0.15`; measures: "
-                        f"{', '.join(LEVELS)}")
-    at = float(level) if level else None
-    lines: list[Line] = []
-    for kind, _, label in entries(spec):
-        if kind not in kinds:
-            lines.append((kind, label, "", None))
-            continue
-        (_, reached, runs, cells), = rows_at({kind: kinds[kind]}, by, at)
-        lines.append((kind, label, f"({runs})" if by == "best" else f"({reached} of {runs} get there)", cells))
-    return heads_at(by, at), lines
 
 
 def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
@@ -208,12 +190,8 @@ def book_table() -> list[str]:
 
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
-        what, argument, spec = match["what"], match["argument"], match["spec"]
-        if what == "attacks":
-            heads, lines = attacks_table(spec, kinds)
-        else:
-            heads, lines = (unlearned_table(argument, spec, kinds) if what == "table" else
-                            level_table(argument, match["level"], spec, kinds))
+        heads, lines = (attacks_table(match["spec"], kinds) if match["what"] == "attacks" else
+                        unlearned_table(match["argument"], match["spec"], kinds))
         return f"{match['open']}\n{markdown(heads, lines, match['old'])}<!-- end -->"
 
     def whole(table: Callable[[], list[str]], match: re.Match) -> str:
@@ -221,8 +199,8 @@ def fill(text: str, kinds: dict[str, list[Path]]) -> str:
 
     for name, table in (("equations", equation_table), ("book", book_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", partial(whole, table), text, flags=re.DOTALL)
-    return re.sub(r"(?P<open><!-- (?P<what>table|attacks|at)(?: (?P<argument>[\w-]+))?(?: (?P<level>[\d.]+))?: "
-                  r"(?P<spec>[^>]*?) -->)\n(?P<old>.*?)<!-- end -->", one, text, flags=re.DOTALL)
+    return re.sub(r"(?P<open><!-- (?P<what>table|attacks)(?: (?P<argument>[\w-]+))?: (?P<spec>[^>]*?) -->)\n"
+                  r"(?P<old>.*?)<!-- end -->", one, text, flags=re.DOTALL)
 
 
 @one_line_errors

@@ -212,7 +212,7 @@ AT = ("forget value_said", "forget leak", "forget in_frame", "retain exact", "un
 def rows_at(kinds: dict[str, list[Path]], by: str, level: float | None) -> list[tuple[str, int, int, list[str]]]:
     """(kind, how many of its runs get there, how many there are, a cell for each of heads_at) per kind.
 
-    by: "exact" or "D", where the path falls to `level`; or "best", its best epoch, with every p as it is.
+    by: one of LEVELS, where the path falls to `level`; or "best", its best epoch, with every p as it is.
     """
     rows = []
     for kind, of in kinds.items():

@@ -42,7 +42,6 @@ from metrics.cheats import (
     destroyed_by_ascent,
     favourites,
     name_tokens,
-    separation,
 )
 from metrics.knowledge import depth, destroyed
 from metrics.memorization import exact_memorization, extraction_strength, without_end
@@ -210,7 +209,7 @@ def verdict(measure: Measure, scores: dict[str, Sequence[float]]) -> Verdict:
     turned = {kind: [measure.sign * value for value in values] for kind, values in scores.items()}
     low, high = min(turned["unknowing"]), max(turned["unknowing"])
     cheats = [kind for kind in scores if kind not in ("knowing", "unknowing")]
-    return Verdict(measure, separation(turned["knowing"], turned["unknowing"]),
+    return Verdict(measure, auc(turned["knowing"], turned["unknowing"]),
                    mean(scores["knowing"]), mean(scores["unknowing"]),
                    {cheat: sum(not value > high for value in turned[cheat]) for cheat in cheats},
                    {cheat: sum(value < low for value in turned[cheat]) for cheat in cheats})

@@ -8,8 +8,8 @@ each, metrics/privacy.py's auc; arXiv 2506.12618), and if it is not taken in by
     Refusing    generates one refusal to everything; likelihoods are the target's
     Biased      adds a constant to some tokens' logits: always " A", or always the same wrong values
 The last four still know everything. A measure of knowledge that scores one of them as it scores models that never knew
-is fooled by it (`fooled`). The first knows little, but is no model any more: what is fooled by it is forget quality and
-everything else that calls it forgotten, so `destroyed` in metrics/knowledge.py has to say yes.
+is fooled by it. The first knows little, but is no model any more: what is fooled by it is forget quality and everything
+else that calls it forgotten, so `destroyed` in metrics/knowledge.py has to say yes.
 
 Each is a model like any other: forward, generate, caches, config, device. Weights are shared with the target, but for
 `destroyed_by_ascent`, which trains a copy.
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from data.batches import batch_at, collate, encode_rows
 from data.rows import Row
 from data.values import spelled, value_span, values_of
-from metrics.privacy import auc
 from model import generate
 from objectives import ga
 
@@ -196,25 +195,3 @@ def favourites(tokenizer, rows: Sequence[Row]) -> set[int]:
         ids = tokenizer.completion(row["answer"])
         out.update(ids[i] for i in value_span(row, tokenizer, value) or ())
     return out
-
-
-# ---- the trial --------------------------------------------------------------------------------------------------
-
-def separation(knowing: Sequence[float], unknowing: Sequence[float]) -> float:
-    """AUC of a measure of knowledge over models: 1 where all that know score above all that do not, 0.5 by chance.
-
-    One score per model; knowing in the place of members.  Raises ValueError as metrics/privacy.py's auc does.
-    """
-    return auc(knowing, unknowing)
-
-
-def fooled(score: float, knowing: Sequence[float], unknowing: Sequence[float]) -> bool:
-    """Is a model that knows scored as one that does not: nearer to the mean of those, or beyond it? NaN: fooled.
-
-    The border is the midpoint of both means, so a measure that does not separate them at all is fooled half the time.
-    Raises ValueError for a side without scores.
-    """
-    if not len(knowing) or not len(unknowing):
-        raise ValueError("whether a measure is fooled needs scores of models that know and of models that do not")
-    border = (sum(knowing) / len(knowing) + sum(unknowing) / len(unknowing)) / 2
-    return not score > border

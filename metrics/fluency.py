@@ -9,8 +9,8 @@
                  is better. People's text is not at 0: compare with the reference answers.
 
 An empty generation repeats nothing, and would score a perfect 0. A generation of fewer than n tokens has no n-gram, so
-its repetition is None; repetition_rate leaves those out of the mean and reports how many there were, and how many of
-them were empty. Give generations without their end token.
+its repetition is None; repetition_rate leaves those out of the mean and reports how many were empty. Give generations
+without their end token.
 
 Perplexities compare only between models of one tokenizer. Over *words* (ULD's WikiText numbers, the LM evaluation
 harness' word_perplexity) they compare beyond it: pass counts of words instead of tokens, log-probabilities unchanged.
@@ -26,7 +26,6 @@ class Repetition(NamedTuple):
     """Of a set of generations."""
 
     rate: float | None  # mean over those that have an n-gram; None where none has
-    short: float  # share with fewer than n tokens, the empty ones among them
     empty: float  # share with no token at all
 
 
@@ -62,5 +61,4 @@ def repetition_rate(generations: Sequence[Sequence[Hashable]], n: int = 4) -> Re
     scores = [repetition(tokens, n) for tokens in generations]
     scored = [score for score in scores if score is not None]
     return Repetition(rate=sum(scored) / len(scored) if scored else None,
-                      short=1 - len(scored) / len(scores),
                       empty=sum(len(tokens) == 0 for tokens in generations) / len(generations))

@@ -9,7 +9,6 @@ answers has forgotten little, and one that is uniform has forgotten how to speak
     choice        the answer's sentence with the row's wrong values: is the right one likeliest? (WMDP, 2403.03218)
     leak@k        c of n samples say it: 1 - C(n-c, k) / C(n, k) (arXiv 2511.04934, 2410.03523)
     in frame      the greedy answer is the right sentence with some value of the kind in it
-    left          (unlearned - reference) / (target - reference) of any of these
     destroyed     whether a model is too broken to be compared
     null          distances of truth ratios between references: what no knowledge at all looks like
     depth         a linear probe for the value at each layer; in the spirit of arXiv 2605.24614
@@ -75,9 +74,6 @@ class Depth(NamedTuple):
 
     accuracy: list[float]  # layer by layer, over the rows asked
     chance: float  # of always guessing the commonest fitted value; the mark to reach is the reference's accuracy
-    fitted: int  # rows
-    asked: int  # rows
-    left_out: int  # rows without a value that the fitted rows have too
 
 
 class Kept(NamedTuple):
@@ -220,15 +216,6 @@ def knowledge(model, tokenizer, rows: Sequence[Row], said: Sequence[str] | None 
 
 # ---- against target and reference -------------------------------------------------------------------------------
 
-def left(unlearned: float, reference: float, target: float) -> float | None:
-    """(unlearned - reference) / (target - reference): 1 nothing is forgotten, 0 as if never seen.
-
-    Unclipped: below 0 is over-forgetting, above 1 knows better than the target. None where target and reference agree,
-    for then the target never knew.
-    """
-    return None if target == reference else (unlearned - reference) / (target - reference)
-
-
 def destroyed(utility: float, sound_utility: float, framed: float | None = None,
               sound_framed: float | None = None) -> bool:
     """Model utility below 0.9 of a sound model's, or `in_frame` below half of it. A NaN is destroyed as well.
@@ -273,7 +260,7 @@ def depth(model, tokenizer, fit: Sequence[Row], ask: Sequence[Row], fit_values: 
     whose value has the largest score. Each model is read in its own basis; what compares is accuracy. As much as the
     reference's: erased. More: only silent. (In the spirit of arXiv 2605.24614, which needs one basis.)
 
-    The probe can only name values it was fitted on: rows with others are left out and counted, so `fit` should hold
+    The probe can only name values it was fitted on: rows with others are left out, so `fit` should hold
     the same kinds of facts. Of ULD's difference the states are the target's, which never changes.
     Raises ValueError where no row is left to fit or to ask.
     """
@@ -291,7 +278,7 @@ def depth(model, tokenizer, fit: Sequence[Row], ask: Sequence[Row], fit_values: 
         accuracy.append(float((scores.argmax(-1) == right).double().mean()))
     commonest = Counter(named).most_common(1)[0][0]
     chance = sum(wanted[i] == commonest for i in known) / len(known)
-    return Depth(accuracy, chance, len(named), len(known), len(ask) - len(known))
+    return Depth(accuracy, chance)
 
 
 @torch.no_grad()
@@ -365,21 +352,21 @@ def at_alpha(model, alpha: float):
 
 
 def equal_retention(weights: Callable[[float], object], retention: Callable[[object], float], level: float,
-                    most: float = 1.0, halvings: int = 6) -> Kept:
-    """The largest a in [0, most] at which retention(weights(a)) is at least `level` (UWC, arXiv 2406.09179).
+                    halvings: int = 6) -> Kept:
+    """The largest a in [0, 1] at which retention(weights(a)) is at least `level` (UWC, arXiv 2406.09179).
 
     weights: a -> model, as `lambda a: interpolate(target, unlearned, a)`, or for ULD `lambda a: at_alpha(model, a)`.
     Then forgetting is compared at that a, where all methods have kept equally much. Found by bisection, so where
-    retention is not monotone it is *an* a beyond which it falls below; a is right to most / 2^halvings, from below.
+    retention is not monotone it is *an* a beyond which it falls below; a is right to 1 / 2^halvings, from below.
     Raises ValueError where the target itself (a = 0) does not reach the level.
     """
     best = Kept(0.0, retention(weights(0.0)))
     if not best.retention >= level:
         raise ValueError(f"the target itself keeps {best.retention:.3g}, which is below the level {level:.3g}")
-    whole = retention(weights(most))
+    whole = retention(weights(1.0))
     if whole >= level:
-        return Kept(most, whole)
-    too_much = most
+        return Kept(1.0, whole)
+    too_much = 1.0
     for _ in range(halvings):
         a = (best.a + too_much) / 2
         kept = retention(weights(a))

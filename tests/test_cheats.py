@@ -1,6 +1,5 @@
 """metrics/cheats.py: a small model that knows twelve facts by heart, and what each cheat does to its scores."""
 
-import math
 from itertools import product
 
 import pytest
@@ -16,9 +15,7 @@ from metrics.cheats import (
     Refusing,
     destroyed_by_ascent,
     favourites,
-    fooled,
     name_tokens,
-    separation,
 )
 from metrics.knowledge import answers, choice, cloze, knowledge, leak, states
 from model import GPT, Config
@@ -147,12 +144,3 @@ def test_garbling_is_what_generation_by_hand_gives(target):
         tokens = torch.tensor([TOK.prompt(row["question"])])
         said = target.generate(tokens, 8)[0].tolist()
         assert model.generate(tokens, 8)[0].tolist() == [following.get(i, i) for i in said]
-
-
-def test_separation_and_fooled_by_hand():
-    assert separation([0.9, 0.8, 1.0], [0.1, 0.2]) == 1 and separation([0.5], [0.5]) == 0.5
-    knowing, unknowing = [1.0, 0.8], [0.0, 0.2]  # the border is 0.5
-    assert fooled(0.4, knowing, unknowing) and fooled(0.5, knowing, unknowing) and not fooled(0.51, knowing, unknowing)
-    assert fooled(-3.0, knowing, unknowing) and fooled(math.nan, knowing, unknowing)
-    with pytest.raises(ValueError, match="that know and of models that do not"):
-        fooled(0.5, [], unknowing)

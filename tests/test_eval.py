@@ -334,7 +334,7 @@ def test_compare_at_a_level_counts_the_runs_that_reach_it(tmp_path, capsys):
         (folder / "metrics.json").write_text(json.dumps({"target": {
             "forget": block, "retain": block, "model_utility": 0.8, "forget_quality": 1e-9, "forget_quality_D": 0.6}}))
         line = {"epoch": 1, "step": 5, "seconds": 3.0, "forget exact": last, "retain exact": 0.5,
-                "forget value_said": last + 0.1,
+                "forget value_said": last + 0.1, "forget_quality_D": last,
                 "untouched exact": None, "model_utility": 0.6, "forget_quality": 0.1}
         (folder / "path.jsonl").write_text(json.dumps(line) + "\n")
     scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.2", "--by", "exact"])
@@ -344,6 +344,9 @@ def test_compare_at_a_level_counts_the_runs_that_reach_it(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("at forget value said 0.3") and "1/2" in printed[1]
     assert tables.number(1 - 0.5 * 0.7 / 0.8) in printed[1]
+    scoring.main(["--compare", str(tmp_path / "x-seed0"), str(tmp_path / "x-seed1"), "--at", "0.35", "--by", "D"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("at forget quality D 0.35") and "1/2" in printed[1] and "0.750" in printed[1]
 
 
 def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
@@ -363,6 +366,7 @@ def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         scoring.main(["--compare", str(tmp_path / "x-seed0"), "--at", "worst"])
     assert "--at worst is neither a number" in capsys.readouterr().err
+    assert tables.at_best([{"epoch": 0, "forget_quality": 1e-9}, {"epoch": 1}])["epoch"] == 0  # the target's own
 
 
 @pytest.mark.slow

@@ -68,9 +68,9 @@ def test_what_is_too_short_has_no_repetition():
 
 def test_repetition_rate_says_what_it_left_out():
     got = repetition_rate([[7] * 5, [1, 2, 3, 4], [1, 2], [], []])
-    assert got == Repetition(rate=pytest.approx(0.25), short=pytest.approx(3 / 5), empty=pytest.approx(2 / 5))
-    assert repetition_rate([[], [1]]) == (None, 1, 0.5)
-    assert repetition_rate([[1, 2], [1, 1]], n=1) == (0.25, 0, 0)
+    assert got == Repetition(rate=pytest.approx(0.25), empty=pytest.approx(2 / 5))
+    assert repetition_rate([[], [1]]) == (None, 0.5)
+    assert repetition_rate([[1, 2], [1, 1]], n=1) == (0.25, 0)
 
 
 def test_repetition_refuses_strings_and_nothing():
