@@ -2,7 +2,7 @@
 
     FLAGS = [
         #    name      kind      small   public   what it is
-        Flag("--lr",   POSITIVE, 1.2e-2, 1e-4,    "peak learning rate of the expert"),
+        Flag("--lr",   POSITIVE, 3e-3,   1e-4,    "peak learning rate of the expert"),
     ]
 
 A flag that the chosen method, data or model does not read is not there, so giving it is an error, not a no-op.

@@ -1,4 +1,6 @@
-"""What DeepSeek-V2 has beyond model.py: multi-head latent attention and YaRN. No other model needs this file.
+"""What DeepSeek-V2 has beyond model.py: multi-head latent attention and YaRN.
+
+Of other models only those with YaRN need this file.
 
 Keys and values of all heads are made of one narrow latent per token, and the cache holds that latent alone: 576 numbers
 per token and layer in DeepSeek-V2-Lite, where keys and values of its 16 heads would be 5,120.

@@ -26,12 +26,12 @@ from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
 from files import MARK, alone, check_ours, digest_of, publish, write_json
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
-from hub.checkpoint import read_json
 from interfaces import TextCodec
 from loop import minimise
 from model import GPT, Config, Trace
 from moe import load_balancing_loss, topic_information
 from pretrained import load, save
+from schema import read_json
 
 SMALL = [  # the small models
     #     name                 kind                            default            what it is

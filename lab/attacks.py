@@ -118,7 +118,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def quantised(model, bits: int):
-    """A copy whose every matrix inside a block is rounded; embeddings, norms, routers' inputs and the head are not."""
+    """A copy whose every matrix inside a block is rounded, routers too; embeddings, norms and the head are not."""
     model = copy.deepcopy(model)
     for name, p in model.named_parameters():
         if "blocks." in name and p.dim() >= 2:

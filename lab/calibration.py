@@ -35,6 +35,7 @@ from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
+from files import write_json
 from flags import Flag, Parser
 from interfaces import LanguageModel
 from lab.trial import write_page
@@ -114,8 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,
            "strangers": loop.strangers_belief(target, known)._asdict(),
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
-    file.with_suffix(".tmp").write_text(json.dumps(out))
-    file.with_suffix(".tmp").replace(file)
+    write_json(file, out)
     return out
 
 

@@ -56,8 +56,6 @@ def with_repair(unlearn: Callable[..., Unlearned]) -> Callable[..., Unlearned]:
     """The same method, its routers repaired at the end."""
     def repaired(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
         model, kept, report = unlearn(target, forget, retain, args, fit)
-        for layer in model.config.moe_layers:
-            own(kept["model"].moe(layer).router)
         repair_routers(target, kept["model"], retain.in_order())
         return model, kept, report
 

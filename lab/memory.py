@@ -86,7 +86,7 @@ def need(config: Config, args: argparse.Namespace, text: Text) -> Need:
     one_pass += rows * text.answer * config.vocab_size * (2 * size + 8 + (4 if size == 2 else 0))
     one_pass = max(one_pass, (args.micro_batch or 64) * text.tokens * size * looked)  # or looking at rows, 64 at once
     stems = text.total * config.d_model * size
-    kept = stems if args.method in ("uoe", "esft") and stems <= 2 * KEPT_BYTES else 0
+    kept = stems if frozen and stems <= 2 * KEPT_BYTES else 0
     return Need(weights, states + beside, max(one_pass, after), kept)  # once training has ended no pass takes memory
 
 
@@ -104,7 +104,7 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         lowest = 0 if method == "esft" or args.layer in ("all", "top") else known.get(args.layer, args.layer)
         lowest = lowest[0] if isinstance(lowest, tuple) else lowest
         return trained, trained * size, 0, config.n_layer - lowest
-    if method == "full" or method == "finetune":
+    if method in ("full", "finetune"):
         every = count_parameters(model)
         return every, 0 if method == "finetune" or args.target_on_cpu else every * size, 0, config.n_layer
     low_rank = (args.lora_rank, args.lora_alpha)
@@ -258,7 +258,8 @@ HEAD = """# Memory
 Printed by `python -m lab.memory`, by the arithmetic that a run prints before it loads anything; `tests/test_memory.py`
 holds it against measured small models. GB (10^9 bytes) that unlearning TOFU's rows needs, bf16, defaults of public
 models: 32 rows to forget and 32 to keep a step. Flags where the defaults do not fit: the quickest of those tried. *no*:
-what it would need with all of them. Scoring is not counted. No number here was measured on a card.
+what it would need with all of them. Scoring is not counted. No number here was measured on a card;
+measured ones: [gpu.md](gpu.md), [tofu.md](tofu.md).
 """
 
 

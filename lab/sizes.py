@@ -1,6 +1,6 @@
 """Does the work grow with the rows? Own files of so many rows: seconds of each part, of a step, and peak memory.
 
-    python -m lab.sizes 10000 1000000          # results/sizes.md; each size in a process of its own
+    python -m lab.sizes 10000 100000 1000000   # results/sizes.md; each size in a process of its own
 """
 
 import json

@@ -1,5 +1,6 @@
 """lab/lm_eval_adapter.py: the LM evaluation harness on a local task, against our multiple choice and its own class for
-`transformers` models. Needs `pip install lm_eval`, which no requirements file asks for."""
+`transformers` models. Needs `pip install lm_eval`, which no requirements file asks for: CI runs the first
+test alone."""
 
 import json
 import os
@@ -53,10 +54,9 @@ def test_without_the_harness_one_line_says_so(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def harness(tmp_path_factory):
-    """Skips without the harness; keeps its data sets' cache out of the home folder, and the network shut."""
+def harness():
+    """Keeps the network shut."""
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-    yield
 
 
 needed = pytest.mark.skipif(adapter.lm_eval is None, reason="needs the LM evaluation harness: pip install lm_eval")
