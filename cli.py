@@ -6,6 +6,7 @@ What was chosen comes first (method, losses, data, model), then every file that 
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -98,6 +99,7 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
             yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, public, "lambda")]
 
 
+@functools.cache
 def all_readers() -> dict[str, list[Flag]]:
     """Every reader there is, whatever is chosen: to say where a flag belongs that the chosen ones do not read."""
     losses = [(forget, "none") for forget in FORGET] + [("npo", retain) for retain in RETAIN]

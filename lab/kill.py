@@ -43,7 +43,8 @@ MOE = "--experts 4 --top-k 2".split()
 COMMANDS = {
     "uoe": ["--method", "uoe", "--data", "world", "--until", "never", *MOE, *TINY],
     "uld": ["--method", "uld", *TINY],
-    "full": ["--method", "full", "--data", "world", "--until", "never", "--score-every-epoch", *MOE, *TINY],
+    "full": ["--method", "full", "--data", "world", "--until", "never", "--score-every-epoch", *MOE, *TINY,
+             "--epochs", "3"],
     "finetune": ["--method", "finetune", "--data", "world", "--subjects", "2", "--score-rows", "2", "--epochs", "6",
                  "--batch-size", "8", "--save-every", str(EVERY), "--dtype", "float32", "--context", "64",
                  "--device", "cpu", "--name", "run"],

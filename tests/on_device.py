@@ -6,6 +6,7 @@ that a GPU asks of every operation: do all of your tensors lie here?
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,12 +149,18 @@ def test_a_target_that_waits_on_the_cpu_is_asked_there(tmp_path, card):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Shared, so that each architecture is pretrained once."""
+    return tmp_path_factory.mktemp("out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["uoe", "uld", *BASELINES])
-def test_every_method_trains_scores_and_decodes_there(tmp_path, card, method):
-    train.main([*tiny("--method", method), *WORLD, "--out", str(tmp_path), "--name", "run", "--device", "card"])
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+def test_every_method_trains_scores_and_decodes_there(out, card, method):
+    train.main([*tiny("--method", method), *WORLD, "--out", str(out), "--name", method, "--device", "card"])
+    metrics = json.loads((out / method / "metrics.json").read_text())
     assert set(metrics) == {"target", "reference", "unlearned", "run"}
     if method in ("uoe", "uld"):
         pushes = ["relearn", "int8", *(["experts"] if method == "uoe" else [])]
-        scoring.main([str(tmp_path / "run"), "--attack", *pushes, "--device", "card"])
+        scoring.main([str(out / method), "--attack", *pushes, "--device", "card"])

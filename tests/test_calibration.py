@@ -50,6 +50,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys):
 
 @pytest.mark.slow
 def test_a_tiny_comparison_is_whole_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "ALPHAS", [0.0, 1.0, 2.0])
     words = ["--out", str(tmp_path), "--seeds", "0", "--page", str(tmp_path / "page.md"), *SHAPE]
     calibration.main(words)
     page = (tmp_path / "page.md").read_text()

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.batches import IGNORE, encode_row
 from errors import UserError
 from hub import sandbox
 from hub.tokenizer import TEMPLATES, HubTokenizer
@@ -148,7 +149,9 @@ def test_plain_is_the_running_text(tmp_path, backend):
 
 def test_labels_do_not_depend_on_the_question(tmp_path):
     tok = HubTokenizer.load(write(tmp_path, byte_level(), bos_token="<s>", eos_token="</s>"))
-    assert tok.completion("\n\nodd") == tok.completion("\n\nodd")
+    for question in ("Who?", "Why\n\n"):
+        labels = encode_row({"question": question, "answer": "\n\nodd"}, tok, 99).labels
+        assert [label for label in labels if label != IGNORE] == tok.completion("\n\nodd")
     for template in ("plain", "smollm2", "llama3", "llama2"):
         tok = HubTokenizer.load(tmp_path, template=template)
         assert tok.decode(tok.completion("\nodd start")).strip() == "odd start"

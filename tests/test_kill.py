@@ -58,7 +58,8 @@ def test_verify_says_what_does_not_hold(copies, capsys):
     with pytest.raises(SystemExit) as stop:
         scoring.main(["--verify", str(run)])
     out, error = capsys.readouterr()
-    assert stop.value.code == 2 and "claims of" in error.splitlines()[-1]
+    assert stop.value.code == 2
+    assert f"{len(out.splitlines())} claims of {run} do not hold" in error.splitlines()[-1]
     assert "unlearned forget exact: 0.125 is claimed" in out and "run steps: " in out
     assert "model weights: not what the run was made of" in out
 

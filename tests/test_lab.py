@@ -276,14 +276,20 @@ def test_a_difference_of_logits_can_be_distilled_into_one_model(tmp_path, capsys
 
 # ---- by name ----------------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Shared, so that each architecture is pretrained once."""
+    return tmp_path_factory.mktemp("out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row, method", [("uoe-trace", "uoe"), ("uoe-grip", "uoe"), ("full-grip-train", "full"),
                                          ("uld-uniform-all", "uld"), ("uld-no-perturbed", "uld"),
                                          ("uoe-random", "uoe"), ("lora-attn", "lora")])
-def test_a_row_is_a_run_like_any_other(row, method, tmp_path):
-    ablate([row, *tiny("--method", method)[: -2], *WORLD, "--out", str(tmp_path)])
-    run = open_run(tmp_path / row)
-    assert run.config["method"] == method and not run.config["diverged"] and Path(tmp_path / row / "figures").is_dir()
+def test_a_row_is_a_run_like_any_other(row, method, out):
+    ablate([row, *tiny("--method", method)[: -2], *WORLD, "--out", str(out)])
+    run = open_run(out / row)
+    assert run.config["method"] == method and not run.config["diverged"] and (out / row / "figures").is_dir()
 
 
 def test_a_row_that_is_not_there_is_one_line_and_exit_2(capsys):

@@ -69,8 +69,9 @@ def words_of(name: str, public: dict[str, Path], epochs: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_come_to_the_losses_and_weights_of_one(name, public, tmp_path):
+    started = start(2, *words_of(name, public, 2), out=tmp_path / "2")
     train.main([*words_of(name, public, 2), "--out", str(tmp_path / "1"), "--device", "cpu"])
-    finish(start(2, *words_of(name, public, 2), out=tmp_path / "2"))
+    finish(started)
     one, two = (tmp_path / str(processes) / "r" for processes in (1, 2))
     assert len(losses(one)) >= 6
     for a, b in zip(losses(one), losses(two), strict=True):

@@ -7,7 +7,6 @@ from data.batches import encode_row
 from data.rows import DataSet
 from lab import probes
 from model import Config, Trace
-from moe import MoE
 from tests.conftest import random_model, random_moe
 
 ROWS = [{"question": "Who was it?", "answer": "It was Ana."}, {"question": "Where?", "answer": "In Orsk, they say."},
@@ -85,7 +84,6 @@ def test_forced_routing_uses_the_targets_experts_and_the_models_own_weights(mode
                 gate, up = (gate_up[e] @ x[b, t]).chunk(2)
                 expected[b, t] += probs[b, t, e] * (down[e] @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(y, expected)
-    assert isinstance(moe, MoE)
 
 
 @torch.no_grad()

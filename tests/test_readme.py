@@ -42,10 +42,6 @@ def test_each_equation_points_at_the_statement_that_carries_its_marker():
         assert statement.endswith(f"  # {name}") and not statement.lstrip().startswith(("#", "def ", "class "))
 
 
-def test_the_tables_made_from_the_code_are_up_to_date():
-    assert fill.fill(README, {}) == README
-
-
 def commands() -> list[str]:
     """Every train.py line that a page prints, without what stands behind it."""
     out = []
@@ -84,8 +80,6 @@ def test_the_loss_page_runs_as_printed(tokenizer, monkeypatch):
 
 def test_the_method_page_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     """The method that it adds changes the last block's MLP and nothing else."""
-    import argparse
-
     import loop
     from data.batches import Rows
     from flags import defaults
@@ -99,7 +93,6 @@ def test_the_method_page_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     target = GPT(Config(vocab_size=tokenizer.vocab_size, n_layer=2, d_model=32, d_ff=32, max_len=64)).eval()
     args = defaults(method.flags, loop.FLAGS, objectives.NPO.FLAGS, method="last-block", forget_loss="npo",
                     retain_loss="gd", retain_weight=1.0, seed=0)
-    assert isinstance(args, argparse.Namespace)
     args.epochs, args.lr = 1, 0.1
     rows = [{"question": f"Who is {name}?", "answer": f"{name} is nobody."} for name in ("Ana", "Bo", "Cy")]
     sets = [Rows(rows, tokenizer, 64, 2, seed, "cpu") for seed in (0, 1)]

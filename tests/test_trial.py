@@ -98,6 +98,7 @@ def test_bad_input_is_one_line_and_exit_2(capsys):
 
 @pytest.mark.slow
 def test_a_tiny_trial_is_whole_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trial, "SCORED_FACTS", 4)
     words = ["--out", str(tmp_path), "--models", "2", "--subjects", "2", "--depth", "1", "--width", "32", "--steps",
              "20", "--page", str(tmp_path / "page.md")]
     trial.main(words)
