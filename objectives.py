@@ -191,21 +191,32 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     return -(2 / beta) * F.logsigmoid(-beta * ratio).sum() / max(len(ratio), 1)  # NPO (3)
 
 
+def strangers_log_prob(model: GPT, known: Rows, draws: int = 5) -> float:
+    """log of the mean probability of a value, labelled in `known` rows, when they are asked about strangers instead."""
+    each = [known.as_strangers(draw).each(model, row_log_prob).exp().mean() for draw in range(draws)]
+    return math.log(sum(float(p) for p in each) / draws)
+
+
 class NPO(Loss):
     """A bounded GA. NPO sums over an answer's tokens and GD averages, so GD needs a weight to be heard.
 
     beta: UOE's paper has 0.001, TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats less
     likely than it was, where a small beta pushes on.
+    --until strangers: a fact that has become as unlikely as strangers' are is let go. Training ends with the slowest
+    facts; those that went first would have sunk far below what a model thinks of facts that it never knew.
     """
 
     OVER = "rows"
     FLAGS: tuple[Flag, ...] = (Flag("--npo-beta", POSITIVE, 1.0, 0.1, "how soon a row that got less likely is let go"),)
 
     def __init__(self, model, rows, args):
-        self.before, self.beta = rows.each(model, row_log_prob), args.npo_beta
+        self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
+        if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
+            self.enough = strangers_log_prob(model, rows.calibrating())
 
     def __call__(self, model, logits, trace, batch):
-        return npo(row_log_prob(logits, batch.labels), self.before[batch.index], self.beta)
+        log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)
+        return npo(log_prob, self.before[batch.index], self.beta)
 
 
 def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:

@@ -17,7 +17,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     The forget loss is on the tokens of the fact, where a row has a value (--forget-on answer: the paper's way); rows
     about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts have become as
     unlikely as strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
-    eval.py --compare --at best; lab/calibration.py compares them).
+    eval.py --compare --at best; lab/calibration.py compares them), and NPO lets go of those that are (row uoe-sink).
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most

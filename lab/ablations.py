@@ -43,6 +43,11 @@ def at_random(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
     return uoe.choose_experts(torch.rand(shape, generator=drawn) + 0 * affinity, args)  # NaN stays: no expert there
 
 
+def pushing_on(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit):
+    """UOE whose NPO goes on pushing facts that are as unlikely as strangers'; where training ends was told to `fit`."""
+    return uoe.unlearn(target, forget, retain, argparse.Namespace(**vars(args) | {"until": "never"}), fit)
+
+
 # ---- ULD's rows and losses ----------------------------------------------------------------------------------------
 
 def uniform_on_all(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit):
@@ -57,6 +62,7 @@ def uniform_on_all(target: GPT, forget: Rows, retain: Rows, args: argparse.Names
 UOE, ULD = uoe.METHOD, uld.METHOD
 ROWS: dict[str, tuple[str, Method]] = {  # name -> (the method it is a variant of, that variant)
     "uoe-random": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=at_random))),
+    "uoe-sink": ("uoe", UOE._replace(unlearn=pushing_on)),
     "uoe-bottom": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=lowest))),
     "uoe-rank8": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, choose=partial(uoe.choose_experts, rank=8)))),
     "uoe-masked": ("uoe", UOE._replace(unlearn=partial(uoe.unlearn, masked=True))),

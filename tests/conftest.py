@@ -125,9 +125,9 @@ class Bench:
         return make(seed, vocab_size=self.tokenizer.vocab_size, max_len=128, std=0.15, **config)
 
     def args(self, method: str, **others) -> argparse.Namespace:
-        """What --method has by default, for a small model, one epoch."""
+        """What --method has by default, for a small model, one epoch, ended by nothing else."""
         told = dict(method=method, seed=0, model=None, epochs=1, forget_on="value", forget_loss="npo", retain_loss="gd",
-                    retain_weight=1.0) | others
+                    retain_weight=1.0, until="never") | others
         losses = [loss.FLAGS for loss in (*FORGET.values(), *RETAIN.values())]
         return defaults(*losses, loop.FLAGS, train.METHODS[method].flags, **told)
 

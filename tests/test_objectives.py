@@ -299,6 +299,29 @@ def test_npo_remembers_each_rows_log_probability(bench):
     assert_close(value, objectives.npo(log_probs(after, batch), log_probs(before, batch), 0.05), rtol=1e-4, atol=1e-3)
 
 
+def test_npo_lets_go_of_facts_that_are_as_unlikely_as_strangers(wordy_bench):
+    """Rows below the level have no gradient, rows above it NPO's own; a level per model, by hand over five draws."""
+    bench, target, model = wordy_bench, wordy_bench.model("dense", 0), wordy_bench.model("dense", 1)
+    rows = bench.rows(bench.world.forget, encode=encode_fact)
+    rows.calibration = bench.rows(bench.world.calibration, encode=encode_fact)
+    draws = [rows.calibration.as_strangers(draw).each(target, objectives.row_log_prob).exp() for draw in range(5)]
+    args = bench.args("full", until="strangers", npo_beta=0.5)
+    loss, batch = objectives.NPO(target, rows, args), rows.batch(0)
+    assert loss.enough == pytest.approx(torch.cat(draws).mean().log().item(), rel=1e-5)
+    logits = rows.run(model, batch).detach()
+    sunk = objectives.row_log_prob(logits, batch.labels)
+    loss.enough = float(sunk.median())  # so that of three rows one lies below
+    logits.requires_grad_()
+    value = loss(model, logits, Trace(), batch)
+    value.backward()
+    before = loss.before[batch.index]
+    assert_close(value, objectives.npo(sunk.clamp_min(loss.enough), before, 0.5))
+    slopes = logits.grad.norm(dim=-1)  # one labelled token a row
+    assert slopes[sunk.argmin()] == 0 and slopes[sunk.argmax()] > 0
+    for told in (dict(until="never"), dict(until=0.1), dict(until="strangers", forget_on="answer")):
+        assert objectives.NPO(target, rows, bench.args("full", **told)).enough == -math.inf
+
+
 def test_simnpo_divides_by_the_answers_lengths(bench):
     _, _, value, batch, _, after = asked(bench, objectives.FORGET, "simnpo", simnpo_beta=2.0, simnpo_gamma=0.5)
     lengths = torch.tensor([sum(label >= 0 for label in row) for row in batch.labels.tolist()])
