@@ -93,7 +93,7 @@ def test_the_method_page_runs_as_printed(tokenizer, tmp_path, monkeypatch):
     target = GPT(Config(vocab_size=tokenizer.vocab_size, n_layer=2, d_model=32, d_ff=32, max_len=64)).eval()
     args = defaults(method.flags, loop.FLAGS, objectives.NPO.FLAGS, method="last-block", forget_loss="npo",
                     retain_loss="gd", retain_weight=1.0, seed=0)
-    args.epochs, args.lr = 1, 0.1
+    args.epochs, args.lr, args.until = 1, 0.1, "never"  # there are no strangers here
     rows = [{"question": f"Who is {name}?", "answer": f"{name} is nobody."} for name in ("Ana", "Bo", "Cy")]
     sets = [Rows(rows, tokenizer, 64, 2, seed, "cpu") for seed in (0, 1)]
     model, kept, report = method.unlearn(target, *sets, args, loop.fitting(args, sets[0], tmp_path))
