@@ -59,7 +59,8 @@ def test_verify_says_what_does_not_hold(copies, capsys):
         scoring.main(["--verify", str(run)])
     out, error = capsys.readouterr()
     assert stop.value.code == 2
-    assert f"{len(out.splitlines())} claims of {run} do not hold" in error.splitlines()[-1]
+    wrong = [line for line in out.splitlines() if not line.startswith("computed anew with other")]  # threads, say
+    assert f"{len(wrong)} claims of {run} do not hold" in error.splitlines()[-1]
     assert "unlearned forget exact: 0.125 is claimed" in out and "run steps: " in out
     assert "model weights: not what the run was made of" in out
 
