@@ -90,9 +90,9 @@ class MoE(nn.Module):
         Three ways, the same values up to rounding. One grouped product per projection where it can be: it wants rows of
         whole 16 bytes.
         Milliseconds forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped / loop / transformers 5.24):
-            D 128,  F 64,   16 experts, top 4, float32,   800 tokens    10.6 /   11.7 /   11.6
-            D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     575 /    622 /    573
-            D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1314 /   1781 /   1325
+            D 128,  F 64,   16 experts, top 4, float32,   800 tokens     9.0 /   10.5 /   12.3
+            D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     523 /    607 /    539
+            D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1326 /   2625 /   1271
         Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it. A
         GPU would have to wait for their number, so there `beside` runs them on all tokens.
         """
