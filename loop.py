@@ -15,13 +15,13 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+from belief import belief, strangers_belief
 from data.batches import Rows, encode_whole, greedy_answers
 from data.rows import NO_LIMITS, DataSet, Limits, Row
 from data.values import encode_fact, encode_value
@@ -30,7 +30,6 @@ from files import whole, write
 from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, TextCodec
 from model import GPT
-from objectives import all_right, row_log_prob
 from schema import ANY_NUMBER, misfit, parse_json_lines
 
 Terms = dict[str, Tensor]  # by name; "loss" is the one that is minimised
@@ -231,36 +230,6 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
             pairs += [(of["exp_avg"], order[i]), (of["exp_avg_sq"], order[i]), (of["step"], torch.zeros(()))]
     return all(isinstance(found, Tensor) and found.shape == w.shape and found.dtype == w.dtype
                and bool(torch.isfinite(found).all()) for found, w in pairs)
-
-
-class Belief(NamedTuple):
-    """What a model makes of facts whose sentences it is given up to the value."""
-
-    p: float  # mean probability of the value
-    hit: float  # share whose value is the likeliest continuation
-    warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
-    cool: float  # the same at temperature 0.5
-
-    def at_most(self, other: "Belief") -> bool:
-        """By mean probability and likeliest value, which is what --until asks; ULD's alpha asks all four."""
-        return self.p <= other.p and self.hit <= other.hit
-
-
-def belief(model: LanguageModel, rows: Rows) -> Belief:
-    """Of rows whose labels are on the value (data/values.py, encode_fact)."""
-    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 4)
-        p, cool = row_log_prob(logits, labels).exp(), row_log_prob(2 * logits.float(), labels).exp()
-        return torch.stack([p, all_right(logits, labels), 1 - (1 - p) ** 8, 1 - (1 - cool) ** 8], dim=1)
-
-    return Belief(*rows.each(model, of_batch).mean(0).tolist())
-
-
-def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
-    """The target's belief when the same questions are asked about strangers: what not knowing looks like."""
-    each = [belief(target, known.as_strangers(draw)) for draw in range(draws)]
-    level = Belief(*(sum(values) / draws for values in zip(*each, strict=True)))
-    print(f"facts about strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
-    return level
 
 
 def until_strangers(target: GPT, known: Rows) -> AfterEpoch:

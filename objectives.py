@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from belief import row_log_prob, strangers_belief, token_log_probs
 from data.batches import IGNORE
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
@@ -30,34 +31,6 @@ from model import GPT, Trace
 
 if TYPE_CHECKING:
     from data.batches import Batch, Rows
-
-
-def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) of answer positions and their labels (N,), from logits of all positions or of these alone."""
-    kept = labels != IGNORE
-    return logits[kept] if logits.dim() > 2 else logits, labels[kept]
-
-
-def in_place(values: Tensor, labels: Tensor) -> Tensor:
-    """Values (N,) of answer positions where they belong, (B, T); 0 elsewhere."""
-    return values.new_zeros(labels.shape).masked_scatter(labels != IGNORE, values)
-
-
-def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) at each position in float32, (B, T); 0 where the label is IGNORE. logits: (B, T, V) or (N, V)."""
-    scored, answers = at_answers(logits, labels)
-    return in_place(scored.float().log_softmax(-1).gather(-1, answers[:, None])[:, 0], labels)
-
-
-def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p(answer | prompt) of each row: the *sum* over its answer tokens, (B,). logits: (B, T, V) or (N, V)."""
-    return token_log_probs(logits, labels).sum(-1)
-
-
-def all_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 where every labelled token is the argmax, else 0, of each row: (B,). logits: (B, T, V) or (N, V)."""
-    scored, answers = at_answers(logits, labels)
-    return (in_place((scored.argmax(-1) != answers).float(), labels).sum(-1) == 0).float()
 
 
 def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
@@ -191,12 +164,6 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     return -(2 / beta) * F.logsigmoid(-beta * ratio).sum() / max(len(ratio), 1)  # NPO (3)
 
 
-def strangers_log_prob(model: GPT, known: Rows, draws: int = 5) -> float:
-    """log of the mean probability of a value, labelled in `known` rows, when they are asked about strangers instead."""
-    each = [known.as_strangers(draw).each(model, row_log_prob).exp().mean() for draw in range(draws)]
-    return math.log(sum(float(p) for p in each) / draws)
-
-
 class NPO(Loss):
     """A bounded GA. NPO sums over an answer's tokens and GD averages, so GD needs a weight to be heard.
 
@@ -212,7 +179,7 @@ class NPO(Loss):
     def __init__(self, model, rows, args):
         self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
         if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
-            self.enough = strangers_log_prob(model, rows.calibrating())
+            self.enough = math.log(strangers_belief(model, rows.calibrating()).p)
 
     def __call__(self, model, logits, trace, batch):
         log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)

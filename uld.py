@@ -47,16 +47,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo
+from belief import Belief, belief, row_log_prob, strangers_belief
 from data.batches import Rows, answer_length
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
-from loop import Belief, Fit, belief, strangers_belief
+from loop import Fit
 from model import GPT, Cache, Config, Parts, behind, generate, of_state, same_memory
 from moe import MoE
-from objectives import cross_entropy_to, labelled, row_log_prob, uniform, uniform_beside
+from objectives import cross_entropy_to, labelled, uniform, uniform_beside
 
 LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     #     name                kind       small  public  what it is
@@ -427,7 +428,7 @@ class LogitDifference(SeveralModels):
 def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than strangers' are by the target.
 
-    By all four numbers of loop.Belief, not by the mean alone: the difference gives all forgotten facts about the same
+    By all four numbers of belief.Belief, not by the mean alone: the difference gives all forgotten facts about the same
     small probability, the target gives a few of strangers' much and most of them hardly any. Of two equal means the
     first is said by more samples.
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import loop
+from belief import row_log_prob
 from cli import parse
 from data.batches import Batch, Example, collate, encode_row, encode_rows, left_pad
 from data.rows import Row
@@ -41,7 +42,7 @@ from methods import METHODS as ALL
 from metrics.likelihood import likelihoods
 from model import GPT, Config, count_parameters
 from moe import MoE
-from objectives import cross_entropy, row_log_prob
+from objectives import cross_entropy
 from pretrain import small_config
 from pretrained import load, save
 from runs import data_of, weights_of

@@ -31,6 +31,7 @@ import torch
 import cli
 import loop
 import pretrain
+from belief import Belief, belief, strangers_belief
 from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-Look = dict[str, float]  # at: epoch or alpha; p, hit: loop.Belief's; value_said, in_frame; quality, D
+Look = dict[str, float]  # at: epoch or alpha; p, hit: belief.Belief's; value_said, in_frame; quality, D
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ class Looker:
         with contextlib.suppress(ValueError):  # a NaN among truth ratios: as far away as can be
             quality, D, _ = forget_quality(scores.fact_ratios(), self.reference.fact_ratios())
         said = {key: float(scores.known[key] or 0.0) for key in ("value_said", "in_frame")}
-        return {"at": at, **loop.belief(model, self.known)._asdict(), **said, "quality": quality, "D": D}
+        return {"at": at, **belief(model, self.known)._asdict(), **said, "quality": quality, "D": D}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for model.alpha in sorted({*ALPHAS, FIXED["uld"], chosen}):
             looks.append(looker.look(model, model.alpha))
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,
-           "strangers": loop.strangers_belief(target, known)._asdict(),
+           "strangers": strangers_belief(target, known)._asdict(),
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)
     return out
@@ -121,14 +122,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 # ---- where each rule ends ---------------------------------------------------------------------------------------
 
+def as_belief(look: Look) -> Belief:
+    return Belief(*(look.get(name, 0.0) for name in Belief._fields))  # those kept by earlier commits have two of four
+
+
 def end_of(rule: str, kept: dict[str, Any]) -> Look:
     """The look at which a rule stops; the last one where it never does, as in training."""
     looks = kept["looks"]
     if rule == "best test":
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
-        level = kept["strangers"]
-        enough = [look for look in looks if look["p"] <= level["p"] and look["hit"] <= level["hit"]]
+        level = as_belief(kept["strangers"])
+        enough = [look for look in looks if as_belief(look).at_most(level)]
         return [*enough, looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from belief import all_right, row_log_prob, token_log_probs
 from data.batches import IGNORE, Batch, Example, Rows, encode_row, encode_rows, in_order, rows_that_fit
 from data.rows import DataSet, Row
 from data.values import by_fact, encode_fact, encode_value, shared, values_of
@@ -19,7 +20,6 @@ from errors import UserError
 from metrics import choice, fluency, memorization, privacy
 from metrics.knowledge import at_alpha, depth, equal_retention, interpolate
 from model import GPT, Trace
-from objectives import all_right, row_log_prob, token_log_probs
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from baselines import Unlearned
+from belief import in_place, token_log_probs
 from data.batches import IGNORE, Batch, Rows
 from loop import Fit
 from model import GPT, Trace
-from objectives import RETAIN, Loss, in_place, token_log_probs
+from objectives import RETAIN, Loss
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from belief import row_log_prob
 from data.batches import IGNORE, Example, answers, encode_row, in_order, rows_that_fit
 from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
@@ -40,7 +41,6 @@ from metrics.likelihood import likelihoods
 from metrics.memorization import extraction_strength, right_tokens
 from metrics.tofu import forget_quality, mean
 from model import GPT, Trace, whole
-from objectives import row_log_prob
 
 Values = Sequence[str | None]
 TEMPERATURES = (0.0, 0.25, 0.5, 1.0)

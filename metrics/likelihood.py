@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from belief import all_right, row_log_prob, token_log_probs
 from data.batches import IGNORE, Example, answer_length, in_order, left_pad, rows_that_fit
 from interfaces import LanguageModel
-from objectives import all_right, row_log_prob, token_log_probs
 
 Prompt = tuple[int, ...]
 Found = Iterator[tuple[Tensor, Tensor, Tensor]]  # (R,) each: places among the examples, log p, 1 where said

@@ -31,8 +31,8 @@ import torch
 from rouge_score import rouge_scorer
 from torch import Tensor
 
+from belief import at_answers, in_place
 from data.batches import IGNORE
-from objectives import at_answers, in_place
 
 
 class RougeL(NamedTuple):

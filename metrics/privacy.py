@@ -35,9 +35,9 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from belief import at_answers, in_place
 from data.batches import IGNORE
 from metrics.memorization import answer_lengths
-from objectives import at_answers, in_place
 
 # ---- attacks ----------------------------------------------------------------------------------------------------
 

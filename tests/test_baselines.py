@@ -9,10 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from baselines import METHODS, LogitOffset, experts_reaching
+from belief import row_log_prob
 from errors import UserError
 from model import GPT
 from moe import MoE
-from objectives import cross_entropy, row_log_prob
+from objectives import cross_entropy
 from uld import add_lora, first_layers
 from uoe import expert_attribution
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from belief import row_log_prob
 from data.batches import IGNORE
 from metrics.fluency import Repetition, perplexity, repetition, repetition_rate
-from objectives import cross_entropy, row_log_prob
+from objectives import cross_entropy
 
 # ---- perplexity -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from conftest import WORLD, tiny
 
 import train
+from belief import token_log_probs
 from data.batches import IGNORE, Example, in_order
 from errors import UserError
 from lab import distill
@@ -19,7 +20,7 @@ from lab.queue import cut_off, read_lines
 from lab.trace import WEIGHTED, Weighted, balanced_weights, weighted_mean, with_trace
 from methods import open_run
 from model import Trace
-from objectives import RETAIN, cross_entropy, kl, token_log_probs
+from objectives import RETAIN, cross_entropy, kl
 from uld import LogitDifference, first_layers
 from uoe import unlearn as uoe_unlearn
 

@@ -11,9 +11,9 @@ from test_uoe import DENSE_BELOW
 from torch.testing import assert_close
 
 from baselines import LogitOffset
+from belief import all_right, row_log_prob
 from data.batches import IGNORE, Example, collate
 from metrics.likelihood import likelihoods, prompt_of
-from objectives import all_right, row_log_prob
 from uld import LogitDifference
 
 

@@ -11,23 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from belief import Belief, belief, row_log_prob, strangers_belief
 from data.values import encode_fact
 from errors import Stopped, UserError
 from lab import fuzz
-from loop import (
-    Belief,
-    Weights,
-    belief,
-    fitting,
-    learning_rate,
-    minimise,
-    stop_at,
-    strangers_belief,
-    until,
-    until_strangers,
-)
+from loop import Weights, fitting, learning_rate, minimise, stop_at, until, until_strangers
 from model import Trace
-from objectives import cross_entropy, row_log_prob
+from objectives import cross_entropy
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -309,6 +299,15 @@ def test_the_belief_of_strangers_is_the_targets_on_the_same_rows_about_nobody(kn
     assert level.p == pytest.approx(sum(part.p for part in parts) / 5, rel=1e-5) and len(set(parts)) == 5
     assert level.hit == pytest.approx(sum(part.hit for part in parts) / 5, rel=1e-5)
     assert level.p < 0.5 * known.p and level.hit < known.hit  # it knows what it learnt
+
+
+def test_one_target_is_asked_about_strangers_once_and_another_anew(knowing, wordy_bench, monkeypatch):
+    rows, other = wordy_bench.forget.calibration, wordy_bench.model("dense", 1)
+    first = strangers_belief(knowing, rows)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(rows), "as_strangers", None)  # cannot be asked
+        assert strangers_belief(knowing, rows) is first
+    assert strangers_belief(other, rows) != first == strangers_belief(knowing, rows)
 
 
 def test_rows_without_calibration_say_so(wordy_bench):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import belief
 import objectives
 from data.batches import IGNORE, encode_whole
 from data.values import encode_fact
@@ -480,7 +481,7 @@ def test_the_losses_of_a_batchs_parts_add_up_to_the_whole_ones(wordy_bench, name
 
 def test_logits_of_all_positions_and_of_answers_alone_give_the_same_numbers():
     scored = LOGITS[LABELS != IGNORE]
-    for what in (objectives.token_log_probs, objectives.row_log_prob, objectives.all_right):
+    for what in (belief.token_log_probs, belief.row_log_prob, belief.all_right):
         assert torch.equal(what(scored, LABELS), what(LOGITS, LABELS))
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from belief import token_log_probs
 from data.batches import IGNORE
 from metrics.privacy import (
     auc,
@@ -18,7 +19,6 @@ from metrics.privacy import (
     standardised,
     zlib_score,
 )
-from objectives import token_log_probs
 
 LABELS = torch.tensor([[IGNORE, 1, 1, 1, 1], [IGNORE, IGNORE, 1, 1, IGNORE]])
 LOG_PROBS = torch.tensor([[0.0, -1, -4, -2, -3], [-9, -9, -0.5, -1.5, -9]])  # -9: what must not be read

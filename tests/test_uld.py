@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import uld
+from belief import Belief, row_log_prob, strangers_belief
 from data.batches import IGNORE, answer_length
 from data.rows import DataSet
 from data.values import encode_fact
 from errors import UserError
-from loop import Belief, strangers_belief
 from model import Config, Trace, count_parameters, same_memory
 from moe import MoE
-from objectives import row_log_prob
 from pretrained import load, save
 from uld import (
     LogitDifference,

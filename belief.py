@@ -1,0 +1,83 @@
+"""What a model believes: how likely it finds labelled tokens, facts, and the same facts asked about strangers.
+
+Shapes: B batch   T tokens   V vocabulary   N answer positions of a batch: only these need meet the head
+    logits (B, T, V) or (N, V), any float dtype    labels (B, T) long, IGNORE (-100) where no answer's token is due
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.batches import IGNORE
+from interfaces import LanguageModel
+from model import GPT
+
+if TYPE_CHECKING:
+    from data.batches import Rows
+
+
+def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) of answer positions and their labels (N,), from logits of all positions or of these alone."""
+    kept = labels != IGNORE
+    return logits[kept] if logits.dim() > 2 else logits, labels[kept]
+
+
+def in_place(values: Tensor, labels: Tensor) -> Tensor:
+    """Values (N,) of answer positions where they belong, (B, T); 0 elsewhere."""
+    return values.new_zeros(labels.shape).masked_scatter(labels != IGNORE, values)
+
+
+def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) at each position in float32, (B, T); 0 where the label is IGNORE. logits: (B, T, V) or (N, V)."""
+    scored, answers = at_answers(logits, labels)
+    return in_place(scored.float().log_softmax(-1).gather(-1, answers[:, None])[:, 0], labels)
+
+
+def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p(answer | prompt) of each row: the *sum* over its answer tokens, (B,). logits: (B, T, V) or (N, V)."""
+    return token_log_probs(logits, labels).sum(-1)
+
+
+def all_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 where every labelled token is the argmax, else 0, of each row: (B,). logits: (B, T, V) or (N, V)."""
+    scored, answers = at_answers(logits, labels)
+    return (in_place((scored.argmax(-1) != answers).float(), labels).sum(-1) == 0).float()
+
+
+class Belief(NamedTuple):
+    """What a model makes of facts whose sentences it is given up to the value."""
+
+    p: float  # mean probability of the value
+    hit: float  # share whose value is the likeliest continuation
+    warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
+    cool: float  # the same at temperature 0.5
+
+    def at_most(self, other: Belief) -> bool:
+        """By mean probability and likeliest value, which is what --until asks; ULD's alpha asks all four."""
+        return self.p <= other.p and self.hit <= other.hit
+
+
+def belief(model: LanguageModel, rows: Rows) -> Belief:
+    """Of rows whose labels are on the value (data/values.py, encode_fact)."""
+    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 4)
+        p, cool = row_log_prob(logits, labels).exp(), row_log_prob(2 * logits.float(), labels).exp()
+        return torch.stack([p, all_right(logits, labels), 1 - (1 - p) ** 8, 1 - (1 - cool) ** 8], dim=1)
+
+    return Belief(*(float(column.mean()) for column in rows.each(model, of_batch).T.contiguous()))
+
+
+def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
+    """The target's belief when the same questions are asked about strangers: what not knowing looks like.
+
+    Kept with the rows, for the stopping rule and a loss both ask.
+    """
+    asked, level = known.strangers
+    if asked is not target:
+        each = [belief(target, known.as_strangers(draw)) for draw in range(draws)]
+        level = Belief(*(sum(values) / draws for values in zip(*each, strict=True)))
+        print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
+        known.strangers = target, level
+    return level
