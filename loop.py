@@ -49,7 +49,6 @@ UNTIL = Flag("--until", until, "strangers", "never", "end once forget facts are 
 FLAGS = [  # of everything that trains
     #     name              kind     small   public  what it is
     Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),
-    Flag("--weight-decay",  WEIGHT,  0.01,   0.01,   "of AdamW"),
     Flag("--save-every",    COUNT,   100,    100,    "steps between states that --resume can go on from"),
     Flag("--micro-batch",   NATURAL, 0,      0,      "rows that memory takes at once; the gradients of a batch's parts "
                                                      "are added up. 0: all"),
@@ -308,8 +307,8 @@ def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool =
         model.train()
         with parallel.sharded(model, parameters) as pieces:
             report = minimise(pieces, losses, args.epochs * forget.per_epoch, args.lr, folder,
-                              f"unlearn ({args.method})", args.seed, args.weight_decay, args.save_every, resume, enough,
-                              slow, slow_factor)
+                              f"unlearn ({args.method})", args.seed, save_every=args.save_every, resume=resume,
+                              enough=enough, slow=slow, slow_factor=slow_factor)
         model.eval()
         return report | {"trainable_parameters": size}
 

@@ -230,5 +230,5 @@ def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: D
     """--method finetune: the target or, where args.keeps_only, the reference; returns loop.minimise's report."""
     rows = data.retain + data.background + ([] if args.keeps_only else data.forget)
     learnt = Rows(rows, tokenizer, args.context, args.batch_size, args.seed, args.device, micro=args.micro_batch)
-    return learn(args, model, learnt, folder, "finetune", args.epochs * learnt.per_epoch, args.lr, args.weight_decay,
-                 args.resume)
+    return learn(args, model, learnt, folder, "finetune", args.epochs * learnt.per_epoch, args.lr, weight_decay=0.01,
+                 resume=args.resume)

@@ -667,7 +667,7 @@ def test_beside_the_right_token_the_assistant_learns_nothing(bench):
     terms = {}
 
     def fit(model, parameters, losses):
-        terms[model] = [{name: float(value) for name, value in part.items()} for part in losses(0)]
+        terms[model] = [{name: value.item() for name, value in part.items()} for part in losses(0)]
         return {"steps": 0, "train_seconds": 0.0, "diverged": False, "trainable_parameters": 0}
 
     for fork in ("out", "beside"):
