@@ -72,7 +72,7 @@ def belief(model: LanguageModel, rows: Rows) -> Belief:
 def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
     """The target's belief when the same questions are asked about strangers: what not knowing looks like.
 
-    Kept with the rows, for the stopping rule and a loss both ask.
+    Kept with the rows, because both the stopping rule and NPO ask for it.
     """
     asked, level = known.strangers
     if asked is not target:

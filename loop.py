@@ -96,9 +96,9 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
 
     Logs each step to folder/log.jsonl; every save_every steps, when it is told to stop and at the end keeps
     folder/state.pt, from which `resume` goes on. Whoever has saved the weights may remove it.
-    A step whose loss or gradient is not finite ends the run: the last kept state comes back. So does
-    enough(steps done, seconds trained), asked after each step, with the state as it is. Parameters in `slow` learn
-    at slow_factor * lr.
+    A step whose loss or gradient is not finite ends the run: the last kept state comes back.
+    enough(steps done, seconds trained), asked after each step, ends it too, with the weights as they are. Parameters in
+    `slow` learn at slow_factor * lr.
     Returns {"steps", "train_seconds", "diverged"}, and where it went on "resumed_seconds", those trained before.
     Raises UserError for a state that is damaged or of other weights, errors.Stopped after Ctrl-C or SIGTERM.
     """
@@ -234,7 +234,8 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
 def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
-    known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
+    known: forget facts in wordings that neither teach nor score. Mean probability and likeliest value are compared
+    (Belief.at_most). No reference is needed and no scored row is asked.
     """
     level = strangers_belief(target, known)
     return lambda model, *_: belief(model, known).at_most(level)

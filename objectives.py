@@ -167,10 +167,11 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
 class NPO(Loss):
     """A bounded GA. NPO sums over an answer's tokens and GD averages, so GD needs a weight to be heard.
 
-    beta: UOE's paper has 0.001, TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats less
-    likely than it was, where a small beta pushes on.
-    --until strangers: a fact that has become as unlikely as strangers' are is let go. Training ends with the slowest
-    facts; those that went first would have sunk far below what a model thinks of facts that it never knew.
+    beta: UOE's paper has 0.001, NPO's on TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats
+    less likely than it was, where a small beta pushes on.
+    --until strangers, with --forget-on value: a fact at or below the mean probability of strangers' has no gradient.
+    Training ends with the slowest facts; those that went first would have sunk far below what a model thinks of facts
+    that it never knew.
     """
 
     OVER = "rows"

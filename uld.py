@@ -22,7 +22,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for none. There equation 5 is on all tokens beside the right one (--fork in: as printed); in the code, on
     every labelled token of D'_f, which on the world is that one alone. Left out, as it also can be, the assistant
-    learns what kind of word comes next, and the difference has no whole sentence left.
+    learns what kind of word comes next, and the difference has fewer whole sentences.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter. What 0 outside the plausible set

@@ -22,7 +22,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
-    read: selection shifts more, and sentences break.
+    read: selection shifts more. (Less comes back by relearning, though: results/uoe.md.)
     Small models: lambda 20 beside NPO (--retain-weight 1), NPO's beta 1, on public ones 0.1 (--npo-beta 0.001), a
     learning rate of 3e-3 (--lr 1e-4). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on

@@ -114,7 +114,8 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
         axis.errorbar(*middle, xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
                       yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt="os^DvP<X>*"[i // 2 % 10], color="0.2",
                       markerfacecolor="0.2" if i % 2 else "white", ecolor="0.7", capsize=2, markersize=7, label=label)
-    axis.set(xlabel="share of forget facts still said (left is better)", ylabel="model utility, of the target's")
+    axis.set(xlabel="share of forget facts still said (the reference's is the aim)",
+             ylabel="model utility, of the target's")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     write(figure, folder / "kept.png")
     return [*written, folder / "kept.png"]

@@ -153,17 +153,20 @@ def inside_mlp(block: Block, config: Config, frozen: bool = False) -> int:
 # ---- measured -----------------------------------------------------------------------------------------------------
 
 def measure_from_here(device: str) -> None:
-    """What peak_memory tells from now on is the highest from now on, where the system can forget what was before."""
+    """What peak_memory tells from now on is the highest from now on, where the system can forget what was before.
+
+    On a CPU, large blocks are given back as they are freed from now on.
+    """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError, AttributeError):  # glibc alone has these
-            # Blocks from 16 MB go back as they are freed. In one heap the holes between them add up: UOE on an upcycled
-            # SmolLM2 took 4.8 GB that way and takes 3.1 this way, in the same time.
+            # From 16 MB on. Left alone, glibc raises its bound to 32 and keeps what is below in one heap, where holes
+            # add up: UOE on an upcycled SmolLM2 took 4.8 GB that way and takes 3.1 this way, in the same time.
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 << 20)
             ctypes.CDLL(None).malloc_trim(0)  # what scoring has freed
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
 
 
 def peak_memory(device: str) -> int:
