@@ -57,7 +57,7 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-Look = dict[str, float]  # at: epoch or alpha; p, hit: belief.Belief's; value_said, in_frame; quality, D
+Look = dict[str, float]  # at: epoch or alpha; p, hit, warm, cool: belief.Belief's; value_said, in_frame; quality, D
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------
@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 # ---- where each rule ends ---------------------------------------------------------------------------------------
 
 def as_belief(look: Look) -> Belief:
-    return Belief(*(look.get(name, 0.0) for name in Belief._fields))  # those kept by earlier commits have two of four
+    """What was believed at a look, which is kept as JSON."""
+    return Belief(*(look[name] for name in Belief._fields))
 
 
 def end_of(rule: str, kept: dict[str, Any]) -> Look:
