@@ -430,7 +430,9 @@ def test_a_trace_has_all_positions_whichever_are_wanted(sparse):
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (64,), (65,), (3, 1), (4, 16), (2, 3, 5), (0,), (2, 0)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_layer_is_one_for_any_number_of_rows(shape, bias):
+@pytest.mark.parametrize("amd", [False, True])
+def test_a_linear_layer_is_one_for_any_number_of_rows(shape, bias, amd, monkeypatch):
+    monkeypatch.setattr(Linear, "AMD", amd)
     torch.manual_seed(0)
     layer = Linear(24, 10, bias)
     x = torch.randn(*shape, 24, requires_grad=True)
