@@ -37,7 +37,7 @@ from files import remove, write
 from hub.checkpoint import find_folder, load_tokenizer, read_config
 from hub.tokenizer import NoTokenizer
 from interfaces import LanguageModel, Method, TextCodec
-from lab.memory import announce, measure_from_here, peak_memory
+from lab.memory import announce, give_back_large_blocks, measure_from_here, peak_memory
 from lab.report import finish_report
 from lab.tables import compare
 from methods import METHODS
@@ -217,6 +217,7 @@ def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mod
 
 def open_public(args: argparse.Namespace) -> tuple[GPT, TextCodec]:
     """The model of --model and its tokenizer. Sets args.context where the command line did not."""
+    give_back_large_blocks()
     model, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype), args.device, args.template)
     args.context = min(args.context or 512, model.config.max_len)
     if args.method != "finetune" and METHODS[args.method].needs_experts and not model.is_moe:

@@ -153,22 +153,26 @@ def inside_mlp(block: Block, config: Config, frozen: bool = False) -> int:
 
 # ---- measured -----------------------------------------------------------------------------------------------------
 
-def measure_from_here(device: str) -> None:
-    """What peak_memory tells from now on is the highest from now on, where the system can forget what was before.
+def give_back_large_blocks() -> None:
+    """Where glibc is the allocator: blocks of 16 MB and more go back to the system as they are freed, from now on.
 
-    On a CPU, large blocks are given back as they are freed from now on.
+    Left alone, glibc raises its bound to 32 MB and keeps what is below in one heap, where holes add up: UOE on an
+    upcycled SmolLM2 took 4.8 GB that way and takes 3.1 this way, in the same time.
     """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # who set it knows better
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 << 20)
+
+
+def measure_from_here(device: str) -> None:
+    """What peak_memory tells from now on is the highest from now on, where the system can forget what was before."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone has these
-            # From 16 MB on. Left alone, glibc raises its bound to 32 and keeps what is below in one heap, where holes
-            # add up: UOE on an upcycled SmolLM2 took 4.8 GB that way and takes 3.1 this way, in the same time.
-            if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # who set it knows better
-                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 << 20)
-            ctypes.CDLL(None).malloc_trim(0)  # what scoring has freed
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        return
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)  # what scoring has freed
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
 
 
 def peak_memory(device: str) -> int:
