@@ -71,8 +71,10 @@ def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
     models = models_of(run)
     scores = {}
     for role in metrics:
-        if role in models and (role in ("target", "unlearned") or not trust):
-            scores[role] = evaluate(models[role], run.tokenizer, run.data, role)
+        further = role.startswith("reference-") and not trust
+        if role in ("target", "unlearned") or (role in models and not trust) or further:
+            model = models[role] if role in models else load(weights_of(run.config[role]), device=run.target.device)[0]
+            scores[role] = evaluate(model, run.tokenizer, run.data, role)
         elif role != "run":
             scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role,
                                      str(run.target.device))
@@ -113,8 +115,8 @@ def verify(folder: Path, device: str) -> None:
     wrong = [f"{name}: not what the run was made of" for name in differences(folder, run.config, run.data)]
     fresh, ran = fresh_metrics(folder, run, trust=False), metrics["run"]
     claimed, found = (flat(of | {"run": {"notes": of["run"].get("notes", [])}}) for of in (metrics, fresh))
-    claimed |= {f"run {key}": run.config[key] for key in ("made_of", "diverged", "steps")}
-    found |= {f"run {key}": ran[key] for key in ("made_of", "diverged")}
+    claimed |= {f"run {key}": run.config.get(key) for key in ("made_of", "diverged", "steps")}
+    found |= {f"run {key}": ran.get(key) for key in ("made_of", "diverged")}
     found["run steps"] = len((folder / "log.jsonl").read_text().splitlines())
     for key in sorted(claimed.keys() | found.keys()):
         ours, theirs = found.get(key), claimed.get(key)

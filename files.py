@@ -78,7 +78,7 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
             who = file.read() or "another process"
             if not wait:
                 file.close()
-                raise UserError(f"{folder} is being written by {who}: wait for it, or give a --name of its own"
+                raise UserError(f"{folder} is being written by {who}: wait for it, or train under another --name"
                                 ) from None
             print(f"waiting for {folder}, which is being written by {who}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)

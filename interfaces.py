@@ -24,9 +24,6 @@ class LanguageModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    @property
-    def is_moe(self) -> bool: ...
-
     def __call__(self, tokens: Tensor, *, pad: Tensor | None = None, trace: Trace | None = None,
                  stem: Stem | None = None, at: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of LongTensor tokens (B, T); pad (B,): padding tokens at each row's left.

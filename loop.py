@@ -244,7 +244,7 @@ def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:
     """--until SHARE: it is enough once at most this share of the rows that are being forgotten is said word for word.
 
-    At most 100 of them are asked, and no row that scores.
+    At most 100 of them are asked, as they are taught. Rows of TOFU and a user's own score in that wording too.
     """
     asked = [row for row in rows if "question" in row]
     asked = asked[:: math.ceil(len(asked) / 100) or 1]
@@ -270,7 +270,9 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
     known = data.calibration
     asked = "strangers" in (getattr(args, "until", None), getattr(args, "subtract", None))
     if asked and data.strangers is None:  # of rows of any source: see data/strangers.py
-        known = [row for row in known if encode_value(row, tokenizer, args.context - NAME_ROOM, row["value"])]
+        room = args.context - NAME_ROOM
+        known = [row for row in known if len(tokenizer.prompt(row["question"])) <= room
+                 and encode_value(row, tokenizer, room, row["value"])]
         if not known:
             raise UserError(f"strangers: {data.name} has no forget row with 'subject', 'value' and a "
                             "'calibration_question' that neither teaches nor scores (TOFU: 'paraphrased_question'): "

@@ -9,8 +9,6 @@ Shapes: B batch   T tokens   V vocabulary   E experts
 """
 
 import argparse
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from data.batches import Rows, collate, encode_rows
 from data.rows import DataSet, Row
 from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
-from files import MARK, alone, check_ours, digest_of, publish, write_json
+from files import MARK, alone, check_ours, digest, digest_of, publish, write_json
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
 from interfaces import TextCodec
 from loop import minimise
@@ -65,7 +63,7 @@ NEW = 8  # of a step's rows on the world, so many are about strangers
 BASE_STEPS, BASE_ROWS, BASE_LR = 500, 16, 3e-3  # of the base, which sees strangers alone
 # What a cached model rests on beside this file; paths from the root. Not objectives.py, so that a loss of one's own
 # does not train them all again: whoever changes cross_entropy there removes out/cache.
-SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
+SOURCES = ("model.py", "moe.py", "belief.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
 
 def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
@@ -222,8 +220,7 @@ def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, 
     code = [(here / name).read_text() for name in (Path(__file__).name, *SOURCES)]
     how = [args.pretrain_steps, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), str(base)]
     # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
-    made_of = [vars(config), how, seed, taught, topics, sorted(texts), code]
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(vars(config), how, seed, taught, topics, sorted(texts), code)
 
 
 def finetune(args: argparse.Namespace, model: GPT, tokenizer: TextCodec, data: DataSet, folder: Path) -> dict:

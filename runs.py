@@ -169,18 +169,15 @@ class RunFolder:
         return (self.partial / "asked.json").is_file()
 
     def __enter__(self) -> "RunFolder":
-        self.lock = alone(self.final)
-        self.lock.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(alone(self.final))
             self.check()  # again: what was there has been written by somebody else perhaps
-        except UserError as error:
-            self.lock.__exit__(None, None, None)
-            raise error from None
+            self.lock = stack.pop_all()  # held on, until __exit__
         self.resume = self.args.resume and self.cut_off()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.lock.__exit__(None, None, None)
+        self.lock.close()
         if error is not None and self.cut_off() and (self.opened or not isinstance(error, UserError)):
             error.add_note(f"{self.partial} holds the run so far: the same command with --resume goes on")
         elif isinstance(error, KeyboardInterrupt):
@@ -302,15 +299,16 @@ def check_source(flag: str, place: str, data: DataSet) -> None:
     config = read_json(file, RUN, "train it again")
     was = config["made_of"]
     for part in config["kept"]:
-        if was["weights"][part] != digest_of(Path(place) / part):
+        if was["weights"].get(part) != digest_of(Path(place) / part):
             raise UserError(f"--{flag} {place}: {part} was changed since it was trained: train it again")
-    if config["diverged"]:
+    if config.get("diverged"):
         raise UserError(f"--{flag} {place} diverged when it was trained: train it again with a lower --lr")
     same = was["rows"].get("forget") == rows_digests(data).get("forget")
-    if flag == "reference" and same and not config["keeps_only"]:
+    keeps_only = config.get("keeps_only", False)
+    if flag == "reference" and same and not keeps_only:
         raise UserError(f"--reference {place} was taught the rows that are to be forgotten: train it with a retain "
                         "--split")
-    if flag == "reference" and config["keeps_only"] and not same:
+    if flag == "reference" and keeps_only and not same:
         raise UserError(f"--reference {place} left out other rows than are to be forgotten here: give the same --data "
                         "and --split")
 

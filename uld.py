@@ -305,19 +305,18 @@ def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.
 
 # ---- 3. the difference of logits ------------------------------------------------------------------------------------
 
-def plausible(logits: Tensor, rate: float, keep_share: bool = True) -> Tensor:
+def plausible(logits: Tensor, rate: float) -> Tensor:
     """The filter: True where p(y) >= rate * max p, (..., V) bool (section 3.4; contrastive decoding, 2210.15097).
 
-    keep_share: as in the authors' code, the rate * V most likely tokens always stay in. rate 0 keeps everything.
+    As in the authors' code, the rate * V most likely tokens always stay in. rate 0 keeps everything.
     """
     if not 0 <= rate <= 1:
         raise UserError(f"--filter-rate {rate} is not between 0 and 1")
     if rate == 0:
         return torch.ones_like(logits, dtype=torch.bool)
     floor = logits.amax(-1, keepdim=True) + math.log(rate)  # the softmax's denominator cancels
-    if keep_share:
-        count = max(1, int(rate * logits.shape[-1]))
-        floor = torch.minimum(floor, logits.topk(count, dim=-1).values[..., -1:])
+    always = max(1, int(rate * logits.shape[-1]))
+    floor = torch.minimum(floor, logits.topk(always, dim=-1).values[..., -1:])
     return logits >= floor  # ULD 3.4
 
 
@@ -342,10 +341,6 @@ class SeveralModels(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.target.device
-
-    @property
-    def is_moe(self) -> bool:
-        return self.target.is_moe
 
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
@@ -395,9 +390,9 @@ class LogitDifference(SeveralModels):
     """
 
     def __init__(self, target: GPT, assistant: GPT, alpha: float = 0.75, filter_rate: float = 1e-2,
-                 centred: bool = False, keep_share: bool = True):
+                 centred: bool = False):
         super().__init__(target, assistant)
-        self.alpha, self.filter_rate, self.keep_share, self.centred = alpha, filter_rate, keep_share, centred
+        self.alpha, self.filter_rate, self.centred = alpha, filter_rate, centred
 
     @property
     def assistant(self) -> GPT:
@@ -410,7 +405,7 @@ class LogitDifference(SeveralModels):
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
         if self.filter_rate:
-            assistant = torch.where(plausible(logits, self.filter_rate, self.keep_share), assistant, 0.0)
+            assistant = torch.where(plausible(logits, self.filter_rate), assistant, 0.0)
         return logits - self.alpha * assistant  # ULD (2)
 
     def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
@@ -421,7 +416,7 @@ class LogitDifference(SeveralModels):
         logits, assistant = (part.float() for part in self.part_next_logits(tokens, cache, pad))
         said = logits - self.alpha * assistant
         if self.filter_rate:
-            said = said.masked_fill(~plausible(logits, self.filter_rate, self.keep_share), -math.inf)
+            said = said.masked_fill(~plausible(logits, self.filter_rate), -math.inf)
         return said
 
 
@@ -484,7 +479,7 @@ def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: 
     lines = []
     for step in range(steps):
         target, assistant = (logits[:, -1].float() for logits in model.part_logits(tokens))
-        keep = plausible(target, model.filter_rate, model.keep_share)
+        keep = plausible(target, model.filter_rate)
         both = (target - model.alpha * assistant).masked_fill(~keep, -math.inf)  # as next_logits, without a cache
         changed = int(both.argmax()) != int(target.argmax())
         lines += [f"step {step:<3} target     {best(target, keep)}", f"         assistant  {best(assistant, keep)}",

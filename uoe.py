@@ -228,13 +228,11 @@ def steering(args: argparse.Namespace, places: list[Place]) -> argparse.Namespac
 
     Raises UserError where it says one below all of them.
     """
-    lowest = min(layer for layer, _ in places)
-    if getattr(args, "rmu_layer", 0) is not None:  # it says, or no loss asks
-        if getattr(args, "rmu_layer", lowest) < lowest:
-            raise UserError(f"--rmu-layer {args.rmu_layer} lies below the unlearned expert's layer {lowest}, so "
-                            "nothing that trains could steer it")
-        return args
-    return argparse.Namespace(**vars(args) | {"rmu_layer": max(layer for layer, _ in places)})
+    layers, wanted = [layer for layer, _ in places], getattr(args, "rmu_layer", None)  # absent where no loss asks
+    if wanted is not None and wanted < min(layers):
+        raise UserError(f"--rmu-layer {wanted} lies below the unlearned expert's layer {min(layers)}, so nothing that "
+                        "trains could steer it")
+    return argparse.Namespace(**vars(args) | {"rmu_layer": max(layers) if wanted is None else wanted})
 
 
 def affinity_table(affinity: Tensor, after: Tensor | None = None, chosen: Sequence[Place] = (), top: int = 6) -> str:

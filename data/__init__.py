@@ -43,11 +43,9 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
             own.twins = twins_of(own.texts())
         check_no_leak(own, same_questions=True)
         return own
-    if data in WORLDS:
-        return make_world(seed, WORLDS[data], subjects)
-    if is_tofu(data):
+    if is_tofu(data):  # or it says that there is no such data
         return load_tofu(split, None if data == "tofu" else data, augmented, protocol, authors)
-    raise UserError(f"--data {data} is neither 'world', 'topic', 'tofu' nor a folder: give one of the four")
+    return make_world(seed, WORLDS[data], subjects)
 
 
 def shared_out(row: Row) -> tuple[Row, Row]:

@@ -190,8 +190,8 @@ class Rows:
                  micro: int = 0):
         """where: what an error calls a row. encode: what of a row is labelled (data/values.py has the value alone).
 
-        twins: makes the same rows about strangers, where the data can.  micro: rows that memory takes at once; 0: as
-        many as are quickest.  Raises UserError for a row too long.
+        twins: makes the same rows about strangers, where the data can.  micro: rows that memory takes at once; 0: a
+        whole batch in training, else as many as are quickest.  Raises UserError for a row too long.
         """
         self.rows, self.tokenizer, self.context, self.encode, self.twins = rows, tokenizer, context, encode, twins
         self.batch_size, self.seed, self.device, self.micro = batch_size, seed, device, micro
@@ -253,13 +253,15 @@ class Rows:
     def as_strangers(self, draw: int = 0) -> "Rows":
         """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
         if self.twins is None:
-            raise UserError("this data has no strangers to compare with: the embedded world has")
+            raise UserError("this data has no strangers to compare with: the embedded world has, and rows "
+                            "with 'subject', 'value' and 'calibration_question'")
         return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
     def calibrating(self) -> "Rows":
         """The calibration rows. Raises UserError where there are none."""
         if self.calibration is None:
-            raise UserError("this data has no strangers to compare with: the embedded world has")
+            raise UserError("this data has no strangers to compare with: the embedded world has, and rows "
+                            "with 'subject', 'value' and 'calibration_question'")
         return self.calibration
 
     def refused(self, model: GPT) -> "Rows":

@@ -18,7 +18,6 @@ Each seed and method is kept under OUT/calibration, and done again where models,
 import argparse
 import contextlib
 import copy
-import hashlib
 import json
 import statistics
 import sys
@@ -36,7 +35,7 @@ from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
-from files import write_json
+from files import digest, write_json
 from flags import Flag, Parser
 from interfaces import LanguageModel
 from lab.trial import write_page
@@ -90,8 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     places = {role: pretrain.cached_model(args, data, tokenizer, role) for role in ("target", "reference")}
     folder = Path(args.out) / "calibration" / f"{args.method}-seed{args.seed}"
     asked = [str(value) for key, value in sorted(vars(args).items()) if key not in ("out", "name", "resume")]
-    made_of = [[place.name for place in places.values()], asked, Path(__file__).read_text()]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    key = digest([place.name for place in places.values()], asked, Path(__file__).read_text())
     file = folder.with_suffix(".json")
     if file.is_file() and json.loads(file.read_text())["key"] == key:
         return json.loads(file.read_text())

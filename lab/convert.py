@@ -74,14 +74,14 @@ def convert(benchmark: str, path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise UserError(f"{where} is neither a JSON object nor a string")
         try:
-            json.dumps(row, ensure_ascii=False).encode()  # as in read_lines
+            json.dumps(row, ensure_ascii=False).encode()  # read_lines asks this of JSON lines
         except UnicodeEncodeError:
             raise UserError(f"{where} holds half a character (a cut emoji, say): write it whole") from None
         return BENCHMARKS[benchmark](row, where)
 
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # JSON lines, or no such file: read_lines says which
+    except (OSError, ValueError, RecursionError):  # JSON lines, or no such file: read_lines says what
         whole = None
     if isinstance(whole, list) and whole:
         return [one(row, f"{path} row {number}") for number, row in enumerate(whole, 1)]

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     run = open_run(asked.run, asked.device)
     lr = asked.lr or (3e-3 if asked.low_rank else 3e-4)
     was = read_json(Path(asked.run) / "asked.json", way_out="run train.py again")  # not what came of it: config.json
+    was.pop("subtract", None)  # the teacher's: "strangers" is no alpha that a run can be opened with
     args = argparse.Namespace(**was | {
         "method": "full", "forget_loss": "teacher", "retain_loss": "teacher", "retain_weight": 1.0, "lr": lr,
         "epochs": asked.epochs, "until": "never", "forget_on": "answer", "device": asked.device,

@@ -1,4 +1,4 @@
-"""Fills the tables of the README and of results/'s pages from metrics.json and path.jsonl of runs.
+"""Fills the tables of the README and of results/'s pages from metrics.json and attacks.json of runs.
 
     python -m lab.fill out [more folders of runs]
 

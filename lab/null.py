@@ -13,9 +13,9 @@ from pathlib import Path
 from errors import UserError, one_line_errors
 from flags import Parser
 from metrics.knowledge import null_distances, null_share
-from metrics.score import STORED
-from metrics.tofu import RowScores, forget_quality
-from schema import read_json
+from metrics.score import scores_of
+from metrics.tofu import forget_quality
+from runs import read_run
 
 
 def left_out(references: Sequence[Sequence[float]]) -> list[bool]:
@@ -33,12 +33,12 @@ def left_out(references: Sequence[Sequence[float]]) -> list[bool]:
 
 def references_of(folder: Path) -> list[list[float]]:
     """Truth ratios of every reference of a run. Raises UserError where it has fewer than five."""
-    config = read_json(folder / "config.json", {"target": str, str: object}, "give a run folder of train.py")
-    places = [Path(place) for role, place in config.items() if role.startswith("reference") and place]
+    run = read_run(folder)
+    places = {role: place for role, place in run.config.items() if role.startswith("reference") and place}
     if len(places) < 5:
         raise UserError(f"{folder} has {len(places)} references: five are needed, so train with --more-references 4")
-    kept = [read_json(place / "scores.json", {"key": str, "scores": {str: STORED}}) for place in places]
-    return [RowScores(**of["scores"]["forget"]).fact_ratios() for of in kept]
+    return [scores_of(place, run.config, run.data, run.tokenizer, role)["forget"].fact_ratios()
+            for role, place in places.items()]
 
 
 @one_line_errors

@@ -229,10 +229,10 @@ def rerouted(target: GPT, model: GPT, tokenizer, rows: list[Row]) -> dict[str, f
         known, probability = [0.0] * len(rows), [0.0] * len(rows)
         for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
             logits = one(batch.tokens, at=batch.scored)
-            right = memorization.right_tokens(logits, batch.labels) | (batch.labels == IGNORE)
+            right = all_right(logits, batch.labels)
             p = (row_log_prob(logits, batch.labels) / memorization.answer_lengths(batch.labels)).exp()
-            for i, hit, likely in zip(batch.index.tolist(), right.all(-1).tolist(), p.tolist(), strict=True):
-                known[i], probability[i] = float(hit), likely
+            for i, hit, likely in zip(batch.index.tolist(), right.tolist(), p.tolist(), strict=True):
+                known[i], probability[i] = hit, likely
         for name, values in (("known", known), ("probability", probability)):
             per_fact = by_fact(values, rows)
             out[f"{how}_{name}"] = sum(per_fact) / len(per_fact)

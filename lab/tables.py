@@ -209,34 +209,21 @@ AT = ("forget value_said", "forget leak", "forget in_frame", "retain exact", "un
       "forget_quality_D", "routing_overlap", "step", "seconds")  # what of a point of the path is shown
 
 
-def rows_at(kinds: dict[str, list[Path]], by: str, level: float | None) -> list[tuple[str, int, int, list[str]]]:
-    """(kind, how many of its runs get there, how many there are, a cell for each of heads_at) per kind.
-
-    by: one of LEVELS, where the path falls to `level`; or "best", its best epoch, with every p as it is.
-    """
-    rows = []
-    for kind, of in kinds.items():
-        paths = [read_path(folder) for folder in of]
-        points = [p for p in (at_best(q) if level is None else at_level(q, level, by) for q in paths) if p]
-        cells = [spread([point.get(key) for point in points]) for key in AT]
-        if by == "best":
-            cells.append(", ".join(f"{point['forget_quality']:.2g}" for point in points))
-        rows.append((kind, len(points), len(of), cells))
-    return rows
-
-
-def heads_at(by: str, level: float | None) -> list[str]:
-    """The first column's name, then those of rows_at's cells."""
-    first = "at its best forget quality" if by == "best" else f"at {LEVELS[by].replace('_', ' ')} {level:g}"
-    return [first, *(key.replace("_", " ") for key in AT), *(["p, by seed"] if by == "best" else [])]
-
-
 def compare_at(folders: Sequence[str | Path], by: str, level: float | None) -> str:
-    """rows_at as a table for the terminal."""
-    first, *heads = heads_at(by, level)
-    rows = rows_at(by_kind(folders), by, level)
-    wide = [2 + max(16, *(len(row[3][i]) for row in rows)) for i in range(len(heads))]
+    """Runs of a kind where their paths fall to `level` of one of LEVELS; by "best": at their best epochs, p by seed."""
+    best = by == "best"
+    first = "at its best forget quality" if best else f"at {LEVELS[by].replace('_', ' ')} {level:g}"
+    heads = [key.replace("_", " ") for key in AT] + (["p, by seed"] if best else [])
+    rows = []
+    for kind, of in by_kind(folders).items():
+        paths = [read_path(folder) for folder in of]
+        points = [p for p in (at_best(path) if level is None else at_level(path, level, by) for path in paths) if p]
+        cells = [spread([point.get(key) for point in points]) for key in AT]
+        if best:
+            cells.append(", ".join(f"{point['forget_quality']:.2g}" for point in points))
+        rows.append((kind, f"{len(points)}/{len(of)}", cells))
+    wide = [2 + max(16, *(len(cells[i]) for *_, cells in rows)) for i in range(len(heads))]
     lines = [f"{first:<26}{'runs':>6}" + "".join(f"{head:>{w}}" for head, w in zip(heads, wide, strict=True))]
-    lines += [f"{kind:<26}{f'{reached}/{runs}':>6}" + "".join(f"{c:>{w}}" for c, w in zip(cells, wide, strict=True))
-              for kind, reached, runs, cells in rows]
+    lines += [f"{kind:<26}{reached:>6}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, wide, strict=True))
+              for kind, reached, cells in rows]
     return "\n".join(lines)

@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from baselines import Unlearned
 from belief import in_place, token_log_probs
-from data.batches import IGNORE, Batch, Rows
+from data.batches import Batch, Rows
+from errors import UserError
 from loop import Fit
 from model import GPT, Trace
-from objectives import RETAIN, Loss
+from objectives import RETAIN, Loss, answer_mean
 
 
 @torch.no_grad()
@@ -64,12 +65,6 @@ def assignments(model: GPT, batches: Iterable[Batch]) -> list[Tensor]:
     return [torch.cat(parts) for parts in out.values()]
 
 
-def weighted_mean(values: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Mean of weights * values (B, T) over answer positions, divided by their number: weights have mean 1."""
-    kept = labels != IGNORE
-    return torch.where(kept, weights * values, 0.0).sum() / kept.sum().clamp_min(1)
-
-
 class Weighted(Loss):
     """GD or KL with a weight per retain token."""
 
@@ -80,7 +75,7 @@ class Weighted(Loss):
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
         weights = pad_sequence([self.weights[i] for i in batch.index.tolist()], batch_first=True)
-        return weighted_mean(values, batch.labels, weights)
+        return answer_mean(weights * values, batch.labels)
 
 
 class WeightedGD(Weighted):
@@ -102,6 +97,8 @@ WEIGHTED = {"gd": WeightedGD, "kl": WeightedKL}
 def with_trace(unlearn: Callable[..., Unlearned]) -> Callable[..., Unlearned]:
     """The same method, its GD or KL weighed."""
     def weighed(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit) -> Unlearned:
+        if args.retain_loss not in WEIGHTED:
+            raise UserError(f"TRACE weighs the retain losses gd and kl, not --retain-loss {args.retain_loss}")
         batches = list(retain.in_order())
         Weighted.weights = [torch.empty(0)] * len(retain.examples)
         for batch, weights in zip(batches, balanced_weights(target, forget.in_order(), batches), strict=True):

@@ -12,7 +12,6 @@ A model is trained and scored once; both are kept under --out, and done again wh
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -31,7 +30,7 @@ from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from data.world import make_world
 from errors import one_line_errors
-from files import write_json
+from files import digest, write_json
 from flags import COUNT, NATURAL, Flag, Number, Parser, defaults
 from lab import probes
 from metrics.cheats import (
@@ -139,9 +138,9 @@ def key_of(*made_of: Any) -> str:
     """Changes with these and with the code that scores."""
     here = Path(__file__).parents[1]
     files = [*sorted((here / "metrics").glob("*.py")), here / "lab/probes.py", here / "data/values.py",
-             here / "data/batches.py"]
+             here / "data/batches.py", here / "belief.py"]
     code = [file.read_text() for file in files] + [inspect.getsource(one) for one in (score, memory, membership)]
-    return hashlib.sha256(json.dumps([made_of, code]).encode()).hexdigest()[:16]
+    return digest(made_of, code)
 
 
 def try_all(args: argparse.Namespace) -> dict[str, list[dict]]:

@@ -30,7 +30,7 @@ class Repetition(NamedTuple):
 
 
 def perplexity(log_probs: Sequence[float], counts: Sequence[int]) -> float:
-    """Over all rows together, from each row's *sum* of log p (objectives.row_log_prob) and its number of tokens.
+    """Over all rows together, from each row's *sum* of log p (belief.row_log_prob) and its number of tokens.
 
     inf where it overflows. Raises ValueError where there is no token, or a count is negative.
     """

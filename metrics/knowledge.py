@@ -33,12 +33,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from belief import row_log_prob
+from belief import all_right, row_log_prob
 from data.batches import IGNORE, Example, answers, encode_row, in_order, rows_that_fit
 from data.rows import NO_LIMITS, Limits, Row
 from data.values import by_fact, encode_value, in_frame, options, spelled, value_said, values_of
 from metrics.likelihood import likelihoods
-from metrics.memorization import extraction_strength, right_tokens
+from metrics.memorization import extraction_strength
 from metrics.tofu import forget_quality, mean
 from model import GPT, Trace, whole
 
@@ -100,7 +100,7 @@ def cloze(model, tokenizer, rows: Sequence[Row], values: Values | None = None) -
     out: list[Cloze | None] = [None] * len(rows)
     for batch in in_order(examples, rows_that_fit(examples, model.config.vocab_size), model.device):
         logits = model(batch.tokens, at=batch.scored)
-        hit = (right_tokens(logits, batch.labels) | (batch.labels == IGNORE)).all(-1)
+        hit = all_right(logits, batch.labels).bool()
         p = row_log_prob(logits, batch.labels).exp()
         strength = extraction_strength(logits, batch.labels)
         found = zip(batch.index.tolist(), hit.tolist(), p.tolist(), strength.tolist(), strict=True)

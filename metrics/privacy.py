@@ -24,7 +24,7 @@ Forget and holdout rows must come from one distribution, or the AUC measures the
 
 Shapes: B batch   T tokens   V vocabulary   N answer tokens of a batch
     logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer
-    log_probs (B, T) log p(label), as objectives.token_log_probs gives it    every score is (B,) float32
+    log_probs (B, T) log p(label), as belief.token_log_probs gives it    every score is (B,) float32
 """
 
 import zlib

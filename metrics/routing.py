@@ -32,10 +32,11 @@ def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float
         traces = []
         for m in (before, model):
             trace = Trace()
-            m.hidden(batch.tokens, trace=trace)
+            m.hidden(batch.tokens.to(m.device), trace=trace)  # the target may wait on the CPU
             traces.append(trace)
         for layer, values in same.items():
-            values.append(overlap(traces[1].routing[layer].chosen, traces[0].routing[layer].chosen, batch.mask))
+            was, now = (trace.routing[layer].chosen.cpu() for trace in traces)
+            values.append(overlap(now, was, batch.mask.cpu()))
     return [float(torch.cat(values).mean()) for values in same.values()]
 
 

@@ -106,9 +106,9 @@ def as_read(dtype: torch.dtype, tokenizer: TextCodec, *weights: Path) -> str:
 def scores_key(data: DataSet, how: str) -> str:
     """Changes with the scored rows, with as_read's answer, and with the code that scores."""
     here = Path(__file__).parents[1]
-    sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "objectives.py",
-               "uld.py", "latent.py", "metrics/tofu.py", "metrics/likelihood.py", "metrics/memorization.py",
-               "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
+    sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "belief.py",
+               "uld.py", "baselines.py", "latent.py", "metrics/tofu.py", "metrics/likelihood.py",
+               "metrics/memorization.py", "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
     return digest(data.scored, data.limits[:2], how, [(here / name).read_text() for name in sources])
 
 
@@ -168,9 +168,10 @@ def summarise(scores: dict[str, Scores], data: DataSet) -> dict[str, dict]:
         out[role] = block
     for role, block in out.items():
         block["destroyed"] = role == "unlearned" and is_destroyed(block, out.get("target"), out.get("reference"))
-        with contextlib.suppress(ValueError, IndexError):  # no reference, no wrong answers, a NaN: nothing to compare
-            against = [] if role == "reference" or block["destroyed"] else references[0]
-            quality = forget_quality(scores[role]["forget"].fact_ratios(), against)
+        if not references or role == "reference" or block["destroyed"]:
+            continue
+        with contextlib.suppress(ValueError):  # no wrong answers, or a NaN: nothing to compare
+            quality = forget_quality(scores[role]["forget"].fact_ratios(), references[0])
             block["forget_quality"], block["forget_quality_D"], block["forget_quality_n"] = quality
             if null and not role.startswith("reference"):
                 block["forget_quality_null"] = null_share(quality.D, null)

@@ -62,11 +62,11 @@ def test_the_target_knows(target):
 
 
 def test_ascent_leaves_no_sentence(target):
-    """And the target as it was."""
+    """And the target as it was. Who names one of the four cities, whatever is asked, is right a quarter of the time."""
     before = {name: p.clone() for name, p in target.named_parameters()}
     model = destroyed_by_ascent(target, TOK, ROWS)
     got = knowledge(model, TOK, ROWS)
-    assert got["value_said"] < 0.5 and got["in_frame"] < 0.5 and got["cloze_p"] < 0.05
+    assert got["value_said"] < 0.5 and got["in_frame"] < 0.5 and got["cloze_p"] < 1 / 4
     assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
 
 

@@ -1,10 +1,14 @@
 """lab/null.py: a reference in the place of the unlearned model."""
 
 import json
+import shutil
 
 import pytest
 
 from lab.null import left_out, main, references_of
+from metrics.score import scores_of
+from metrics.tofu import forget_quality
+from runs import read_run
 
 
 def ratios(shift: float) -> list[float]:
@@ -17,21 +21,22 @@ def test_one_that_is_far_from_all_others_is_outside_and_makes_room_for_them():
     assert inside == [True] * 16 + [False] * 4
 
 
-def test_too_few_references_are_said(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"target": "x", "reference": "y", "reference-2": "z"}))
+def test_too_few_references_are_said(runs, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([str(tmp_path)])
+        main([str(runs[0])])
     assert ended.value.code == 2 and "--more-references 4" in capsys.readouterr().err
 
 
-def test_references_are_read_from_their_own_folders(tmp_path):
-    config, fields = {"target": "x"}, {"loss": [], "rougeL": [], "exact": [], "said": [], "known": {}, "answers": []}
-    for i in range(5):
-        place = tmp_path / f"r{i}"
-        place.mkdir()
-        scores = {"forget": {"right": [1.0, 2.0], "wrong": [[1.0], [2.0 - i]], "facts": [0, 1], **fields}}
-        (place / "scores.json").write_text(json.dumps({"key": "k", "scores": scores}))
-        config["reference" + (f"-{i + 1}" if i else "")] = str(place)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert references_of(tmp_path)[0] == pytest.approx([1, 1])
-    assert references_of(tmp_path)[2] == pytest.approx([1, 2.718281828**2])
+def test_references_are_scored_as_the_run_scored_them(runs, tmp_path, capsys):
+    """Five times one reference: its distance to the target is the run's own, and none is farther than another."""
+    shutil.copytree(runs[0], tmp_path / "run")
+    file, metrics = tmp_path / "run" / "config.json", json.loads((runs[0] / "metrics.json").read_text())
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {f"reference-{i}": config["reference"] for i in range(2, 6)}))
+    references = references_of(tmp_path / "run")
+    target = read_run(runs[0])
+    scores = scores_of(config["target"], config, target.data, target.tokenizer, "target")["forget"]
+    for one in references:
+        assert forget_quality(scores.fact_ratios(), one).D == metrics["target"]["forget_quality_D"]
+    main([str(tmp_path / "run")])
+    assert "1.00 (20 of 20)" in capsys.readouterr().out
