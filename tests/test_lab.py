@@ -257,8 +257,10 @@ def test_a_pupil_comes_nearer_to_its_teacher_on_what_both_sets_ask(bench):
 
 @pytest.mark.slow
 def test_a_difference_of_logits_can_be_distilled_into_one_model(tmp_path, capsys):
-    train.main([*tiny("--method", "uld"), *WORLD, "--out", str(tmp_path), "--name", "teacher"])
+    train.main([*tiny("--method", "uld"), *WORLD, "--out", str(tmp_path), "--name", "teacher", "--subtract", "0.7"])
     teacher = tmp_path / "teacher"
+    asked = json.loads((teacher / "asked.json").read_text())
+    (teacher / "asked.json").write_text(json.dumps(asked | {"subtract": "strangers"}))  # as it was asked by default
     before = json.loads((teacher / "config.json").read_text())["target"]
     distill.main([str(teacher), "--epochs", "2"])
     folder = tmp_path / "teacher-distilled"
