@@ -69,12 +69,13 @@ def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
     if lost := [role for role in metrics if role not in ("run", "unlearned") and role not in run.config]:
         raise UserError(f"{folder / 'metrics.json'} has a {lost[0]} that config.json does not name: run train.py again")
     models = models_of(run)
-    scores = {}
+    asked, scores = dict(models), {}
+    if not trust:
+        asked |= {role: load(weights_of(run.config[role]), device=run.target.device)[0]
+                  for role in metrics if role.startswith("reference-")}
     for role in metrics:
-        further = role.startswith("reference-") and not trust
-        if role in ("target", "unlearned") or (role in models and not trust) or further:
-            model = models[role] if role in models else load(weights_of(run.config[role]), device=run.target.device)[0]
-            scores[role] = evaluate(model, run.tokenizer, run.data, role)
+        if role in asked and (role in ("target", "unlearned") or not trust):
+            scores[role] = evaluate(asked[role], run.tokenizer, run.data, role)
         elif role != "run":
             scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role,
                                      str(run.target.device))

@@ -43,7 +43,7 @@ def load_data(data: str = "world", split: str = "forget10", seed: int = 0, augme
             own.twins = twins_of(own.texts())
         check_no_leak(own, same_questions=True)
         return own
-    if is_tofu(data):  # or it says that there is no such data
+    if is_tofu(data):  # raises UserError for what is no data at all
         return load_tofu(split, None if data == "tofu" else data, augmented, protocol, authors)
     return make_world(seed, WORLDS[data], subjects)
 

@@ -204,7 +204,7 @@ def test_the_subtraction_is_in_float32_whatever_the_parts_are(dense):
 
 
 def test_sampling_never_leaves_the_plausible_set(dense):
-    """Whatever the assistant and the temperature: of 61 tokens some ten are in it."""
+    """Whatever the assistant and the temperature. At rate 0.5 half of the 61 tokens always stay in, others hardly."""
     target, tokens = dense(0, std=0.15), torch.tensor([[5, 9]])
     both = LogitDifference(target, dense(1, std=0.15), 3.0, 0.5)
     for temperature in (0.0, 5.0):
