@@ -118,22 +118,30 @@ class Cache:
                           for of in (width, config.d_head))
         self.length, self.max_len = 0, max_len
         self.visible: Tensor | None = None  # (B, 1, 1, max_len) bool, False on padding, where there is some
+        self.place: Tensor | None = None  # (1,) long, `length` in the device's own memory: see Replay
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, G, T, C) keys and values of `layer`; returns all of that layer's, (B, G, S, C)."""
+        if self.place is not None:
+            return self.k[layer].index_copy_(2, self.place, k), self.v[layer].index_copy_(2, self.place, v)
         end = self.length + k.shape[2]
         if end > self.k[layer].shape[2]:
-            room = min(self.max_len, max(end, 32) * 3 // 2)
-            self.k[layer], self.v[layer] = (self.grown(old, max(end, room)) for old in (self.k[layer], self.v[layer]))
+            self.grow(layer, max(end, min(self.max_len, max(end, 32) * 3 // 2)))
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
-    def grown(self, old: Tensor, room: int) -> Tensor:
-        B, G, _, C = old.shape
-        new = old.new_empty(B, G, room, C)
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
+    def grow(self, layer: int, room: int) -> None:
+        for kept in (self.k, self.v):
+            old = kept[layer]
+            kept[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])  # zeros: 0 * NaN would be NaN in attention
+            kept[layer][:, :, : self.length] = old[:, :, : self.length]
+
+    def settle(self) -> None:
+        """From here on one token at a time, at a place that the device knows, in memory that stays where it is."""
+        for layer in range(len(self.k)):
+            self.grow(layer, self.max_len)
+        self.place = torch.tensor([self.length], device=self.k[0].device)
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows alone, (R,) long; one may be there several times."""
@@ -356,6 +364,15 @@ class GPT(nn.Module):
         """
         start = cache.length if cache is not None else 0
         end, window = start + length, self.config.window
+        if cache is not None and cache.place is not None:
+            cos, sin = self.turns(cache.max_len)
+            left = torch.zeros_like(cache.place) if pad is None else pad
+            position = (cache.place - left).clamp_min(0)[:, None]  # (B or 1, 1)
+            key = torch.arange(cache.max_len, device=self.device)
+            seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, max_len)
+            if window:
+                seen = seen & (key > cache.place - window)
+            return cos[position][:, None], sin[position][:, None], seen[:, None, None]
         cos, sin = self.turns(end)
         if pad is None:
             cos, sin = cos[None, None, start:end], sin[None, None, start:end]
@@ -420,6 +437,8 @@ class GPT(nn.Module):
                     trace.routing[layer] = routing
         if cache is not None:
             cache.length += tokens.shape[1]
+            if cache.place is not None:
+                cache.place += 1
         x = self.norm(x if at is None or x.dim() == 2 else x[at])
         return x if self.config.logit_divisor == 1 else x / self.config.logit_divisor
 
@@ -455,11 +474,50 @@ class GPT(nn.Module):
         return behind(self, prompts, pad, of, tails, at)
 
 
+def parts_of(cache) -> list:
+    """A model's one cache, or those of its parts."""
+    return cache if isinstance(cache, list) else [cache]
+
+
 def take(cache, rows: Tensor) -> None:
     """Cache.take, of a model's one cache or of all of its parts'."""
-    for part in cache if isinstance(cache, list) else [cache]:
+    for part in parts_of(cache):
         if isinstance(part, Cache):
             part.take(rows)
+
+
+class Replay:
+    """Decoding on a GPU: what one token sets off is recorded once and played back for every other (a CUDA graph).
+
+    Python starts a few hundred kernels a token, and few rows' kernels are done before the next is started; a recording
+    is started as one. It reads and writes the same memory each time: hence Cache.settle. What it gains: results/gpu.md.
+    """
+
+    def __init__(self, model, cache, pad: Tensor | None):
+        self.model, self.cache, self.pad = model, cache, pad
+        self.graph: torch.cuda.CUDAGraph | None = None
+        for part in parts_of(cache):
+            part.settle()
+
+    @staticmethod
+    def works(model, cache, rows: int) -> bool:
+        """On one GPU, where all that is kept is caches and no layer waits for a number from the device."""
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        return (model.device.type == "cuda" and not torch.distributed.is_initialized()
+                and all(isinstance(part, Cache) for part in parts_of(cache))
+                and not any(layer.waits(rows) for layer in layers))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token after `tokens` (B, 1); the next call writes them anew in the same memory."""
+        if self.graph is None:
+            first = self.model.next_logits(tokens, self.cache, self.pad)  # not recorded: it makes what is made once
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records and computes nothing
+                self.logits = self.model.next_logits(self.tokens, self.cache, self.pad)
+            return first
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 
 def taken(cache, rows: Tensor):
@@ -478,8 +536,8 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
     of: (R,) the row that each answer continues, so that a prompt is read once however many answers it gets; default:
     one each. temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`
     (or one of several), the rest of it is that token; the loop stops when all rows have, and once half of them have it
-    goes on with the others. `model` needs new_cache and next_logits: a GPT, or ULD's LogitDifference, which keeps one
-    cache per part.
+    goes on with the others (not where it is a Replay, to which a row costs next to nothing). `model` needs new_cache
+    and next_logits: a GPT, or ULD's LogitDifference, which keeps one cache per part.
     """
     B, T = tokens.shape
     device = tokens.device
@@ -497,6 +555,7 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
     if of is not None:
         take(cache, of)
         logits, pad = logits[of], None if pad is None else pad[of]
+    replay = Replay(model, cache, pad) if max_new_tokens > 8 and Replay.works(model, cache, R) else None
     rows = torch.arange(R, device=device)  # those that go on
     done = torch.zeros(R, dtype=torch.bool, device=device)  # of them, those that have ended since
     # of all rows, those that have ended too, so that what the generator draws for one does not depend on who has ended
@@ -515,10 +574,10 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
             left = (~done).nonzero()[:, 0]
             if not len(left):
                 return ended(said[:, : step + 1], ends)
-            if len(left) <= len(rows) // 2:
+            if replay is None and len(left) <= len(rows) // 2:
                 take(cache, left)
                 rows, done, chosen, pad = rows[left], done[left], chosen[left], None if pad is None else pad[left]
-        logits = model.next_logits(chosen[:, None], cache, pad).float()
+        logits = (replay(chosen[:, None]) if replay else model.next_logits(chosen[:, None], cache, pad)).float()
     return ended(said, ends)
 
 

@@ -9,7 +9,7 @@ so that nothing has to hook into it from outside.
 Shapes: B batch   T tokens   N = B * T   D model width   E experts   K experts per token   F width of an expert
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -85,33 +85,45 @@ class MoE(nn.Module):
         return y, routing
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of each token's experts. x (N, D); chosen, weights (N, K). Returns (N, D) in x's dtype.
+        """Weighted sum of each token's experts. x (N, D); chosen, weights (N, K). Returns (N, D) in x's dtype."""
+        way = self.way(len(x), x.dtype)
+        if way is experts_loop:
+            return experts_loop(x, chosen, weights, *self.expert_weights())
+        y = torch.zeros_like(x)
+        for number, expert in self.taken.items():  # on every token, weighing 0 where it was not chosen
+            own = chosen == int(number)  # (N, K)
+            y = y + (weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x)
+            weights = weights.masked_fill(own, 0.0)  # what the stack still holds of it counts for nothing
+        rest = way(x, chosen, weights, self.gate_up, self.down, self.low_rank)
+        return y + rest if self.taken else rest
 
-        Three ways, the same values up to rounding. One grouped product per projection where it can be: it wants rows of
-        whole 16 bytes.
-        Milliseconds forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped / loop / transformers 5.24):
+    def way(self, tokens: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """Which of the three functions below computes so many tokens: the same values up to rounding.
+
+        One grouped product per projection where it can be: it wants rows of whole 16 bytes. On a CPU, milliseconds
+        forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped / loop / transformers 5.24):
             D 128,  F 64,   16 experts, top 4, float32,   800 tokens     9.0 /   10.5 /   12.3
             D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     523 /    607 /    539
             D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1326 /   2625 /   1271
         Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it. A
-        GPU would have to wait for their number, so there `beside` runs them on all tokens.
+        GPU would have to wait for their number. So it would for a grouped product that is not in bfloat16, and while it
+        waits it could run every expert on every token: up to some 10^11 operations that is quicker (results/gpu.md).
         """
         widths = [*self.down.shape[1:], *(lora.a.shape[1] for lora in self.low_rank.values())]
-        aligned = all(width * x.element_size() % 16 == 0 for width in widths)
-        if not aligned or (self.taken and x.device.type == "cpu"):
-            return experts_loop(x, chosen, weights, *self.expert_weights())
-        if self.taken:
-            return self.beside(x, chosen, weights)
-        return experts_grouped(x, chosen, weights, self.gate_up, self.down, self.low_rank)
+        aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
+        if self.down.device.type == "cpu":
+            return experts_grouped if aligned and not self.taken else experts_loop
+        if aligned and dtype == torch.bfloat16:
+            return experts_grouped
+        if tokens * 3 * self.down.numel() <= 2**35:
+            return experts_all
+        return experts_grouped if aligned else experts_loop
 
-    def beside(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The same where experts were taken out: these run on every token, weighing 0 where they were not chosen."""
-        y = torch.zeros_like(x)
-        for number, expert in self.taken.items():
-            own = chosen == int(number)  # (N, K)
-            y = y + (weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x)
-            weights = weights.masked_fill(own, 0.0)  # what the stack still holds of it counts for nothing
-        return y + experts_grouped(x, chosen, weights, self.gate_up, self.down)
+    def waits(self, tokens: int) -> bool:
+        """Whether a GPU has to hand Python a number on the way."""
+        dtype = self.down.dtype
+        way = self.way(tokens, dtype)
+        return way is experts_loop or (way is experts_grouped and dtype != torch.bfloat16)
 
     def expert_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each expert's gate_up (2F, D) and down (D, F), those taken out of the stack in their places.
@@ -185,6 +197,21 @@ def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
     gate, up = changed(rows, gate_up, "gate_up").chunk(2, dim=-1)
     inner = F.silu(gate) * up * weights.reshape(-1)[order, None].to(x.dtype)  # (N * K, F)
     return torch.zeros_like(x).index_add(0, token, changed(inner, down, "down"))
+
+
+def experts_all(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+                low_rank: Mapping[str, Any] = NONE) -> Tensor:
+    """The same with every expert on every token, weighing 0 where not chosen: two products, E / K times the work.
+
+    Shapes as for experts_grouped, of any width.
+    """
+    if low_rank:
+        gate_up, down = low_rank["gate_up"].added(gate_up), low_rank["down"].added(down)
+    gates = x.new_zeros(len(x), len(gate_up)).scatter(1, chosen, weights.to(x.dtype))  # (N, E)
+    inner = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2])  # (N, E, 2F)
+    gate, up = inner.chunk(2, dim=-1)
+    inner = F.silu(gate) * up * gates[:, :, None]  # (N, E, F)
+    return inner.flatten(1) @ down.transpose(1, 2).flatten(0, 1)
 
 
 def load_balancing_loss(routings: list[Routing], mask: Tensor) -> Tensor:

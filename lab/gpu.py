@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import loop
@@ -36,7 +35,7 @@ from lab.bench import in_turn, timed, weights_met
 from lab.trial import write_page
 from methods import METHODS
 from model import GPT, Config, count_parameters
-from moe import MoE, experts_grouped, experts_loop
+from moe import MoE, experts_all, experts_grouped, experts_loop
 
 try:
     import transformers
@@ -128,13 +127,6 @@ def card(here: Here) -> dict[str, float]:
             "bytes_per_second": 2 * much.numel() / here.seconds(lambda: much.clone(), 4 * here.rounds)}
 
 
-def all_experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every expert on every token, for comparison: two plain products, E / K times the work."""
-    gates = x.new_zeros(len(x), len(gate_up)).scatter(1, chosen, weights.to(x.dtype))  # (N, E)
-    gate, up = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2]).chunk(2, dim=-1)  # (N, E, F) each
-    return (F.silu(gate) * up * gates[:, :, None]).flatten(1) @ down.transpose(1, 2).flatten(0, 1)
-
-
 def loop_over_stack(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return experts_loop(x, chosen, weights, list(gate_up.unbind(0)), list(down.unbind(0)))
 
@@ -175,7 +167,7 @@ def one_layer(here: Here, shape: Shape, dtype: torch.dtype, tokens: int) -> dict
 
     ours: dict[str, Callable] = {"grouped": experts_grouped, "loop": loop_over_stack}
     if d < 1024:
-        ours["all"] = all_experts
+        ours["all"] = experts_all
     def peer(name: str) -> Callable[[], None]:
         config = transformers.OlmoeConfig(hidden_size=d, intermediate_size=shape["d_ff"], num_experts=e,
                                           num_experts_per_tok=k)

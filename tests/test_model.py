@@ -247,6 +247,26 @@ def test_a_cache_grows_with_what_is_said(dense):
     assert model.generate(torch.tensor([[5, 9, 2]]), 100).tolist() == [argmax_loop(model, [5, 9, 2], 100)]
 
 
+LATENT = dict(n_head=2, n_kv_head=2, d_head=8, kv_rank=16, d_nope=8, d_value=16)
+
+
+@pytest.mark.parametrize("kind, more", [("dense", {}), ("dense", dict(window=4)), ("dense", LATENT), ("moe", {})])
+def test_a_settled_cache_gives_the_logits_of_one_pass(factories, kind, more):
+    """As a GPU decodes: keys and values stay where they are, and the device counts the tokens itself (model.Replay)."""
+    model = factories[kind](**more)
+    tokens, pad = padded(PROMPTS)
+    for left in (pad, None):
+        cache = model.new_cache(len(tokens), 20)
+        with torch.no_grad():
+            whole = model(tokens, pad=left)
+            parts = [model(tokens[:, :2], cache=cache, pad=left)]
+            cache.settle()
+            before = cache.k[0].data_ptr()
+            parts += [model(part, cache=cache, pad=left) for part in tokens[:, 2:].split(1, dim=1)]
+        assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        assert cache.place.tolist() == [7] and cache.k[0].data_ptr() == before and cache.k[0].shape[2] == 20
+
+
 def test_rotary_tables_are_made_again_for_another_precision(dense):
     model, tokens = dense(), torch.randint(61, (1, 6))
     model(tokens)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from model import MLP
-from moe import MoE, Routing, experts_grouped, experts_loop, load_balancing_loss, topic_information
+from moe import MoE, Routing, experts_all, experts_grouped, experts_loop, load_balancing_loss, topic_information
 
 
 def layer(d_model=8, d_ff=5, n_expert=7, top_k=3, seed=0, shared=None, **kwargs) -> MoE:
@@ -125,7 +125,7 @@ def loop_over_stack(x, chosen, weights, gate_up, down):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("way", [experts_grouped, loop_over_stack])
+@pytest.mark.parametrize("way", [experts_grouped, loop_over_stack, experts_all])
 @pytest.mark.parametrize("n_expert", [4, 40])  # 40: most have no token
 def test_every_way_gives_the_values_and_gradients_of_the_plain_loop(way, dtype, tolerance, n_expert):
     torch.manual_seed(0)
@@ -198,8 +198,9 @@ def test_the_taken_experts_gradient_is_its_slice_of_the_stacks():
     assert not moe.gate_up.grad[2].any() and not moe.down.grad[2].any()
 
 
-def test_on_a_gpu_the_taken_expert_runs_on_all_tokens_and_it_comes_to_the_same():
-    """There nobody may ask which rows are its own; `beside` is that way, run here on the CPU."""
+@pytest.mark.parametrize("way", [experts_grouped, experts_all])
+def test_on_a_gpu_the_taken_expert_runs_on_all_tokens_and_it_comes_to_the_same(way, monkeypatch):
+    """There nobody may ask which rows are its own. Run here on the CPU."""
     moe, x = layer(d_ff=8, norm_topk_prob=True), torch.randn(4, 6, 8, requires_grad=True)
     moe.requires_grad_(False)
     moe.router.requires_grad_(True)
@@ -210,9 +211,22 @@ def test_on_a_gpu_the_taken_expert_runs_on_all_tokens_and_it_comes_to_the_same()
     inputs = [x, moe.router.weight, *(p for expert in experts for p in expert.parameters())]
     routing = moe.route(x)
     given = x.reshape(-1, 8), routing.chosen.reshape(-1, 3), routing.weights.reshape(-1, 3)
-    found = [(y, torch.autograd.grad(y.square().sum(), inputs, retain_graph=True))
-             for y in (moe.experts(*given), moe.beside(*given))]
+    found = []
+    for _ in range(2):
+        y = moe.experts(*given)
+        found.append((y, torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)))
+        monkeypatch.setattr(moe, "way", lambda *_: way)
     assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_no_way_of_a_gpu_waits_for_it_in_bfloat16_or_where_all_experts_are_few_operations():
+    with torch.device("meta"):  # which is no CPU
+        olmoe, small = MoE(2048, 1024, 64, 8), MoE(128, 64, 16, 4)
+        odd = MoE(2048, 1023, 64, 8)
+    assert olmoe.way(6000, torch.bfloat16) is experts_grouped and not olmoe.to(torch.bfloat16).waits(6000)
+    assert small.way(1000, torch.float32) is experts_all and not small.waits(1000)
+    assert odd.way(8, torch.bfloat16) is experts_all and odd.way(6000, torch.bfloat16) is experts_loop
+    assert olmoe.way(6000, torch.float32) is experts_grouped and olmoe.to(torch.float32).waits(6000)
 
 
 @pytest.mark.parametrize("number", [-1, 7])
