@@ -139,6 +139,7 @@ class Cache:
 
     def settle(self) -> None:
         """From here on one token at a time, at a place that the device knows, in memory that stays where it is."""
+        self.max_len += -self.max_len % 8  # rows of whole 16 bytes: attention copies any other mask in each layer
         for layer in range(len(self.k)):
             self.grow(layer, self.max_len)
         self.place = torch.tensor([self.length], device=self.k[0].device)
@@ -170,9 +171,8 @@ def rope_frequencies(config: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_c, x_{c + C/2}) by its angle. x: (B, H, T, C); cos, sin: (B or 1, 1, T, C/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Turn each pair (x_c, x_{c + C/2}) by its angle. x: (B, H, T, C); cos, sin: (B or 1, 1, T, C), see GPT.turns."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def on_amd() -> bool:
@@ -346,7 +346,11 @@ class GPT(nn.Module):
         return cast(MoE, self.blocks[layer].mlp)
 
     def turns(self, length: int) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin of positions 0 to length - 1 or more, (length, C/2), made once and kept."""
+        """Rotary cos and sin of positions 0 to length - 1 or more, (length, C), made once and kept.
+
+        A pair's second half has its first one's cosine, and the sine is negative in the first half: see `rotate`. With
+        latent attention (length, C/2), one for each pair of neighbours.
+        """
         weight = self.embed.weight
         kept = self.rotary
         if kept is None or len(kept[0]) < length or kept[0].device != weight.device or kept[0].dtype != weight.dtype:
@@ -354,11 +358,14 @@ class GPT(nn.Module):
             angle = positions[:, None] * rope_frequencies(self.config).to(weight.device)
             scaling = self.config.rope_scaling or {}
             by = yarn_magnitude(scaling) if scaling.get("rope_type") == "yarn" else 1.0
-            self.rotary = kept = (angle.cos() * by).to(weight.dtype), (angle.sin() * by).to(weight.dtype)
+            cos, sin = (angle.cos() * by).to(weight.dtype), (angle.sin() * by).to(weight.dtype)
+            if not self.config.kv_rank:
+                cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            self.rotary = kept = cos, sin
         return kept
 
     def positions(self, length: int, cache: Cache | None, pad: Tensor | None):
-        """Rotary cos and sin (B or 1, 1, T, C/2), and the attention mask (B or 1, 1, T, S), None where causal.
+        """Rotary cos and sin (B or 1, 1, T, C or C/2), and the attention mask (B or 1, 1, T, S), None where causal.
 
         pad: (B,) number of padding tokens at the left of each row; a row's first real token has position 0.
         """
@@ -372,7 +379,8 @@ class GPT(nn.Module):
             seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, max_len)
             if window:
                 seen = seen & (key > cache.place - window)
-            return cos[position][:, None], sin[position][:, None], seen[:, None, None]
+            mask = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)  # as attention will want it
+            return cos[position][:, None], sin[position][:, None], mask[:, None, None]
         cos, sin = self.turns(end)
         if pad is None:
             cos, sin = cos[None, None, start:end], sin[None, None, start:end]

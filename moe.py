@@ -175,6 +175,36 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
     return torch.zeros_like(x).index_add(0, token, torch.cat(pieces))
 
 
+class ToExperts(torch.autograd.Function):
+    """x (N, D) -> a row for each assignment, (N * K, D), the one of token[i] at place i.
+
+    places (N, K): where each token's rows are. As autograd has it, this one's gradient and the next one's value would
+    be index_add, to which a GPU gives four times as long as to all else here that is no product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return F.embedding_bag(ctx.saved_tensors[0], gradient, mode="sum"), None, None
+
+
+class FromExperts(torch.autograd.Function):
+    """The other way: rows (N * K, D) -> each token's sum, (N, D)."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return F.embedding_bag(places, rows, mode="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
                     low_rank: Mapping[str, Any] = NONE) -> Tensor:
     """The same with one grouped product per projection; nothing is asked of the device.
@@ -189,14 +219,16 @@ def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
         y = product(rows, stack)
         return y + low_rank[name](rows, product) if name in low_rank else y
 
-    experts, order = chosen.reshape(-1).sort(stable=True)  # (N * K,), the assignments sorted by expert
+    experts, order = chosen.reshape(-1).short().sort(stable=True)  # (N * K,), the assignments sorted by expert
     token = order // chosen.shape[1]
-    numbers = torch.arange(len(gate_up), device=x.device)
+    numbers = torch.arange(len(gate_up), device=x.device, dtype=torch.short)  # short: a GPU sorts it with fewer kernels
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E,), one past each expert's last row
-    rows = x.index_select(0, token)  # (N * K, D)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    places = places.view_as(chosen).sort(-1).values  # (N, K), of each token's rows, added up in this order
+    rows = ToExperts.apply(x, token, places)  # (N * K, D)
     gate, up = changed(rows, gate_up, "gate_up").chunk(2, dim=-1)
     inner = F.silu(gate) * up * weights.reshape(-1)[order, None].to(x.dtype)  # (N * K, F)
-    return torch.zeros_like(x).index_add(0, token, changed(inner, down, "down"))
+    return FromExperts.apply(changed(inner, down, "down"), token, places)
 
 
 def experts_all(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,

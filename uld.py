@@ -187,7 +187,8 @@ def as_sure_as_needed(target: GPT, forget: Rows, level: Belief) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank change: W x + (alpha / r) B A x (arXiv 2106.09685, eq. 3).
 
-    A (R, D) and B (O, R) are float32 whatever W is: bf16 would round small updates away. B starts at 0.
+    A (R, D) and B (O, R) are float32 whatever W is, for bf16 would round small updates away; they are multiplied in x's
+    precision, as W is. B starts at 0.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
@@ -199,8 +200,8 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x.float(), self.dropout, self.training), self.a)
-        return self.base(x) + (self.scale * F.linear(low, self.b)).to(x.dtype)  # LoRA (3)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.a.to(x.dtype))
+        return self.base(x) + F.linear(low, (self.scale * self.b).to(x.dtype))  # LoRA (3)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -231,7 +232,7 @@ class LoRAStack(nn.Module):
         product(rows, stack) multiplies each row by its own expert's matrix.
         """
         low = product(F.dropout(rows, self.dropout, self.training), self.a.to(rows.dtype))
-        return self.scale * product(low, self.b.to(rows.dtype))
+        return product(low, (self.scale * self.b).to(rows.dtype))
 
     def added(self, stack: Tensor) -> Tensor:
         """The stack that computes the same by itself, without dropout: to merge, or without a grouped product."""

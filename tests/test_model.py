@@ -264,7 +264,7 @@ def test_a_settled_cache_gives_the_logits_of_one_pass(factories, kind, more):
             before = cache.k[0].data_ptr()
             parts += [model(part, cache=cache, pad=left) for part in tokens[:, 2:].split(1, dim=1)]
         assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
-        assert cache.place.tolist() == [7] and cache.k[0].data_ptr() == before and cache.k[0].shape[2] == 20
+        assert cache.place.tolist() == [7] and cache.k[0].data_ptr() == before and cache.k[0].shape[2] == 24
 
 
 def test_rotary_tables_are_made_again_for_another_precision(dense):
