@@ -11,6 +11,7 @@ Shapes: N tokens   D model width   E experts   K experts per token   F width of 
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -22,6 +23,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from flags import Parser
 from lab.bench import in_turn, timed, weights_met
 from lab.trial import write_page
 from methods import METHODS
-from model import GPT, Config, count_parameters
+from model import GPT, Config, Replay, count_parameters
 from moe import MoE, experts_all, experts_grouped, experts_loop
 
 try:
@@ -48,8 +50,9 @@ OLMOE = dict(vocab_size=50_304, n_layer=16, n_head=16, n_kv_head=16, d_model=204
              qk_norm="full", n_expert=64, top_k=8)
 LLAMA = dict(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=11_008, max_len=4096)
 TINY = dict(vocab_size=128, n_layer=4, n_head=2, n_kv_head=2, d_model=32, d_ff=16)
-PROMPT, ANSWER, ROWS = 32, 64, 64  # tokens of a question and of an answer, and rows of the forget set
+PROMPT, ANSWER, ROWS = 32, 64, 128  # tokens of a question and of an answer, and rows of the forget set
 DECODED, AT_ONCE = 200, 8  # tokens of each answer, and answers side by side
+BATCHES = 32, 128  # forget rows of a step, and as many retain rows
 
 
 class Here:
@@ -133,8 +136,12 @@ def loop_over_stack(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
 
 def experts(here: Here) -> dict[str, dict[str, float | None]]:
     """Seconds of the experts of one layer, forward and backward: ours each way, theirs each way."""
+    small, upcycled = (dict(d_model=128, d_ff=64, n_expert=16, top_k=4),
+                       dict(d_model=576, d_ff=1536, n_expert=8, top_k=2))
     shapes = {**{f"OLMoE, bf16, {n}": (here.olmoe, torch.bfloat16, n) for n in (512, 4096, 16_384)},
-              "small, float32, 1024": (dict(d_model=128, d_ff=64, n_expert=16, top_k=4), torch.float32, 1024)}
+              **{f"OLMoE, float32, {n}": (here.olmoe, torch.float32, n) for n in (8, 64, 512)},
+              "SmolLM2 in 8 experts, float32, 2048": (upcycled, torch.float32, 2048),
+              **{f"small, float32, {n}": (small, torch.float32, n) for n in (1024, 16_384)}}
     out = {}
     for name, (shape, dtype, tokens) in shapes.items():
         tokens = 16 if here.tiny else tokens
@@ -166,7 +173,7 @@ def one_layer(here: Here, shape: Shape, dtype: torch.dtype, tokens: int) -> dict
         return work
 
     ours: dict[str, Callable] = {"grouped": experts_grouped, "loop": loop_over_stack}
-    if d < 1024:
+    if tokens * e * d * shape["d_ff"] < 2**36:
         ours["all"] = experts_all
     def peer(name: str) -> Callable[[], None]:
         config = transformers.OlmoeConfig(hidden_size=d, intermediate_size=shape["d_ff"], num_experts=e,
@@ -206,10 +213,11 @@ def attempt(work: Callable[[], Any], otherwise: Any) -> Any:
         return otherwise
 
 
-def unlearn(here: Here, target: GPT, *flags: str) -> tuple[Any, dict[str, Any]]:
+def unlearn(here: Here, target: GPT, batch: int, *flags: str) -> tuple[Any, dict[str, Any]]:
     """A method as train.py runs it, on random rows: the model that is scored, and seconds per step, tokens, memory."""
+    here.forget_peak()
     args = parse([*flags, "--model", "random", "--forget", "random", "--retain", "random", "--device", str(here.device),
-                  "--context", "256", "--epochs", "2" if here.tiny else "5"])
+                  "--context", "256", "--batch-size", str(batch), "--epochs", "2" if here.tiny else "5"])
     args.seed = 0
     forget_rows, retain_rows = (random_rows(target.config.vocab_size, ROWS, seed) for seed in (0, 1))
     data, method = DataSet("random", forget_rows, retain_rows), METHODS[args.method]
@@ -242,10 +250,22 @@ def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
     return {name: statistics.median(each) / here.decoded for name, each in in_turn(works, 2, "decoding").items()}
 
 
+class KernelByKernel:
+    """A model of ours that decodes on a GPU as it does on a CPU: without model.Replay."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+
+    def generate(self, tokens: Tensor, new: int) -> Tensor:
+        with mock.patch.object(Replay, "works", return_value=False):
+            return self.model.generate(tokens, new)
+
+
 class Theirs:
     """The same shape in transformers, with random bf16 weights and `generate` as ours."""
 
-    def __init__(self, here: Here, shape: Shape):
+    def __init__(self, here: Here, shape: Shape, **more: str):
+        self.more = more  # of generate's
         common = dict(vocab_size=shape["vocab_size"], hidden_size=shape["d_model"], intermediate_size=shape["d_ff"],
                       num_hidden_layers=shape["n_layer"], num_attention_heads=shape["n_head"],
                       num_key_value_heads=shape["n_kv_head"], pad_token_id=0, bos_token_id=0, eos_token_id=0)
@@ -260,7 +280,7 @@ class Theirs:
 
     def generate(self, tokens: Tensor, new: int) -> Tensor:
         return self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new,
-                                   min_new_tokens=new, do_sample=False)
+                                   min_new_tokens=new, do_sample=False, **self.more)
 
 
 def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
@@ -270,16 +290,29 @@ def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
     return decoding(here, {"transformers": Theirs(here, shape)})
 
 
+def steps(here: Here, target: GPT, active: int, *flags: str) -> tuple[Any, dict[str, Any]]:
+    """A method at both batch sizes: the model that the first made, and what `unlearn` finds, by batch size.
+
+    active: parameters that a token meets. Forward and the gradient of what goes in; what trains is small beside them.
+    """
+    models, found = [], {}
+    for batch in BATCHES:
+        model, one = unlearn(here, target, batch, *flags)
+        found[str(batch)] = one | {"step_flops": 4 * active * one["tokens_per_step"]}
+        models = models or [model]
+        del model
+    return models[0], {"active": active, "steps": found}
+
+
 def uoe(here: Here) -> dict[str, Any]:
     """OLMoE-1B-7B's shape: one expert of the first layer trains, so that nothing can be left out above it; NPO + GD."""
     target = here.model(here.olmoe)
-    out: dict[str, Any] = {"parameters": count_parameters(target), "active": weights_met(target.config)}
-    model, found = unlearn(here, target, "--method", "uoe", "--layer", "0,0")
-    # forward and the gradient of what goes in, of every block; no gradient of weights but one expert's
-    out |= found | {"step_flops": 4 * out["active"] * found["tokens_per_step"]}
+    out: dict[str, Any] = {"parameters": count_parameters(target)}
+    model, found = steps(here, target, weights_met(target.config), "--method", "uoe", "--layer", "0,0")
+    out |= found
     del target
     here.forget_peak()
-    out["decoding"] = attempt(partial(decoding, here, {"ours": model}), {})
+    out["decoding"] = attempt(partial(decoding, here, {"here": model, "kernel by kernel": KernelByKernel(model)}), {})
     out["decoding_bytes"] = 2 * weights_met(model.config, AT_ONCE)
     del model
     here.forget_peak()
@@ -291,19 +324,29 @@ def uld(here: Here) -> dict[str, Any]:
     """Llama-2-7B's shape, an assistant of a quarter of its layers."""
     target = here.model(here.llama)
     out: dict[str, Any] = {"parameters": count_parameters(target)}
-    model, found = unlearn(here, target, "--method", "uld")
-    # forward, and the gradient of what goes in; the low-rank changes' own are small beside that
-    active = weights_met(model.assistant.config)
-    out |= found | {"active": active, "step_flops": 4 * active * found["tokens_per_step"],
-                    "assistant_layers": model.assistant.config.n_layer, "layers": target.config.n_layer}
+    config = copy.copy(target.config)
+    config.n_layer //= 4
+    model, found = steps(here, target, weights_met(config), "--method", "uld")
+    out |= found
     here.forget_peak()
-    out["decoding"] = attempt(partial(decoding, here, {"target": target, "ULD": model}), {})
+    asked = {"target": target, "target, kernel by kernel": KernelByKernel(target), "ULD": model}
+    out["decoding"] = attempt(partial(decoding, here, asked), {})
     out["decoding_peak_bytes"] = here.peak()
     out["decoding_bytes"] = 2 * weights_met(target.config, AT_ONCE)
-    del target, model
+    del target, model, asked
     here.forget_peak()
     out["decoding"] |= attempt(partial(with_theirs, here, here.llama), {})
     return out
+
+
+def compiled(here: Here) -> dict[str, float]:
+    """Llama-2-7B's shape as transformers decodes it fastest: a cache of fixed size, and torch.compile."""
+    if transformers is None:
+        return {}
+    peer = Theirs(here, here.llama, cache_implementation="static")
+    tokens = torch.randint(1, 100, (AT_ONCE, PROMPT), device=here.device)
+    first, *more = [timed(lambda: peer.generate(tokens, here.decoded), here.device) for _ in range(3)]
+    return {"first_seconds": first, "seconds": statistics.median(more) / here.decoded}
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -314,13 +357,14 @@ def gigabytes(n: float | None) -> str:
 
 def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> list[str]:
     """What one method's part found, a line each."""
-    share = found["step_flops"] / found["step_seconds"] / rates["bf16_flops"]
-    lines = [f"## {title}", "", f"- {found['parameters'] / 1e9:.2f} billion parameters, {found['trained']:,} train",
-             f"- a training step of {found['tokens_per_step']} tokens: {1e3 * found['step_seconds']:.0f} ms, "
-             f"{100 * share:.0f}% of the card's measured bf16 rate (4 x {found['active'] / 1e9:.2f} billion parameters "
-             "x tokens)",
-             f"- peak memory of unlearning: {gigabytes(found['peak_bytes'])}, the target's "
-             f"{gigabytes(found['held_before'])} in it"]
+    lines = [f"## {title}", "", f"{found['parameters'] / 1e9:.2f} billion parameters, "
+             f"{found['steps'][str(BATCHES[0])]['trained']:,} train.", ""]
+    for batch, step in found["steps"].items():
+        share = step["step_flops"] / step["step_seconds"] / rates["bf16_flops"]
+        lines.append(f"- a training step of {batch} + {batch} rows, {step['tokens_per_step']} tokens: "
+                     f"{1e3 * step['step_seconds']:.0f} ms, {100 * share:.0f}% of the card's measured bf16 rate (4 x "
+                     f"{found['active'] / 1e9:.2f} billion parameters x tokens); peak memory of unlearning "
+                     f"{gigabytes(step['peak_bytes'])}, the target's {gigabytes(step['held_before'])} in it")
     bound = found["decoding_bytes"] / rates["bytes_per_second"]
     for name, seconds in found["decoding"].items():
         lines.append(f"- greedy decoding, {AT_ONCE} rows, {name}: {AT_ONCE / seconds:.0f} tokens/s, "
@@ -343,6 +387,11 @@ def page(results: dict[str, Any]) -> str:
             lines += [f"## {title}", "", f"Not measured: {results.get(name, {}).get('error', 'no time left')}", ""]
         else:
             lines += [*method_lines(title, results[name], rates), ""]
+    peer = results.get("compiled", {})
+    if "seconds" in peer:
+        lines[-1:] = ["- the same, transformers with a static cache and torch.compile: "
+                      f"{AT_ONCE / peer['seconds']:.0f} tokens/s, {1e3 * peer['seconds']:.1f} ms a step; its first "
+                      f"answers took {peer['first_seconds']:.0f} s", ""]
     lines += ["## One layer's experts, forward and backward", ""]
     table = results.get("experts", {"error": "no time left"})
     if "error" in table:
@@ -355,7 +404,7 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"card": card, "experts": experts, "uoe": uoe, "uld": uld}
+PARTS = {"card": card, "experts": experts, "uoe": uoe, "uld": uld, "compiled": compiled}
 
 
 @one_line_errors
@@ -365,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=150.0, help="no part begins later than that")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no part begins later than that")
     measure(parser.parse_args(argv))
 
 

@@ -14,11 +14,12 @@ def test_every_part_runs_at_toy_size(tmp_path, capsys):
     for part in gpu.PARTS:
         assert results[part] and "error" not in results[part], part
     assert all(seconds > 0 for row in results["experts"].values() for seconds in row.values())
-    assert set(results["uoe"]["decoding"]) == {"ours", "transformers"}
-    assert set(results["uld"]["decoding"]) == {"target", "ULD", "transformers"}
-    assert results["uoe"]["trained"] == 3 * 32 * 16 + 8 * 32  # one expert and its router
+    assert set(results["uoe"]["decoding"]) == {"here", "kernel by kernel", "transformers"}
+    assert set(results["uld"]["decoding"]) == {"target", "target, kernel by kernel", "ULD", "transformers"}
+    assert results["compiled"]["seconds"] > 0
+    assert results["uoe"]["steps"]["32"]["trained"] == 3 * 32 * 16 + 8 * 32  # one expert and its router
     page = (tmp_path / "gpu.md").read_text()
-    assert "Not measured" not in page and page.count("tokens/s") == 5
+    assert "Not measured" not in page and page.count("tokens/s") == 8
 
 
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
