@@ -364,7 +364,7 @@ def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> 
         lines.append(f"- a training step of {batch} + {batch} rows, {step['tokens_per_step']} tokens: "
                      f"{1e3 * step['step_seconds']:.0f} ms, {100 * share:.0f}% of the card's measured bf16 rate (4 x "
                      f"{found['active'] / 1e9:.2f} billion parameters x tokens); peak memory of unlearning "
-                     f"{gigabytes(step['peak_bytes'])}, the target's {gigabytes(step['held_before'])} in it")
+                     f"{gigabytes(step['peak_bytes'])}, of which {gigabytes(step['held_before'])} were there before")
     bound = found["decoding_bytes"] / rates["bytes_per_second"]
     for name, seconds in found["decoding"].items():
         lines.append(f"- greedy decoding, {AT_ONCE} rows, {name}: {AT_ONCE / seconds:.0f} tokens/s, "
@@ -376,7 +376,8 @@ def page(results: dict[str, Any]) -> str:
     """What results/gpu.md holds between its markers."""
     lines = [f"`python -m lab.gpu` on {results['device']}, torch {results['torch']}, "
              f"transformers {results['transformers']}; random weights, {PROMPT} + {ANSWER} tokens a row. "
-             "The numbers are in [gpu.json](gpu.json).", ""]
+             "The numbers are in [gpu.json](gpu.json). Decoding starts a token's kernels as one recording "
+             "(model.Replay); *kernel by kernel*: without that.", ""]
     rates = results.get("card", {"error": ""})
     if "error" not in rates:
         lines += [f"Measured in the same run: {rates['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16 (a square product), "
