@@ -379,8 +379,8 @@ class GPT(nn.Module):
             seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, max_len)
             if window:
                 seen = seen & (key > cache.place - window)
-            mask = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)  # as attention will want it
-            return cos[position][:, None], sin[position][:, None], mask[:, None, None]
+            added = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)  # as attention will want it
+            return cos[position][:, None], sin[position][:, None], added[:, None, None]
         cos, sin = self.turns(end)
         if pad is None:
             cos, sin = cos[None, None, start:end], sin[None, None, start:end]

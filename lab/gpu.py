@@ -290,12 +290,13 @@ def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
     return decoding(here, {"transformers": Theirs(here, shape)})
 
 
-def steps(here: Here, target: GPT, active: int, *flags: str) -> tuple[Any, dict[str, Any]]:
+def steps(here: Here, target: GPT, active: float, *flags: str) -> tuple[Any, dict[str, Any]]:
     """A method at both batch sizes: the model that the first made, and what `unlearn` finds, by batch size.
 
     active: parameters that a token meets. Forward and the gradient of what goes in; what trains is small beside them.
     """
-    models, found = [], {}
+    models: list[Any] = []
+    found: dict[str, Any] = {}
     for batch in BATCHES:
         model, one = unlearn(here, target, batch, *flags)
         found[str(batch)] = one | {"step_flops": 4 * active * one["tokens_per_step"]}
