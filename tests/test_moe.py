@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from model import MLP
-from moe import MoE, Routing, experts_all, experts_grouped, experts_loop, load_balancing_loss, topic_information
+from moe import (
+    FromExperts,
+    MoE,
+    Routing,
+    ToExperts,
+    experts_all,
+    experts_grouped,
+    experts_loop,
+    load_balancing_loss,
+    topic_information,
+)
 
 
 def layer(d_model=8, d_ff=5, n_expert=7, top_k=3, seed=0, shared=None, **kwargs) -> MoE:
@@ -227,6 +237,18 @@ def test_no_way_of_a_gpu_waits_for_it_in_bfloat16_or_where_all_experts_are_few_o
     assert small.way(1000, torch.float32) is experts_all and not small.waits(1000)
     assert odd.way(8, torch.bfloat16) is experts_all and odd.way(6000, torch.bfloat16) is experts_loop
     assert olmoe.way(6000, torch.float32) is experts_grouped and olmoe.to(torch.float32).waits(6000)
+
+
+def test_the_way_to_the_experts_and_back_has_indexings_values_and_gradients():
+    torch.manual_seed(0)
+    chosen = torch.randn(9, 5).topk(3).indices
+    order = chosen.reshape(-1).argsort(stable=True)
+    token, places = order // 3, order.argsort().view(9, 3)
+    x, rows = (torch.randn(n, 4, dtype=torch.double, requires_grad=True) for n in (9, 27))
+    assert torch.equal(ToExperts.apply(x, token, places), x[token])
+    assert_close(FromExperts.apply(rows, token, places), torch.zeros_like(x).index_add(0, token, rows))
+    assert torch.autograd.gradcheck(lambda x: ToExperts.apply(x, token, places), x)
+    assert torch.autograd.gradcheck(lambda rows: FromExperts.apply(rows, token, places), rows)
 
 
 @pytest.mark.parametrize("number", [-1, 7])
