@@ -23,11 +23,12 @@ from torch import Tensor
 import uld
 import uoe
 from data.batches import Rows
+from decoding import Cache
 from errors import UserError
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
-from model import GPT, Cache, Config, Trace, sharing
+from model import GPT, Config, Trace, sharing
 from objectives import FORGET, RETAIN, cross_entropy, labelled
 
 Unlearned = tuple[LanguageModel, dict[str, GPT], dict]  # what is scored, folder name -> what is kept, report

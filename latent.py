@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from model import Cache, Config
+    from decoding import Cache
+    from model import Config
 
 
 class LatentAttention(nn.Module):

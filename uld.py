@@ -51,11 +51,12 @@ from belief import Belief, belief, row_log_prob, strangers_belief
 from data.batches import Rows, answer_length
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
+from decoding import Cache, Parts, behind, generate
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
-from model import GPT, Cache, Config, Parts, behind, generate, of_state, same_memory
+from model import GPT, Config, of_state, same_memory
 from moe import MoE
 from objectives import cross_entropy_to, labelled, uniform, uniform_beside
 
@@ -374,11 +375,11 @@ class SeveralModels(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
                  of: Tensor | None = None) -> Tensor:
-        """See model.generate."""
+        """See decoding.generate."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
     def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Parts]:
-        """See model.behind."""
+        """See decoding.behind."""
         return behind(self, prompts, pad, of, tails, at)
 
 

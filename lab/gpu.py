@@ -31,12 +31,13 @@ from torch import Tensor
 import loop
 from cli import parse
 from data.rows import DataSet, Row
+from decoding import Replay
 from errors import one_line_errors
 from flags import Parser
 from lab.bench import in_turn, timed, weights_met
 from lab.trial import write_page
 from methods import METHODS
-from model import GPT, Config, Replay, count_parameters
+from model import GPT, Config, count_parameters
 from moe import MoE, experts_all, experts_grouped, experts_loop
 
 try:
@@ -251,7 +252,7 @@ def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
 
 
 class KernelByKernel:
-    """A model of ours that decodes on a GPU as it does on a CPU: without model.Replay."""
+    """A model of ours that decodes on a GPU as it does on a CPU: without decoding.Replay."""
 
     def __init__(self, model: GPT):
         self.model = model
@@ -378,7 +379,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [f"`python -m lab.gpu` on {results['device']}, torch {results['torch']}, "
              f"transformers {results['transformers']}; random weights, {PROMPT} + {ANSWER} tokens a row. "
              "The numbers are in [gpu.json](gpu.json). Decoding starts a token's kernels as one recording "
-             "(model.Replay); *kernel by kernel*: without that.", ""]
+             "(decoding.Replay); *kernel by kernel*: without that.", ""]
     rates = results.get("card", {"error": ""})
     if "error" not in rates:
         lines += [f"Measured in the same run: {rates['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16 (a square product), "

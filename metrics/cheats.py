@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from data.batches import batch_at, collate, encode_rows
 from data.rows import Row
 from data.values import spelled, value_span, values_of
-from model import generate
+from decoding import generate
 from objectives import ga
 
 # ---- destroyed --------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Changed(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
                  of: Tensor | None = None) -> Tensor:
-        """See model.generate."""
+        """See decoding.generate."""
         return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
 
 

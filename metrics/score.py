@@ -107,7 +107,7 @@ def scores_key(data: DataSet, how: str) -> str:
     """Changes with the scored rows, with as_read's answer, and with the code that scores."""
     here = Path(__file__).parents[1]
     sources = ("metrics/score.py", "metrics/knowledge.py", "data/values.py", "model.py", "moe.py", "belief.py",
-               "uld.py", "baselines.py", "latent.py", "metrics/tofu.py", "metrics/likelihood.py",
+               "decoding.py", "uld.py", "baselines.py", "latent.py", "metrics/tofu.py", "metrics/likelihood.py",
                "metrics/memorization.py", "data/batches.py", "data/tokenizer.py", "hub/tokenizer.py")
     return digest(data.scored, data.limits[:2], how, [(here / name).read_text() for name in sources])
 

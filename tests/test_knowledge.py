@@ -13,6 +13,7 @@ from data.batches import IGNORE
 from data.rows import Limits
 from data.tokenizer import Tokenizer
 from data.values import encode_value, options, value_span
+from decoding import Cache, generate
 from errors import UserError
 from metrics.knowledge import (
     answers,
@@ -32,7 +33,7 @@ from metrics.knowledge import (
     states,
 )
 from metrics.tofu import forget_quality
-from model import GPT, Cache, Trace, generate
+from model import GPT, Trace
 from tests.conftest import random_model, random_moe
 from uld import LogitDifference, first_layers
 

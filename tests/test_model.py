@@ -252,7 +252,7 @@ LATENT = dict(n_head=2, n_kv_head=2, d_head=8, kv_rank=16, d_nope=8, d_value=16)
 
 @pytest.mark.parametrize("kind, more", [("dense", {}), ("dense", dict(window=4)), ("dense", LATENT), ("moe", {})])
 def test_a_settled_cache_gives_the_logits_of_one_pass(factories, kind, more):
-    """As a GPU decodes: keys and values stay where they are, and the device counts the tokens itself (model.Replay)."""
+    """As a GPU decodes: keys and values stay where they are, and the device counts (decoding.Replay)."""
     model = factories[kind](**more)
     tokens, pad = padded(PROMPTS)
     for left in (pad, None):

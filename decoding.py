@@ -1,0 +1,201 @@
+"""Decoding: answers of a model, token by token, and what it keeps of the tokens before.
+
+    generate(model, tokens, max_new_tokens=20)     # (B, T) -> (B, 20); every model here has it as a method
+    first, parts = behind(model, prompts, ...)     # logits of several answers to each prompt, which is read once
+
+A model needs `new_cache` and `next_logits`: a GPT, or ULD's LogitDifference, which keeps one cache per part.
+
+Shapes: B batch   R answers   T tokens   S tokens seen so far   N new tokens   V vocabulary
+    G key-value heads   C width of one
+"""
+
+import copy
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from moe import MoE
+
+Parts = list[tuple[slice, Tensor]]  # which rows, and their logits (N, V)
+
+
+class Cache:
+    """Keys and values of all layers for the tokens seen so far, (B, G, room, C) per layer; room grows with them."""
+
+    def __init__(self, layers: int, groups: int, widths: tuple[int, int], batch: int, max_len: int, device, dtype):
+        self.k, self.v = ([torch.empty(batch, groups, 0, width, device=device, dtype=dtype)] * layers
+                          for width in widths)
+        self.length, self.max_len = 0, max_len
+        self.visible: Tensor | None = None  # (B, 1, 1, max_len) bool, False on padding, where there is some
+        self.place: Tensor | None = None  # (1,) long, `length` in the device's own memory: see Replay
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, G, T, C) keys and values of `layer`; returns all of that layer's, (B, G, S, C)."""
+        if self.place is not None:
+            return self.k[layer].index_copy_(2, self.place, k), self.v[layer].index_copy_(2, self.place, v)
+        end = self.length + k.shape[2]
+        if end > self.k[layer].shape[2]:
+            self.grow(layer, max(end, min(self.max_len, max(end, 32) * 3 // 2)))
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def grow(self, layer: int, room: int) -> None:
+        for kept in (self.k, self.v):
+            old = kept[layer]
+            kept[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])  # zeros: 0 * NaN would be NaN in attention
+            kept[layer][:, :, : self.length] = old[:, :, : self.length]
+
+    def settle(self) -> None:
+        """From here on one token at a time, at a place that the device knows, in memory that stays where it is."""
+        self.max_len += -self.max_len % 8  # rows of whole 16 bytes: attention copies any other mask in each layer
+        for layer in range(len(self.k)):
+            self.grow(layer, self.max_len)
+        self.place = torch.tensor([self.length], device=self.k[0].device)
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows alone, (R,) long; one may be there several times."""
+        self.k, self.v = ([layer[rows] for layer in layers] for layers in (self.k, self.v))
+        if self.visible is not None:
+            self.visible = self.visible[rows]
+
+
+def parts_of(cache) -> list:
+    """A model's one cache, or those of its parts."""
+    return cache if isinstance(cache, list) else [cache]
+
+
+def take(cache, rows: Tensor) -> None:
+    """Cache.take, of a model's one cache or of all of its parts'."""
+    for part in parts_of(cache):
+        if isinstance(part, Cache):
+            part.take(rows)
+
+
+class Replay:
+    """Decoding on a GPU: what one token sets off is recorded once and played back for every other (a CUDA graph).
+
+    Python starts a few hundred kernels a token, and few rows' kernels are done before the next is started; a recording
+    is started as one. It reads and writes the same memory each time: hence Cache.settle. What it gains: results/gpu.md.
+    """
+
+    def __init__(self, model, cache, pad: Tensor | None):
+        self.model, self.cache, self.pad = model, cache, pad
+        self.graph: torch.cuda.CUDAGraph | None = None
+        for part in parts_of(cache):
+            part.settle()
+
+    @staticmethod
+    def works(model, cache, rows: int) -> bool:
+        """On one GPU, where all that is kept is caches and no layer waits for a number from the device."""
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        return (model.device.type == "cuda" and not torch.distributed.is_initialized()
+                and all(isinstance(part, Cache) for part in parts_of(cache))
+                and not any(layer.waits(rows) for layer in layers))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token after `tokens` (B, 1); the next call writes them anew in the same memory."""
+        if self.graph is None:
+            first = self.model.next_logits(tokens, self.cache, self.pad)  # not recorded: it makes what is made once
+            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records and computes nothing
+                self.logits = self.model.next_logits(self.tokens, self.cache, self.pad)
+            return first
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+
+def taken(cache, rows: Tensor):
+    """Caches of these rows alone, as `take` makes of them; those given stay as they are."""
+    new = [copy.copy(part) for part in cache] if isinstance(cache, list) else copy.copy(cache)
+    take(new, rows)
+    return new
+
+
+@torch.no_grad()
+def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
+             end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
+             of: Tensor | None = None) -> Tensor:
+    """Continue each row of tokens (B, T), left-padded by pad (B,), by up to max_new_tokens: LongTensor (R, N).
+
+    of: (R,) the row that each answer continues, so that a prompt is read once however many answers it gets; default:
+    one each. temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`
+    (or one of several), the rest of it is that token; the loop stops when all rows have, and once half of them have it
+    goes on with the others (not where it is a Replay, to which a row costs next to nothing).
+    """
+    B, T = tokens.shape
+    device = tokens.device
+    if T == 0:
+        raise ValueError("generate needs at least one prompt token per row")
+    R = B if of is None else len(of)
+    said = tokens.new_zeros(R, max_new_tokens)
+    if max_new_tokens == 0:
+        return said
+    end = [] if end is None else [end] if isinstance(end, int) else sorted(end)
+    ends = torch.tensor(end, dtype=torch.long, device=device)
+    look = 1 if device.type == "cpu" else 8  # tokens between two looks at who has ended: to look stops a GPU
+    cache = model.new_cache(B, T + max_new_tokens)
+    logits = model.next_logits(tokens, cache, pad).float()  # (B, V)
+    if of is not None:
+        take(cache, of)
+        logits, pad = logits[of], None if pad is None else pad[of]
+    replay = Replay(model, cache, pad) if max_new_tokens > 8 and Replay.works(model, cache, R) else None
+    rows = torch.arange(R, device=device)  # those that go on
+    done = torch.zeros(R, dtype=torch.bool, device=device)  # of them, those that have ended since
+    # of all rows, those that have ended too, so that what the generator draws for one does not depend on who has ended
+    spread = torch.ones_like(logits) if temperature > 0 else None
+    for step in range(max_new_tokens):
+        if spread is None:
+            chosen = logits.argmax(-1)
+        else:
+            spread[rows] = (logits / temperature).softmax(-1)
+            chosen = torch.multinomial(spread, 1, generator=generator)[rows, 0]
+        said[rows, step] = chosen
+        done |= torch.isin(chosen, ends)
+        if step + 1 == max_new_tokens:
+            break
+        if len(ends) and step % look == look - 1:
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
+                return ended(said[:, : step + 1], ends)
+            if replay is None and len(left) <= len(rows) // 2:
+                take(cache, left)
+                rows, done, chosen, pad = rows[left], done[left], chosen[left], None if pad is None else pad[left]
+        logits = (replay(chosen[:, None]) if replay else model.next_logits(chosen[:, None], cache, pad)).float()
+    return ended(said, ends)
+
+
+def behind(model, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Parts]:
+    """Logits of several answers to each prompt, which is read once: (B, V) after prompts, (N, V) of some answers each.
+
+    prompts (B, P), left-padded by pad (B,). Row r of tails (R, T), right-padded, follows prompt of[r]; at (R, T) bool:
+    its N positions that are wanted, those of its first tokens. The longest rows have to come first: then little is
+    padding where a CPU reads some 1,024 tokens at a time, enough for its products to be as quick as they get.
+    Also for ULD's LogitDifference, as in `generate`.
+    """
+    cache = model.new_cache(len(prompts), prompts.shape[1] + tails.shape[1])
+    last = torch.zeros_like(prompts, dtype=torch.bool)
+    last[:, -1] = True
+    first = model(prompts, pad=pad, at=last, cache=cache)
+    lengths, parts, start = at.sum(1).tolist(), [], 0
+    while start < len(of) and lengths[start]:  # answers of one token have nothing here
+        rows = math.ceil(1024 / lengths[start]) if prompts.device.type == "cpu" else len(of)
+        some, width = slice(start, start + rows), lengths[start]
+        logits = model(tails[some, :width], pad=pad[of[some]], at=at[some, :width], cache=taken(cache, of[some]))
+        parts.append((some, logits))
+        start += rows
+    return first, parts
+
+
+def ended(said: Tensor, ends: Tensor) -> Tensor:
+    """Answers (R, N), each with its first end token to its end, cut where the last one ends."""
+    if not len(ends):
+        return said
+    here = torch.isin(said, ends)
+    last = said.shape[1] - 1
+    first = torch.where(here.any(1), here.int().argmax(1), last)  # (R,)
+    places = torch.arange(last + 1, device=said.device).minimum(first[:, None])  # (R, N)
+    return said.gather(1, places)[:, : int(first.max()) + 1 if len(said) else 0]
