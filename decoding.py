@@ -48,11 +48,11 @@ class Cache:
             kept[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])  # zeros: 0 * NaN would be NaN in attention
             kept[layer][:, :, : self.length] = old[:, :, : self.length]
 
-    def settle(self) -> None:
-        """From here on one token at a time, at a place that the device knows, in memory that stays where it is."""
-        self.max_len += -self.max_len % 8  # rows of whole 16 bytes: attention copies any other mask in each layer
+    def settle(self, tokens: int) -> None:
+        """So many tokens from here one by one, at a place that the device knows, in memory that stays where it is."""
+        room = min(self.max_len, self.length + tokens)
         for layer in range(len(self.k)):
-            self.grow(layer, self.max_len)
+            self.grow(layer, room + -room % 8)  # rows of whole 16 bytes: attention copies any other mask in each layer
         self.place = torch.tensor([self.length], device=self.k[0].device)
 
     def take(self, rows: Tensor) -> None:
@@ -81,11 +81,11 @@ class Replay:
     is started as one. It reads and writes the same memory each time: hence Cache.settle. What it gains: results/gpu.md.
     """
 
+    TOKENS = 256  # that a recording has room for; then comes another
+
     def __init__(self, model, cache, pad: Tensor | None):
         self.model, self.cache, self.pad = model, cache, pad
-        self.graph: torch.cuda.CUDAGraph | None = None
-        for part in parts_of(cache):
-            part.settle()
+        self.left = 0  # tokens that the recording has room for
 
     @staticmethod
     def works(model, cache, rows: int) -> bool:
@@ -97,15 +97,27 @@ class Replay:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of the token after `tokens` (B, 1); the next call writes them anew in the same memory."""
-        if self.graph is None:
-            first = self.model.next_logits(tokens, self.cache, self.pad)  # not recorded: it makes what is made once
-            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records and computes nothing
-                self.logits = self.model.next_logits(self.tokens, self.cache, self.pad)
-            return first
+        if self.left == 0:
+            return self.record(tokens)
+        self.left -= 1
         self.tokens.copy_(tokens)
         self.graph.replay()
+        for part in parts_of(self.cache):
+            part.length += 1
         return self.logits
+
+    def record(self, tokens: Tensor) -> Tensor:
+        """As __call__, but started kernel by kernel; then those of the next tokens are recorded, and none is run."""
+        for part in parts_of(self.cache):
+            part.settle(self.TOKENS)
+        self.left = self.TOKENS - 1
+        first = self.model.next_logits(tokens, self.cache, self.pad)  # also makes what is made once, such as angles
+        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.model.next_logits(self.tokens, self.cache, self.pad)
+        for part in parts_of(self.cache):
+            part.length -= 1  # Python ran, the device did not
+        return first
 
 
 def taken(cache, rows: Tensor):

@@ -327,11 +327,12 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         end, window = start + length, self.config.window
         if cache is not None and cache.place is not None:
-            cos, sin = self.turns(cache.max_len)
+            room = cache.k[0].shape[2]
+            cos, sin = self.turns(room)
             left = torch.zeros_like(cache.place) if pad is None else pad
             position = (cache.place - left).clamp_min(0)[:, None]  # (B or 1, 1)
-            key = torch.arange(cache.max_len, device=self.device)
-            seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, max_len)
+            key = torch.arange(room, device=self.device)
+            seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, room)
             if window:
                 seen = seen & (key > cache.place - window)
             added = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)  # as attention will want it

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch.testing import assert_close
 
+import decoding
+from decoding import Replay, parts_of
 from model import GPT, Config, Linear, Trace, count_parameters, rope_frequencies
+from uld import LogitDifference
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6]]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -260,11 +263,59 @@ def test_a_settled_cache_gives_the_logits_of_one_pass(factories, kind, more):
         with torch.no_grad():
             whole = model(tokens, pad=left)
             parts = [model(tokens[:, :2], cache=cache, pad=left)]
-            cache.settle()
+            cache.settle(100)
             before = cache.k[0].data_ptr()
             parts += [model(part, cache=cache, pad=left) for part in tokens[:, 2:].split(1, dim=1)]
         assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
         assert cache.place.tolist() == [7] and cache.k[0].data_ptr() == before and cache.k[0].shape[2] == 24
+
+
+class Recording:
+    """Stands in for torch.cuda.CUDAGraph where there is no GPU: what was recorded is Python, run again."""
+
+    def __init__(self, replay):
+        self.replayed = replay
+
+    def __enter__(self):
+        self.before = [(part, part.place.clone()) for part in parts_of(self.replayed.cache)]
+
+    def __exit__(self, *_):
+        for part, place in self.before:
+            part.place.copy_(place)  # a recording computes nothing
+
+    def replay(self):
+        of = self.replayed
+        of.logits.copy_(of.model.next_logits(of.tokens, of.cache, of.pad))
+        for part in parts_of(of.cache):
+            part.length -= 1  # Python's count, which a GPU would not touch
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "both"])
+@pytest.mark.parametrize("tokens", [256, 5])
+def test_recorded_decoding_says_what_decoding_says(factories, kind, tokens, monkeypatch):
+    """Recorded again every so many tokens; on an H200 with the real recording: results/gpu.md."""
+    model = (LogitDifference(factories["dense"](), factories["dense"](seed=1), 0.5, 0.1) if kind == "both"
+             else factories[kind]())
+    prompts, pad = padded(PROMPTS)
+    of = torch.tensor([0, 0, 1, 2, 3])
+    given = dict(pad=pad, of=of, end=[7, 11])
+    expected = model.generate(prompts, 23, **given)
+    made = []
+
+    class Watched(Replay):
+        works = staticmethod(lambda *_: True)
+        TOKENS = tokens
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+            monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(self))
+            monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+
+    monkeypatch.setattr(decoding, "Replay", Watched)
+    assert torch.equal(model.generate(prompts, 23, **given), expected)
+    room = parts_of(made[0].cache)[0].k[0].shape[2]
+    assert room == 32 and parts_of(made[0].cache)[0].length == prompts.shape[1] + expected.shape[1] - 1
 
 
 def test_rotary_tables_are_made_again_for_another_precision(dense):
