@@ -89,13 +89,14 @@ class MoE(nn.Module):
         way = self.way(len(x), x.dtype)
         if way is experts_loop:
             return experts_loop(x, chosen, weights, *self.expert_weights())
-        y = torch.zeros_like(x)
+        taken = []
         for number, expert in self.taken.items():  # on every token, weighing 0 where it was not chosen
             own = chosen == int(number)  # (N, K)
-            y = y + (weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x)
+            taken.append((weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x))
             weights = weights.masked_fill(own, 0.0)  # what the stack still holds of it counts for nothing
-        rest = way(x, chosen, weights, self.gate_up, self.down, self.low_rank)
-        return y + rest if self.taken else rest
+        given = x, chosen, weights, self.gate_up, self.down
+        y = experts_grouped(*given, self.low_rank) if self.low_rank else way(*given)
+        return sum(taken, start=y)
 
     def way(self, tokens: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         """Which of the three functions below computes so many tokens: the same values up to rounding.
@@ -115,7 +116,7 @@ class MoE(nn.Module):
             return experts_grouped if aligned and not self.taken else experts_loop
         if aligned and dtype == torch.bfloat16:
             return experts_grouped
-        if tokens * 3 * self.down.numel() <= 2**35:
+        if tokens * 3 * self.down.numel() <= 2**35 and not self.low_rank:
             return experts_all
         return experts_grouped if aligned else experts_loop
 
@@ -219,9 +220,10 @@ def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
         y = product(rows, stack)
         return y + low_rank[name](rows, product) if name in low_rank else y
 
-    experts, order = chosen.reshape(-1).short().sort(stable=True)  # (N * K,), the assignments sorted by expert
+    # (N * K,), the assignments sorted by expert; of 16 bits, which a GPU sorts in fewer rounds
+    experts, order = chosen.reshape(-1).short().sort(stable=True)
     token = order // chosen.shape[1]
-    numbers = torch.arange(len(gate_up), device=x.device, dtype=torch.short)  # short: a GPU sorts it with fewer kernels
+    numbers = torch.arange(len(gate_up), device=x.device, dtype=torch.short)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # (E,), one past each expert's last row
     plainly = x.device.type == "cpu" and x.dtype == torch.float32  # there index_add is as quick, of few rows quicker
     if not plainly:
@@ -234,14 +236,11 @@ def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor,
     return torch.zeros_like(x).index_add(0, token, y) if plainly else FromExperts.apply(y, token, places)
 
 
-def experts_all(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
-                low_rank: Mapping[str, Any] = NONE) -> Tensor:
+def experts_all(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The same with every expert on every token, weighing 0 where not chosen: two products, E / K times the work.
 
     Shapes as for experts_grouped, of any width.
     """
-    if low_rank:
-        gate_up, down = low_rank["gate_up"].added(gate_up), low_rank["down"].added(down)
     gates = x.new_zeros(len(x), len(gate_up)).scatter(1, chosen, weights.to(x.dtype))  # (N, E)
     inner = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2])  # (N, E, 2F)
     gate, up = inner.chunk(2, dim=-1)
