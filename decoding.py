@@ -3,7 +3,8 @@
     generate(model, tokens, max_new_tokens=20)     # (B, T) -> (B, 20); every model here has it as a method
     first, parts = behind(model, prompts, ...)     # logits of several answers to each prompt, which is read once
 
-A model needs `new_cache` and `next_logits`: a GPT, or ULD's LogitDifference, which keeps one cache per part.
+A model is a module with `device`, `new_cache` and `next_logits`: a GPT, or ULD's LogitDifference, which keeps one cache
+per part.
 
 Shapes: B batch   R answers   T tokens   S tokens seen so far   N new tokens   V vocabulary
     G key-value heads   C width of one
@@ -45,14 +46,15 @@ class Cache:
     def grow(self, layer: int, room: int) -> None:
         for kept in (self.k, self.v):
             old = kept[layer]
-            kept[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])  # zeros: 0 * NaN would be NaN in attention
+            # zeros, for a place not yet written weighs 0 in attention, and 0 * NaN would be NaN
+            kept[layer] = old.new_zeros(*old.shape[:2], room, old.shape[3])
             kept[layer][:, :, : self.length] = old[:, :, : self.length]
 
     def settle(self, tokens: int) -> None:
-        """So many tokens from here one by one, at a place that the device knows, in memory that stays where it is."""
+        """Room for so many more tokens, one at a time: memory stays, and the device counts where the next one goes."""
         room = min(self.max_len, self.length + tokens)
         for layer in range(len(self.k)):
-            self.grow(layer, room + -room % 8)  # rows of whole 16 bytes: attention copies any other mask in each layer
+            self.grow(layer, room + -room % 8)  # as long is a row of the mask, copied if it is not whole 16 bytes
         self.place = torch.tensor([self.length], device=self.k[0].device)
 
     def take(self, rows: Tensor) -> None:
@@ -81,17 +83,19 @@ class Replay:
     is started as one. It reads and writes the same memory each time: hence Cache.settle. What it gains: results/gpu.md.
     """
 
-    TOKENS = 256  # that a recording has room for; then comes another
+    ROOM, LEAST = 8192, 64  # tokens of all rows together, and at least of each, until another recording is made
 
     def __init__(self, model, cache, pad: Tensor | None):
         self.model, self.cache, self.pad = model, cache, pad
-        self.left = 0  # tokens that the recording has room for
+        self.left = 0  # tokens of each row until then
 
     @staticmethod
     def works(model, cache, rows: int) -> bool:
-        """On one GPU, where all that is kept is caches and no layer waits for a number from the device."""
+        """On one GPU, the current one, where all that is kept is caches and no layer waits for a number from it."""
+        if model.device.type != "cuda" or torch.distributed.is_initialized():
+            return False
         layers = [module for module in model.modules() if isinstance(module, MoE)]
-        return (model.device.type == "cuda" and not torch.distributed.is_initialized()
+        return (model.device.index in (None, torch.cuda.current_device())  # a recording listens to the current one
                 and all(isinstance(part, Cache) for part in parts_of(cache))
                 and not any(layer.waits(rows) for layer in layers))
 
@@ -107,10 +111,11 @@ class Replay:
         return self.logits
 
     def record(self, tokens: Tensor) -> Tensor:
-        """As __call__, but started kernel by kernel; then those of the next tokens are recorded, and none is run."""
+        """As __call__, kernel by kernel; then records what the next tokens will set off, which runs nothing."""
+        room = max(self.LEAST, self.ROOM // len(tokens))
         for part in parts_of(self.cache):
-            part.settle(self.TOKENS)
-        self.left = self.TOKENS - 1
+            part.settle(room)
+        self.left = room - 1
         first = self.model.next_logits(tokens, self.cache, self.pad)  # also makes what is made once, such as angles
         self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -136,7 +141,7 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
     of: (R,) the row that each answer continues, so that a prompt is read once however many answers it gets; default:
     one each. temperature 0 is greedy, otherwise softmax(logits / temperature) is sampled. Once a row has given `end`
     (or one of several), the rest of it is that token; the loop stops when all rows have, and once half of them have it
-    goes on with the others (not where it is a Replay, to which a row costs next to nothing).
+    goes on with the others (not where it is a Replay, which has recorded all rows).
     """
     B, T = tokens.shape
     device = tokens.device
@@ -154,6 +159,7 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
     if of is not None:
         take(cache, of)
         logits, pad = logits[of], None if pad is None else pad[of]
+    # a few tokens are not worth a recording
     replay = Replay(model, cache, pad) if max_new_tokens > 8 and Replay.works(model, cache, R) else None
     rows = torch.arange(R, device=device)  # those that go on
     done = torch.zeros(R, dtype=torch.bool, device=device)  # of them, those that have ended since

@@ -127,6 +127,7 @@ def rope_frequencies(config: Config) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_c, x_{c + C/2}) by its angle. x: (B, H, T, C); cos, sin: (B or 1, 1, T, C), see GPT.turns."""
+    # roll swaps the halves a and b, and sin is negative in the first: (a cos - b sin, b cos + a sin)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -303,8 +304,8 @@ class GPT(nn.Module):
     def turns(self, length: int) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin of positions 0 to length - 1 or more, (length, C), made once and kept.
 
-        A pair's second half has its first one's cosine, and the sine is negative in the first half: see `rotate`. With
-        latent attention (length, C/2), one for each pair of neighbours.
+        Each stands twice, for both halves of a pair, the sine negated for the first: see `rotate`. With latent
+        attention (length, C/2), one for each pair of neighbours.
         """
         weight = self.embed.weight
         kept = self.rotary
@@ -335,7 +336,8 @@ class GPT(nn.Module):
             seen = (key <= cache.place) & (key >= left[:, None]) | (key == cache.place)  # (B or 1, room)
             if window:
                 seen = seen & (key > cache.place - window)
-            added = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)  # as attention will want it
+            # 0 or -inf: of a bool mask attention would make this anew in each layer
+            added = torch.zeros_like(seen, dtype=cos.dtype).masked_fill(~seen, -math.inf)
             return cos[position][:, None], sin[position][:, None], added[:, None, None]
         cos, sin = self.turns(end)
         if pad is None:

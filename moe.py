@@ -95,6 +95,7 @@ class MoE(nn.Module):
             taken.append((weights * own).sum(-1, keepdim=True).to(x.dtype) * expert(x))
             weights = weights.masked_fill(own, 0.0)  # what the stack still holds of it counts for nothing
         given = x, chosen, weights, self.gate_up, self.down
+        # with low-rank changes that way is experts_grouped
         y = experts_grouped(*given, self.low_rank) if self.low_rank else way(*given)
         return sum(taken, start=y)
 
@@ -106,25 +107,26 @@ class MoE(nn.Module):
             D 128,  F 64,   16 experts, top 4, float32,   800 tokens     9.0 /   10.5 /   12.3
             D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     523 /    607 /    539
             D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1326 /   2625 /   1271
-        Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it. A
-        GPU would have to wait for their number. So it would for a grouped product that is not in bfloat16, and while it
-        waits it could run every expert on every token: up to 2^36 operations that was quicker (results/gpu.md).
+        Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it.
+        A GPU would have to wait for their number. So it would for a grouped product that is no single kernel, and
+        meanwhile can run every expert on every token: quicker at 5 * 10^10 operations, slower at 9 (results/gpu.md).
         """
         widths = [*self.down.shape[1:], *(lora.a.shape[1] for lora in self.low_rank.values())]
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
         if self.down.device.type == "cpu":
             return experts_grouped if aligned and not self.taken else experts_loop
-        if aligned and dtype == torch.bfloat16:
+        if aligned and one_kernel(self.down.device, dtype):
             return experts_grouped
-        if tokens * 3 * self.down.numel() <= 2**35 and not self.low_rank:
+        operations = 2 * tokens * 3 * self.down.numel()  # of every expert on every token; gate_up is twice down
+        if operations <= 2**36 and not self.low_rank:
             return experts_all
         return experts_grouped if aligned else experts_loop
 
     def waits(self, tokens: int) -> bool:
         """Whether a GPU has to hand Python a number on the way."""
-        dtype = self.down.dtype
+        device, dtype = self.down.device, self.down.dtype
         way = self.way(tokens, dtype)
-        return way is experts_loop or (way is experts_grouped and dtype != torch.bfloat16)
+        return way is experts_loop or (way is experts_grouped and not one_kernel(device, dtype))
 
     def expert_weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Each expert's gate_up (2F, D) and down (D, F), those taken out of the stack in their places.
@@ -176,11 +178,22 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
     return torch.zeros_like(x).index_add(0, token, torch.cat(pieces))
 
 
+def one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether F.grouped_mm is one kernel there. Elsewhere it is a loop, for which a GPU hands Python the group sizes.
+
+    So torch 2.13 has it: bfloat16 on NVIDIA's Hopper and data-center Blackwell (H100, H200, B200).
+    """
+    if device.type != "cuda":
+        return dtype == torch.bfloat16
+    return (dtype == torch.bfloat16 and torch.version.hip is None
+            and torch.cuda.get_device_capability(device)[0] in (9, 10))
+
+
 class ToExperts(torch.autograd.Function):
     """x (N, D) -> a row for each assignment, (N * K, D), the one of token[i] at place i.
 
     places (N, K): where each token's rows are. With plain indexing this one's gradient would be index_add, as would the
-    next one's value: on an H200 those took a fifth of UOE's training step on OLMoE's shape.
+    next one's value: on an H200 those took a fifth of the GPU's time in a training step of UOE on OLMoE's shape.
     """
 
     @staticmethod
@@ -208,7 +221,7 @@ class FromExperts(torch.autograd.Function):
 
 def experts_grouped(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
                     low_rank: Mapping[str, Any] = NONE) -> Tensor:
-    """The same with one grouped product per projection; nothing is asked of the device.
+    """The same with one grouped product per projection; nothing is asked of the device where that is `one_kernel`.
 
     x (N, D); chosen, weights (N, K); gate_up (E, 2F, D), down (E, D, F), D and F multiples of 16 bytes.
     low_rank: as in MoE.
@@ -244,7 +257,8 @@ def experts_all(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, dow
     gates = x.new_zeros(len(x), len(gate_up)).scatter(1, chosen, weights.to(x.dtype))  # (N, E)
     inner = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2])  # (N, E, 2F)
     gate, up = inner.chunk(2, dim=-1)
-    inner = F.silu(gate) * up * gates[:, :, None]  # (N, E, F)
+    weighed = gates[:, :, None]  # (N, E, 1)
+    inner = (F.silu(gate) * up).masked_fill(weighed == 0, 0.0) * weighed  # (N, E, F); 0 * infinity would be NaN
     return inner.flatten(1) @ down.transpose(1, 2).flatten(0, 1)
 
 
