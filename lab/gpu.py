@@ -35,6 +35,7 @@ from decoding import Replay
 from errors import one_line_errors
 from flags import Parser
 from lab.bench import in_turn, timed, weights_met
+from lab.memory import Text, need
 from lab.trial import write_page
 from methods import METHODS
 from model import GPT, Config, count_parameters
@@ -239,7 +240,13 @@ def unlearn(here: Here, target: GPT, batch: int, *flags: str) -> tuple[Any, dict
     tokens = 2 * args.batch_size * (PROMPT + ANSWER - 1)  # of forget and retain rows; the last needs no pass
     return model, {"step_seconds": statistics.median(steps[1:] or steps), "tokens_per_step": tokens,
                    "trained": report["trainable_parameters"], "peak_bytes": here.peak(), "held_before": held,
+                   "announced_bytes": need(target.config, args, announced_text()).total(),
                    "diverged": report["diverged"]}
+
+
+def announced_text() -> Text:
+    """What a run of `unlearn` is told of its rows before it begins."""
+    return Text(PROMPT + ANSWER, ANSWER, 2 * ROWS * (PROMPT + ANSWER))
 
 
 def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
@@ -291,18 +298,16 @@ def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
 
 
 def steps(here: Here, target: GPT, active: float, *flags: str) -> tuple[Any, dict[str, Any]]:
-    """A method at both batch sizes: the model that the first made, and what `unlearn` finds, by batch size.
+    """A method at both batch sizes: the model that the last made, and what `unlearn` finds, by batch size.
 
     active: parameters that a token meets. Forward and the gradient of what goes in; what trains is small beside them.
     """
-    models: list[Any] = []
-    found: dict[str, Any] = {}
+    model, found = None, {}
     for batch in BATCHES:
+        model = None  # the one before makes room
         model, one = unlearn(here, target, batch, *flags)
         found[str(batch)] = one | {"step_flops": 4 * active * one["tokens_per_step"]}
-        models = models or [model]
-        del model
-    return models[0], {"active": active, "steps": found}
+    return model, {"active": active, "steps": found}
 
 
 def uoe(here: Here) -> dict[str, Any]:
@@ -364,7 +369,8 @@ def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> 
         lines.append(f"- a training step of {batch} + {batch} rows, {step['tokens_per_step']} tokens: "
                      f"{1e3 * step['step_seconds']:.0f} ms, {100 * share:.0f}% of the card's measured bf16 rate (4 x "
                      f"{found['active'] / 1e9:.2f} billion parameters x tokens); peak memory of unlearning "
-                     f"{gigabytes(step['peak_bytes'])}, of which {gigabytes(step['held_before'])} were there before")
+                     f"{gigabytes(step['peak_bytes'])}, of which {gigabytes(step['held_before'])} were there before; "
+                     f"a run announces {gigabytes(step['announced_bytes'])}")
     bound = found["decoding_bytes"] / rates["bytes_per_second"]
     for name, seconds in found["decoding"].items():
         lines.append(f"- greedy decoding, {AT_ONCE} rows, {name}: {AT_ONCE / seconds:.0f} tokens/s, "
