@@ -275,7 +275,7 @@ Printed by `python -m lab.memory`, by the arithmetic that a run prints before it
 holds it against measured small models. GB (10^9 bytes) that unlearning TOFU's rows needs, bf16, defaults of public
 models: 32 rows to forget and 32 to keep a step. Flags where the defaults do not fit: the quickest of those tried. *no*:
 what it would need with all of them. Scoring is not counted. No number here was measured on a card; what one measured
-beside what was announced, 20 GB for 22, 39 for 47: [gpu.md](gpu.md), [tofu.md](tofu.md).
+beside what was announced (UOE 20 GB for 22, 39 for 47; ULD 20 for 21, 39 for 41): [gpu.md](gpu.md), [tofu.md](tofu.md).
 """
 
 

@@ -277,17 +277,19 @@ class Recording:
         self.replayed = replay
 
     def __enter__(self):
-        self.before = [(part, part.place.clone()) for part in parts_of(self.replayed.cache)]
+        self.before = [(part, part.place.clone(), part.length) for part in parts_of(self.replayed.cache)]
 
     def __exit__(self, *_):
-        for part, place in self.before:
+        for part, place, _ in self.before:
             part.place.copy_(place)  # a recording computes nothing
 
     def replay(self):
-        of = self.replayed
+        of, now = self.replayed, [part.length for part, _, _ in self.before]
+        for part, _, length in self.before:
+            part.length = length  # whatever Python counts is in a recording as it was then
         of.logits.copy_(of.model.next_logits(of.tokens, of.cache, of.pad))
-        for part in parts_of(of.cache):
-            part.length -= 1  # Python's count, which a GPU would not touch
+        for (part, _, _), length in zip(self.before, now, strict=True):
+            part.length = length
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "both"])
@@ -300,7 +302,7 @@ def test_recorded_decoding_says_what_decoding_says(factories, kind, room, monkey
     of = torch.tensor([0, 0, 1, 2, 3])
     given = dict(pad=pad, of=of, end=[7, 11])
     expected = model.generate(prompts, 23, **given)
-    made = []
+    made, recordings = [], []
 
     class Watched(Replay):
         works = staticmethod(lambda *_: True)
@@ -309,13 +311,14 @@ def test_recorded_decoding_says_what_decoding_says(factories, kind, room, monkey
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
-            monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(self))
+            monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recordings.append(1) or Recording(self))
             monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
 
     monkeypatch.setattr(decoding, "Replay", Watched)
     assert torch.equal(model.generate(prompts, 23, **given), expected)
-    room = parts_of(made[0].cache)[0].k[0].shape[2]
-    assert room == 32 and parts_of(made[0].cache)[0].length == prompts.shape[1] + expected.shape[1] - 1
+    assert len(recordings) == (1 if room else 5)  # of 22 tokens
+    part = parts_of(made[0].cache)[0]
+    assert part.k[0].shape[2] == 32 and part.length == prompts.shape[1] + 22
 
 
 def test_rotary_tables_are_made_again_for_another_precision(dense):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import moe as moe_file
 from model import MLP
 from moe import (
     FromExperts,
@@ -229,7 +230,17 @@ def test_on_a_gpu_the_taken_expert_runs_on_all_tokens_and_it_comes_to_the_same(w
     assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_no_way_of_a_gpu_waits_for_it_in_bfloat16_or_where_all_experts_are_few_operations():
+@pytest.mark.parametrize("dtype, capability, one", [
+    (torch.bfloat16, (9, 0), True), (torch.bfloat16, (10, 0), True), (torch.bfloat16, (8, 0), False),
+    (torch.bfloat16, (12, 0), False), (torch.float32, (9, 0), False)])
+def test_the_grouped_product_is_one_kernel_in_bfloat16_from_hopper_on(dtype, capability, one, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert moe_file.one_kernel(torch.device("cuda"), dtype) == one
+    assert not moe_file.one_kernel(torch.device("cpu"), dtype)
+
+
+def test_a_gpu_is_waited_for_only_where_all_experts_are_many_operations_and_the_grouped_product_is_a_loop(monkeypatch):
+    monkeypatch.setattr(moe_file, "one_kernel", lambda device, dtype: dtype == torch.bfloat16)
     with torch.device("meta"):  # which is no CPU
         olmoe, small = MoE(2048, 1024, 64, 8), MoE(128, 64, 16, 4)
         odd = MoE(2048, 1023, 64, 8)
@@ -237,6 +248,17 @@ def test_no_way_of_a_gpu_waits_for_it_in_bfloat16_or_where_all_experts_are_few_o
     assert small.way(1000, torch.float32) is experts_all and not small.waits(1000)
     assert odd.way(8, torch.bfloat16) is experts_all and odd.way(6000, torch.bfloat16) is experts_loop
     assert olmoe.way(6000, torch.float32) is experts_grouped and olmoe.to(torch.float32).waits(6000)
+    monkeypatch.setattr(moe_file, "one_kernel", lambda *_: False)  # before Hopper
+    assert olmoe.way(8, torch.bfloat16) is experts_all and not olmoe.to(torch.bfloat16).waits(8)
+    assert olmoe.way(6000, torch.bfloat16) is experts_grouped and olmoe.waits(6000)
+
+
+def test_an_expert_that_nobody_chose_may_be_infinite():
+    x, down = torch.randn(5, 16), torch.randn(4, 16, 8)
+    gate_up = torch.randn(4, 16, 16)
+    gate_up[3] = 1e30
+    weights, chosen = torch.randn(5, 3).softmax(-1).topk(2)
+    assert_close(experts_all(x, chosen, weights, gate_up, down), experts_grouped(x, chosen, weights, gate_up, down))
 
 
 def test_the_way_to_the_experts_and_back_has_indexings_values_and_gradients():
