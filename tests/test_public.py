@@ -86,7 +86,10 @@ def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
                  *options.split())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"target", "reference", "unlearned", "run"}
-    assert 0 <= metrics["unlearned"]["forget_quality"] <= 1 and metrics["target"]["retain"]["probability"] > 0
+    quality, destroyed = (metrics["unlearned"][name] for name in ("forget_quality", "destroyed"))
+    # utility of 0.03, by a few lucky words: rounding decides whether a tenth of it is lost, and then none is given
+    assert quality is None if destroyed else 0 <= quality <= 1
+    assert metrics["target"]["retain"]["probability"] > 0
     opened = open_run(folder)
     tokens = torch.tensor([[1, 2, 3]])
     expected = torch.float32 if "float32" in options else torch.bfloat16

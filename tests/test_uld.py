@@ -21,6 +21,7 @@ from moe import MoE
 from pretrained import load, save
 from uld import (
     LogitDifference,
+    LoRALinear,
     LoRAStack,
     add_lora,
     alpha_of_strangers,
@@ -338,6 +339,21 @@ def test_lora_by_hand(dense):
     trained = add_lora(low, 4, 4.0)
     assert {p.dtype for p in trained} == {torch.float32}
     assert low(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+
+
+def test_lora_of_bfloat16_weights_has_the_formulas_values_and_gradients_up_to_rounding():
+    torch.manual_seed(0)
+    lora = LoRALinear(torch.nn.Linear(64, 48, bias=False).bfloat16(), 8, 12.0, 0.0)
+    torch.nn.init.normal_(lora.b, std=0.3)
+    x, probe = torch.randn(20, 64).bfloat16(), torch.randn(20, 48)
+    given = [x.float(), lora.base.weight.float(), lora.a, lora.b]
+    wanted = given[0] @ (given[1] + 12 / 8 * lora.b @ lora.a).T
+    got = lora(x)
+    pairs = [(got, wanted), *zip(*(torch.autograd.grad((y.float() * probe).sum(), [lora.a, lora.b])
+                                   for y in (got, wanted)), strict=True)]
+    for a, b in pairs:
+        assert (a.float() - b).norm() <= 0.02 * b.norm()
+    assert got.dtype == torch.bfloat16
 
 
 def test_dropout_acts_in_training_only(dense):
