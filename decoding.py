@@ -54,7 +54,8 @@ class Cache:
         """Room for so many more tokens, one at a time: memory stays, and the device counts where the next one goes."""
         room = min(self.max_len, self.length + tokens)
         for layer in range(len(self.k)):
-            self.grow(layer, room + -room % 8)  # as long is a row of the mask, copied if it is not whole 16 bytes
+            # a multiple of 8: a row of the mask is as long, and attention copies one that is not whole 16 bytes
+            self.grow(layer, room + -room % 8)
         self.place = torch.tensor([self.length], device=self.k[0].device)
 
     def take(self, rows: Tensor) -> None:
