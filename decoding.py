@@ -54,7 +54,7 @@ class Cache:
         """Room for so many more tokens, one at a time: memory stays, and the device counts where the next one goes."""
         room = min(self.max_len, self.length + tokens)
         for layer in range(len(self.k)):
-            # a multiple of 8: a row of the mask is as long, and attention copies one that is not whole 16 bytes
+            # a multiple of 8: a row of the mask is as long, and one that is not whole 16 bytes is copied
             self.grow(layer, room + -room % 8)
         self.place = torch.tensor([self.length], device=self.k[0].device)
 

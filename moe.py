@@ -103,7 +103,7 @@ class MoE(nn.Module):
         """Which of the three functions below computes so many tokens: the same values up to rounding.
 
         One grouped product per projection where it can be: it wants rows of whole 16 bytes. On a CPU, milliseconds
-        forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped, in bfloat16 before ToExperts / loop /
+        forward and backward, one thread of an AMD EPYC, torch 2.13 (grouped, in bf16 before ToExperts / loop /
         transformers 5.24):
             D 128,  F 64,   16 experts, top 4, float32,   800 tokens     9.0 /   10.5 /   12.3
             D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     523 /    607 /    539
@@ -183,7 +183,7 @@ def experts_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: list[Tenso
 def one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether F.grouped_mm is one kernel there. Elsewhere it is a loop, for which a GPU hands Python the group sizes.
 
-    So PyTorch's source has it, and on an H200 it was so: bfloat16 on NVIDIA's Hopper and data-center Blackwell (H100, H200, B200).
+    So PyTorch's source has it (tried on an H200): bfloat16 on NVIDIA's Hopper and data-center Blackwell.
     """
     return (device.type == "cuda" and dtype == torch.bfloat16 and torch.version.hip is None
             and torch.cuda.get_device_capability(device)[0] in (9, 10))
