@@ -36,9 +36,11 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo
+from belief import row_log_prob
 from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag
@@ -73,6 +75,8 @@ FLAGS = [
                                                                  "expert's); or LAYER,EXPERT"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
+    Flag("--adversary",          WEIGHT,       0.0,      0.0,    "forget against one that moves what the expert reads "
+                                                                 "towards the fact, by so many of its own lengths"),
     UNTIL,
 ]
 
@@ -109,7 +113,11 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + alpha * anchor + lambda * retain
         for batch in forget.parts(step):
             trace = Trace()
-            logits = forget.run(model, batch, trace)
+            if args.adversary:
+                stem = (lowest, adversarial_stem(model, forget, batch, lowest, args.adversary))
+                logits = model(batch.tokens, trace=trace, stem=stem, at=batch.scored)
+            else:
+                logits = forget.run(model, batch, trace)
             f = forget_loss(model, logits, trace, batch) * forget_loss.share(batch)
             a = anchor_losses(trace, places, batch.mask, masked) * batch.share.tokens
             yield {"forget": f, "anchor": a, "loss": f + args.anchor_weight * a}
@@ -301,6 +309,22 @@ def anchor_losses(trace: Trace, places: list[Place], mask: Tensor, masked: bool 
         experts = [expert for of, expert in places if of == layer]
         total = total + anchor_loss(trace.routing[layer], experts, mask, masked)
     return total
+
+
+# ---- an adversary -------------------------------------------------------------------------------------------------
+
+def adversarial_stem(model: GPT, forget: Rows, batch: Batch, lowest: int, reach: float) -> Tensor:
+    """What reaches the MLP of layer `lowest`, each position moved to where the model says the facts more: (B, T, D).
+
+    One step along the gradient of log p(labels), as long as `reach` times the state: latent adversarial training
+    (arXiv 2407.15549). What is forgotten there too does not come back once the layers below have moved a little,
+    which is what relearning does (lab/attacks.py).
+    """
+    x = forget.stem(model, batch, lowest).requires_grad_()
+    said = row_log_prob(model(batch.tokens, stem=(lowest, x), at=batch.scored), batch.labels).sum()
+    towards, = torch.autograd.grad(said, x)
+    length = x.detach().norm(dim=-1, keepdim=True)
+    return x.detach() + reach * length * F.normalize(towards, dim=-1)
 
 
 METHOD = Method(unlearn, FLAGS, arch="moe", needs_experts=True, check=check)

@@ -292,8 +292,15 @@ class Rows:
         """Logits (N, V) of a batch's answer positions alone. trace: see GPT.forward."""
         if self.start is None:
             return model(batch.tokens, trace=trace, at=batch.scored)
-        x = pad_sequence([self.stems[i] for i in batch.index.tolist()], batch_first=True)  # (B, T, D)
-        return model(batch.tokens, trace=trace, stem=(self.start, x), at=batch.scored)
+        stem = (self.start, self.stem(model, batch, self.start))
+        return model(batch.tokens, trace=trace, stem=stem, at=batch.scored)
+
+    @torch.no_grad()
+    def stem(self, model: GPT, batch: Batch, layer: int) -> Tensor:
+        """What reaches the MLP of that layer, (B, T, D): as kept, or else computed now."""
+        if self.start == layer:
+            return pad_sequence([self.stems[i] for i in batch.index.tolist()], batch_first=True)
+        return model.stem(batch.tokens, layer)
 
     @torch.no_grad()
     def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ def public(tmp_path_factory, dense, sparse, words, small_world) -> dict[str, Pat
 
 
 RUNS = {"full": ("dense", "--method full --retain-loss kl --checkpointing"), "full-moe": ("moe", "--method full"),
-        "uoe": ("moe", "--method uoe"),
+        "uoe": ("moe", "--method uoe"), "uoe-adversary": ("moe", "--method uoe --adversary 0.2"),
         "uld": ("dense", "--method uld --lora-rank 4 --lora-dropout 0 --assistant-layers 1"),
         "finetune": ("dense", "--method finetune"), "micro": ("dense", "--method full --micro-batch 1")}
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from belief import row_log_prob
 from data.batches import IGNORE, Batch, Example, collate, in_order
 from errors import UserError
 from metrics.routing import expert_shares, routing_overlap
 from model import Config, Trace, sharing
 from moe import MoE, Routing
-from objectives import cross_entropy
+from objectives import cross_entropy, npo
 from uoe import (
+    adversarial_stem,
     affinity_table,
     anchor_loss,
     anchor_losses,
@@ -446,11 +448,71 @@ def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(ben
     assert lengths != sorted(lengths, reverse=True)
 
 
-def test_a_batch_in_parts_is_the_same_step(bench):
+@pytest.mark.parametrize("adversary", [0.0, 0.2])
+def test_a_batch_in_parts_is_the_same_step(bench, adversary):
     logs = []
     for micro in (0, 2):
         bench.forget.micro = bench.retain.micro = micro
-        bench.unlearn(bench.model(), bench.args("uoe", lr=1e-3, layer=(1, 2), anchor_weight=0.5, micro_batch=micro))
+        bench.unlearn(bench.model(), bench.args("uoe", lr=1e-3, layer=(1, 2), anchor_weight=0.5, micro_batch=micro,
+                                                adversary=adversary))
         logs.append([json.loads(line) for line in (bench.folder / "log.jsonl").read_text().splitlines()])
     for whole, parts in zip(*logs, strict=True):
         assert parts == pytest.approx(whole, rel=1e-4)
+
+
+# ---- the adversary ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lowest", [0, 1, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_adversary_moves_each_state_by_its_own_length_along_the_gradient(bench, lowest, kept):
+    """Against the gradient by finite differences; rows do not see one another, padding stays where it is."""
+    model = bench.model()
+    if kept:
+        bench.forget.keep_stems(model, lowest)
+    batch = bench.forget.batch(0)
+    x = model.stem(batch.tokens, lowest).detach()
+
+    def said(stem):
+        with torch.no_grad():
+            return row_log_prob(model(batch.tokens, stem=(lowest, stem), at=batch.scored), batch.labels)
+
+    moved = adversarial_stem(model, bench.forget, batch, lowest, 0.01)
+    assert not moved.requires_grad and all(p.grad is None for p in model.parameters())
+    step = (moved - x)[batch.mask]
+    lengths = step.norm(dim=-1) / x[batch.mask].norm(dim=-1)
+    assert ((lengths - 0.01).abs() < 1e-4).logical_or(lengths == 0).all() and (lengths > 0).any()
+    assert (said(moved) > said(x)).all()
+    row, at = batch.scored.nonzero()[0].tolist()
+    by_hand = torch.zeros_like(x[row, at])
+    for i in range(len(by_hand)):
+        there = x.clone()
+        there[row, at, i] += 1e-2
+        back = x.clone()
+        back[row, at, i] -= 1e-2
+        by_hand[i] = (said(there) - said(back)).sum()
+    assert torch.cosine_similarity(by_hand, (moved - x)[row, at], dim=0) > 0.99
+    alone = bench.forget.at([int(batch.index[row])])
+    n = alone.tokens.shape[1]
+    assert_close(adversarial_stem(model, bench.forget, alone, lowest, 0.01)[0], moved[row, :n], rtol=1e-4, atol=1e-5)
+
+
+def test_with_an_adversary_the_forget_loss_is_taken_where_it_moved_to(bench):
+    """At step 0; the retain loss and the target stay as they are."""
+    target = bench.model()
+    before = state(target)
+    args = bench.args("uoe", lr=0.01, layer=(1, 2), anchor_weight=0.0, npo_beta=0.1)
+    bench.unlearn(target, args)
+    plain = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+    args.adversary = 0.5
+    model, _, report = bench.unlearn(target, args)
+    first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
+    batch = bench.forget.batch(0)
+    bench.forget.start = None
+    moved = adversarial_stem(target, bench.forget, batch, 1, 0.5)
+    with torch.no_grad():
+        now = row_log_prob(target(batch.tokens, stem=(1, moved), at=batch.scored), batch.labels)
+        was = row_log_prob(target(batch.tokens, at=batch.scored), batch.labels)
+    assert first["forget"] == pytest.approx(npo(now, was, 0.1).item(), rel=1e-4) and (now > was).all()
+    assert first["retain"] == plain["retain"] and first["forget"] > plain["forget"]
+    assert not changed(before, target) and report["unlearned_experts"] == [[1, 2]]
+    assert changed(before, model) == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
