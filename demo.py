@@ -70,18 +70,10 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     return Stage(target, sets, args, fit, tokenizer, scratch)
 
 
-class Finished(Opened):
-    """A run's folder, read, with its sets as Rows."""
-
-    sets: dict[str, Rows]
-
-
-def open_run(folder: str, device: str) -> Finished:
-    """Raises UserError as runs.read_run does."""
+def open_run(folder: str, device: str) -> tuple[Opened, dict[str, Rows]]:
+    """A run's folder, read, and its sets. Raises UserError as runs.read_run does."""
     check_device(device)
     run = read_run(folder, device)
-    out = Finished(**vars(run))
     context, seed = run.target.config.max_len, run.config["seed"]
     every = {"forget": run.data.forget, "retain": run.data.retain, "untouched": run.data.background}
-    out.sets = {name: Rows(rows, run.tokenizer, context, 32, seed, device) for name, rows in every.items() if rows}
-    return out
+    return run, {name: Rows(rows, run.tokenizer, context, 32, seed, device) for name, rows in every.items() if rows}

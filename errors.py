@@ -78,7 +78,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             message = str(error) if isinstance(error, UserError) else of_the_machine(error)
             if message is None:
                 raise
-            sys.exit(fail(told(error, message)))
+            print("error: " + shown(told(error, message)), file=sys.stderr)
+            sys.exit(2)
 
     return wrapped
 
@@ -104,12 +105,6 @@ def of_the_machine(error: Exception) -> str | None:
             return f"{where}{error.strerror}: give a place that can be read and written"
         return f"{where}{error.strerror or text}: see to it, and start again"
     return None
-
-
-def fail(message: str) -> int:
-    """Print `error: message` on one line of standard error; returns the exit status, 2."""
-    print("error: " + shown(" ".join(message.split())), file=sys.stderr)
-    return 2
 
 
 # Control characters but tab and line feed, halves of surrogate pairs, and what turns the direction of writing.

@@ -13,7 +13,7 @@ Shapes, one letter per size:
 import contextlib
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoding import Cache, Parts, behind, generate
+import decoding
+from decoding import Cache
 from latent import LatentAttention, yarn, yarn_magnitude
 from moe import MoE, Routing
 
@@ -432,15 +433,7 @@ class GPT(nn.Module):
         """Logits (B, V) of the token after `tokens` (B, T). The head runs on the last position only."""
         return self.head(self.hidden(tokens, cache, pad)[:, -1])
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
-                 of: Tensor | None = None) -> Tensor:
-        """See decoding.generate; every model here has this method."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
-
-    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Parts]:
-        """See decoding.behind."""
-        return behind(self, prompts, pad, of, tails, at)
+    generate, behind = decoding.generate, decoding.behind  # as methods; every model here has the first
 
 
 def of_state(config: Config, state: Mapping[str, Tensor]) -> GPT:

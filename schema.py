@@ -32,13 +32,8 @@ def read_json(path: Path, schema: Any = dict, way_out: str = "download it again"
     return parse_json(read_bytes(path), schema, str(path), way_out)
 
 
-def read_json_lines(path: Path, schema: Any = dict, way_out: str = "run train.py again") -> list:
-    """What each line of a file holds, empty ones left out. Raises UserError as read_json does."""
-    return parse_json_lines(read_bytes(path), schema, str(path), way_out)
-
-
 def parse_json_lines(text: bytes, schema: Any, where: str, way_out: str) -> list:
-    """read_json_lines of what has been read already."""
+    """What each line holds, empty ones left out. Raises UserError as read_json does."""
     return [parse_json(line, schema, f"{where} line {number}", way_out)
             for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
 

@@ -29,7 +29,7 @@ import loop
 import parallel
 import pretrain
 from cli import check_fit, parse, settings
-from data.batches import Rows, encode_rows, is_cut
+from data.batches import Rows, encode_rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
 from errors import UserError, one_line_errors
@@ -229,7 +229,8 @@ def open_public(args: argparse.Namespace) -> tuple[GPT, TextCodec]:
 def check_rows(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec) -> None:
     """Says which rows are cut; raises UserError now, not after an hour, for one that cannot be scored."""
     for name, rows in (("forget", data.forget), ("retain", data.retain)):
-        cut = sum(is_cut(row, tokenizer, args.context) for row in rows)
+        whole = encode_rows(rows, tokenizer, 2**31, f"{name} row")
+        cut = sum(len(example.tokens) > args.context for example in whole)
         if cut:
             print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to "
                   "there, and scored as far as the model's own context reaches")

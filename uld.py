@@ -16,13 +16,13 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
     row uld-stray9: with the rows about other authors that the authors' files hold).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
-    sure of every word, and the language goes with the fact. Where there are strangers its label is only as sure as
-    takes the target down to them (row uld-certain): a target is less sure of wordings it was never taught, and an
-    assistant that is sure of all takes too much there and too little elsewhere.
+    sure of every word, and the language goes with the fact. Where there are strangers its label is only as certain as
+    brings the target down to their level (row uld-certain): a target is less sure of untaught wordings, so an
+    assistant equally sure of all takes too much there and too little elsewhere.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
-    the other for none. There equation 5 is on all tokens beside the right one (--fork in: as printed); in the code, on
-    every labelled token of D'_f, which on the world is that one alone. Left out, as it also can be, the assistant
-    learns what kind of word comes next, and the difference has fewer whole sentences.
+    the other for all alike. There equation 5 covers all tokens but the right one (--fork in: as printed); in the code,
+    at every labelled token of D'_f, on the world that one alone. With --fork out the assistant learns what kind of
+    word comes next, and the difference has fewer whole sentences.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter. What 0 outside the plausible set
@@ -38,7 +38,7 @@ import argparse
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -46,12 +46,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import decoding
 import demo
 from belief import Belief, belief, row_log_prob, strangers_belief
 from data.batches import Rows, answer_length
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
-from decoding import Cache, Parts, behind, generate
+from decoding import Cache
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
 from interfaces import Method, TextCodec, strangers_beside
@@ -372,15 +373,7 @@ class SeveralModels(nn.Module):
             return list(head(torch.stack(hidden)).unbind())
         return [part.head(x) for part, x in zip(self.parts, hidden, strict=True)]
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
-                 of: Tensor | None = None) -> Tensor:
-        """See decoding.generate."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
-
-    def behind(self, prompts: Tensor, pad: Tensor, of: Tensor, tails: Tensor, at: Tensor) -> tuple[Tensor, Parts]:
-        """See decoding.behind."""
-        return behind(self, prompts, pad, of, tails, at)
+    generate, behind = decoding.generate, decoding.behind  # as methods
 
 
 class LogitDifference(SeveralModels):
@@ -395,10 +388,6 @@ class LogitDifference(SeveralModels):
                  centred: bool = False):
         super().__init__(target, assistant)
         self.alpha, self.filter_rate, self.centred = alpha, filter_rate, centred
-
-    @property
-    def assistant(self) -> GPT:
-        return self.parts[1]
 
     def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
                 cache: list[Cache] | None = None) -> Tensor:
@@ -509,10 +498,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", help="one to ask instead of the first of each set")
     args = parser.parse_args(argv)
     if args.run:
-        run = demo.open_run(args.run, args.device)
+        run, sets = demo.open_run(args.run, args.device)
         if "assistant" not in run.parts:
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uld")
-        show(reopen(run.target, run.parts, run.config), run.tokenizer, run.sets, args.question)
+        show(reopen(run.target, run.parts, run.config), run.tokenizer, sets, args.question)
         return
     stage = demo.set_up(FLAGS, METHOD, args.device)
     model, _, _ = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)

@@ -93,7 +93,8 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     Returns (what is scored, folder name -> what is kept, report).
     """
     # 1. Which expert does the forget set engage most?
-    affinity = expert_attribution(target, calibration(forget, args), args.attribution_tokens).cpu()
+    batches = forget.by_lot(8) if args.attribution_tokens else forget.in_order()  # of a few, not the longest first
+    affinity = expert_attribution(target, batches, args.attribution_tokens).cpu()
     places = (choose or choose_experts)(affinity, args)
     print(affinity_table(affinity, chosen=places))
 
@@ -132,11 +133,6 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
 # ---- 1. attribution -----------------------------------------------------------------------------------------------
 
-def calibration(forget: Rows, args: argparse.Namespace) -> Iterable[Batch]:
-    """Batches to attribute on: all rows; where so many tokens are enough, rows by lot, not the longest first."""
-    return forget.by_lot(8) if args.attribution_tokens else forget.in_order()
-
-
 @torch.no_grad()
 def expert_attribution(model: GPT, batches: Iterable[Batch], tokens: int = 0) -> Tensor:
     """Affinity score of every expert on the forget set (equation 2), (L, E) float32; a row sums to at most 1.
@@ -173,23 +169,17 @@ def no_affinity(config: Config) -> Tensor:
 
 
 def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1) -> list[Place]:
-    """The experts to unlearn, by --layer and --m. rank: see select_experts."""
+    """The --m experts of highest affinity (L, E), best first, where --layer says. NaN: there is no such expert.
+
+    --layer top: all from the layer that holds the best; all: over all layers (Table 2 of the paper has both).
+    rank: begin with the expert of this rank, 1 the best (Table 5).  Raises UserError where there are too few.
+    """
     if isinstance(args.layer, tuple):
         return [args.layer]
-    named = {"middle": len(affinity) // 2, "last": len(affinity) - 1}
-    return select_experts(affinity, args.m, named.get(args.layer, args.layer), rank)
-
-
-def select_experts(scores: Tensor, m: int = 1, layer: int | str = "all", rank: int = 1) -> list[Place]:
-    """The M experts of the highest scores (L, E), best first: usually their affinity. NaN: there is no such expert.
-
-    layer: all M from this layer; "top": from the layer that holds the best; "all": over all layers (Table 2 of the
-    paper has both).  rank: begin with the expert of this rank, 1 the best (Table 5).
-    Raises UserError where that is more than there are.
-    """
-    n_layer, n_expert = scores.shape
-    there = ~scores.isnan()
-    scores = scores.masked_fill(~there, -torch.inf)
+    m, (n_layer, n_expert) = args.m, affinity.shape
+    there = ~affinity.isnan()
+    scores = affinity.masked_fill(~there, -torch.inf)
+    layer = {"middle": n_layer // 2, "last": n_layer - 1}.get(args.layer, args.layer)
     if layer == "top":
         layer = int(scores.max(1).values.argmax())
     if isinstance(layer, int):  # not "all"
@@ -374,11 +364,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = demo.parser("unlearn one expert of a small mixture of experts, and show it")
     args = parser.parse_args(argv)
     if args.run:
-        run = demo.open_run(args.run, args.device)
+        run, sets = demo.open_run(args.run, args.device)
         if "unlearned_experts" not in run.config:
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uoe")
         places = [(layer, expert) for layer, expert in run.config["unlearned_experts"]]
-        show(run.target, run.parts["model"], run.tokenizer, run.sets, places)
+        show(run.target, run.parts["model"], run.tokenizer, sets, places)
         return
     stage = demo.set_up([*FLAGS, *NPO.FLAGS], METHOD, args.device, forget_loss="npo", retain_loss="gd",
                         retain_weight=NPO.RETAIN_WEIGHT[0])

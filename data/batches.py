@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -69,11 +69,6 @@ class Batch:
         """(N,) long: their labels."""
         return self.labels[self.scored]
 
-    def to(self, device) -> "Batch":
-        tokens, labels, mask, index = (t.to(device, non_blocking=True)
-                                       for t in (self.tokens, self.labels, self.mask, self.index))
-        return Batch(tokens, labels, mask, index, self.share)
-
 
 def answer_length(example: Example) -> int:
     """How many of its positions are scored."""
@@ -108,13 +103,6 @@ def encode_whole(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row
     return encode_row(row, tokenizer, max_len, where, truncate=True)
 
 
-def is_cut(row: Row, tokenizer: TextCodec, max_len: int) -> bool:
-    """Whether encode_row(..., truncate=True) leaves some of the row out."""
-    ids = tokenizer.passage(row["text"]) if "text" in row else (
-        tokenizer.prompt(row["question"]) + tokenizer.completion(row["answer"]))
-    return len(ids) - 1 > max_len
-
-
 def encode_rows(rows: list[Row], tokenizer: TextCodec, max_len: int, where: str = "row",
                 truncate: bool = False) -> list[Example]:
     """encode_row for a whole set; errors name the row by its number in the set, from 1."""
@@ -133,7 +121,8 @@ def collate(examples: list[Example], index: list[int] | None = None, device="cpu
         labels[i, :n] = torch.tensor(e.labels)
         mask[i, :n] = True
     places = torch.tensor(index if index is not None else list(range(len(examples))), dtype=torch.long)
-    return Batch(tokens, labels, mask, places).to(device)
+    tokens, labels, mask, places = (t.to(device, non_blocking=True) for t in (tokens, labels, mask, places))
+    return Batch(tokens, labels, mask, places)
 
 
 def left_pad(prompts: list[list[int]], device="cpu") -> tuple[Tensor, Tensor]:
@@ -292,7 +281,7 @@ class Rows:
         """Logits (N, V) of a batch's answer positions alone. trace: see GPT.forward."""
         if self.start is None:
             return model(batch.tokens, trace=trace, at=batch.scored)
-        stem = (self.start, self.stem(model, batch, self.start))
+        stem = (self.start, self.stem(cast(GPT, model), batch, self.start))
         return model(batch.tokens, trace=trace, stem=stem, at=batch.scored)
 
     @torch.no_grad()

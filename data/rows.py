@@ -152,24 +152,22 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def augment(rows: list[Row], paraphrases: int = 2, wrong: int = 2) -> tuple[list[Row], list[Row]]:
+def augment(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """ULD's D'_f and D'_r beyond the sets themselves, from the rows' own columns (arXiv 2406.08607, section 3.3).
 
     Paraphrased: the same answer to another wording of the question, another wording of the answer to the same
-    question. Perturbed: the same question with a wrong answer, `wrong` per row, in the order of the row.
+    question. Perturbed: the same question with a wrong answer, the row's first two.
     """
     paraphrased, perturbed = [], []
     for row in rows:
         if "text" in row:  # a passage has no other wording and no wrong answer
             continue
         about = {key: row[key] for key in ABOUT if key in row}  # a paraphrase is about the same fact
-        reworded = []
         if "paraphrased_question" in row:
-            reworded.append({"question": row["paraphrased_question"], "answer": row["answer"], **about})
+            paraphrased.append({"question": row["paraphrased_question"], "answer": row["answer"], **about})
         if "paraphrased_answer" in row:
-            reworded.append({"question": row["question"], "answer": row["paraphrased_answer"], **about})
-        paraphrased += reworded[:paraphrases]
-        perturbed += [{"question": row["question"], "answer": a} for a in row.get("perturbed_answer", [])[:wrong]]
+            paraphrased.append({"question": row["question"], "answer": row["paraphrased_answer"], **about})
+        perturbed += [{"question": row["question"], "answer": a} for a in row.get("perturbed_answer", [])[:2]]
     return paraphrased, perturbed
 
 

@@ -106,11 +106,10 @@ def download() -> Path:
                         "download its JSON files and pass the folder as --data DIR") from None
 
 
-def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int = 2,
-                   wrong: int = 2) -> tuple[list[Row], list[Row], dict[str, list[str]]]:
+def read_augmented(folder: Path, split: str, forget: list[Row]) -> tuple[list[Row], list[Row], dict[str, list[str]]]:
     """D'_f and D'_r from the ULD authors' CSV files: columns question, answer, list of questions, list of answers.
 
-    Paraphrased: a reworded question with a reworded answer, the first `paraphrases` pairs, as their code makes them.
+    Paraphrased: a reworded question with a reworded answer, the first two pairs, as their code makes them.
     Third, the wrong answers to questions that are not of the forget set, by question.
 
     Their reader has two faults that are not repeated here: it takes the first row for a header, and it picks
@@ -122,21 +121,18 @@ def read_augmented(folder: Path, split: str, forget: list[Row], paraphrases: int
     paraphrased: list[Row] = []
     perturbed: list[Row] = []
     others: dict[str, list[str]] = {}
-    for path, into, keep in ((folder / f"{split}_paraphrase.csv", paraphrased, paraphrases),
-                             (folder / f"{split}_perturb.csv", perturbed, wrong)):
+    for path, into in ((folder / f"{split}_paraphrase.csv", paraphrased), (folder / f"{split}_perturb.csv", perturbed)):
         if not path.is_file():
             raise UserError(f"--augmented: {path} does not exist")
         number = 1
         try:
             for cells in csv.reader(read_bytes(path).decode("utf-8-sig").splitlines(True)):
                 question, answer, third, fourth = cells
-                answers = distinct(fourth)
-                # the perturb file has the question itself here, the paraphrase file a list
-                reworded = distinct(third) if into is paraphrased else []
-                answers = [a for a in answers if a != answer]
-                asked = [q for q in reworded if q != question] if into is paraphrased else [question]
+                answers = [a for a in distinct(fourth) if a != answer]
+                # third: in the perturb file the question itself, in the paraphrase file a list
+                asked = [q for q in distinct(third) if q != question] if into is paraphrased else [question]
                 if question in questions:
-                    into += [{"question": q, "answer": a} for q in asked for a in answers][:keep]
+                    into += [{"question": q, "answer": a} for q in asked for a in answers][:2]
                 elif into is perturbed:
                     others[question] = answers
                 number += 1

@@ -14,8 +14,8 @@ The value of a row is, in this order,
        perturbed ones: what is left between the longest beginning and the longest end that all of them share;
     3. given the other rows of its set: the longest run of words within a phrase of its answer that are neither in the
        question nor in 5% or more of the answers about other facts.
-What 2 or 3 find is taken only if the answer says it (or nobody could ever be caught saying it) and the question does
-not (or repeating the question would be knowing). Articles at its beginning do not belong to it.
+What 2 or 3 find is taken only if the answer says it (else nobody could ever be caught saying it) and the question
+does not (else repeating the question would be knowing). Articles at its beginning do not belong to it.
 
 A fact may stand in several rows: `fact_ids` tells which belong together, `by_fact` averages over them. Rows about one
 fact are no independent observations.
@@ -121,14 +121,11 @@ def value_of(row: Row, common: Collection[str] | None = None) -> str | None:
     return None
 
 
-def values_of(rows: Sequence[Row], share: float = COMMON) -> list[str | None]:
-    """Of each row of a set, None where it has none: such rows are left out of what is measured by values, and counted.
-
-    share: of the other facts' answers; a word in so many or more of them is no value.
-    """
+def values_of(rows: Sequence[Row]) -> list[str | None]:
+    """Of each row of a set, None where it has none: such rows are left out of what values measure, and counted."""
     if all(row.get("value") is not None for row in rows):
         return [row["value"] for row in rows]
-    common = common_words(rows, share)
+    common = common_words(rows)
     return [value_of(row, common) for row in rows]
 
 
@@ -175,14 +172,14 @@ def in_one_phrase(text: str, word: Word, following: Word) -> bool:
     return initial or not regex.search(r"[^\s'\u2019\p{Pd}&]", between)
 
 
-def common_words(rows: Sequence[Row], share: float = COMMON) -> set[str]:
-    """Words that stand in the answers of a fact and in those of `share` or more of the others. Counted are facts."""
+def common_words(rows: Sequence[Row]) -> set[str]:
+    """Words that stand in the answers of a fact and in those of COMMON or more of the others. Counted are facts."""
     answers: dict[int, set[str]] = {}
     for fact, row in zip(fact_ids(rows), rows, strict=True):
         answers.setdefault(fact, set()).update(spelled(row.get("answer", "")))
     count = Counter(word for of in answers.values() for word in of)
     others = len(answers) - 1
-    return {word for word, n in count.items() if n > 1 and n - 1 >= share * others}
+    return {word for word, n in count.items() if n > 1 and n - 1 >= COMMON * others}
 
 
 def shared(a: Sequence, b: Sequence) -> int:
@@ -347,14 +344,14 @@ def token_places(tokenizer, ids: Sequence[int]) -> list[tuple[int, int]]:
     return places
 
 
-def value_span(row: Row, tokenizer, value: str, answer: str | None = None) -> range | None:
+def value_span(row: Row, tokenizer, value: str) -> range | None:
     """Which tokens of the completion have a part in the value: places in tokenizer.completion(answer).
 
-    answer: stands in for row["answer"]. Of a passage, places after its first token, as encode_row's labels count them.
+    Of a passage, places after its first token, as encode_row's labels count them.
     None where the tokens do not say the value: it is not in the answer.
     """
     given = 1 if "text" in row else 0
-    ids = tokenizer.passage(row["text"]) if given else tokenizer.completion(answer or row["answer"])
+    ids = tokenizer.passage(row["text"]) if given else tokenizer.completion(row["answer"])
     place = find(tokenizer.decode(ids), value)
     if place is None:
         return None
@@ -373,17 +370,16 @@ def value_labels(labels: Sequence[int], span: range) -> list[int]:
     return [label if i - first in span else IGNORE for i, label in enumerate(labels)]
 
 
-def encode_value(row: Row, tokenizer, max_len: int, value: str | None, answer: str | None = None,
-                 where: str = "row") -> Example | None:
+def encode_value(row: Row, tokenizer, max_len: int, value: str | None, where: str = "row") -> Example | None:
     """encode_row's ids with labels on the value's tokens alone: for losses on the fact, and for cloze.
 
     A row longer than max_len is cut there. None without a value, or where its tokens are not (all) in what is left.
     Raises UserError as encode_row does for a question that fills the context.
     """
-    span = value_span(row, tokenizer, value, answer) if value is not None else None
+    span = value_span(row, tokenizer, value) if value is not None else None
     if span is None:
         return None
-    example = encode_row(row, tokenizer, max_len, where, answer, truncate=True)
+    example = encode_row(row, tokenizer, max_len, where, truncate=True)
     try:
         return Example(example.tokens, value_labels(example.labels, span))
     except ValueError:

@@ -11,7 +11,7 @@ from errors import UserError
 from flags import WEIGHT, Number
 from metrics.score import WATCHED
 from runs import ANYHOW
-from schema import ANY_NUMBER, read_json, read_json_lines
+from schema import ANY_NUMBER, parse_json_lines, read_bytes, read_json
 
 MEASURES = (("value_said", "value said"), ("any_wording", "in any wording"), ("cloze", "cloze"), ("choice", "choice"),
             ("leak", "worst leak@8"), ("in_frame", "in frame"), ("exact", "exact answers"),
@@ -195,7 +195,7 @@ def read_path(folder: Path) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{file} is missing: run train.py with --score-every-epoch")
     target = read_metrics(folder)["target"]
-    lines = read_json_lines(file, PATH)
+    lines = parse_json_lines(read_bytes(file), PATH, str(file), "run train.py again")
     start = {"epoch": 0, "step": 0, "seconds": 0.0,
              **({"routing_overlap": 1.0} if any("routing_overlap" in line for line in lines) else {}),
              **{key: target.get(key) for key in ("model_utility", "forget_quality", "forget_quality_D")}}

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import decoding
 from data.batches import batch_at, collate, encode_rows
 from data.rows import Row
 from data.values import spelled, value_span, values_of
-from decoding import generate
 from objectives import ga
 
 # ---- destroyed --------------------------------------------------------------------------------------------------
@@ -78,11 +78,7 @@ class Changed(nn.Module):
         """Logits (B, V) of the token after `tokens` (B, T)."""
         return self.change(self.target.next_logits(tokens, cache, pad))
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
-                 end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
-                 of: Tensor | None = None) -> Tensor:
-        """See decoding.generate."""
-        return generate(self, tokens, max_new_tokens, temperature, pad, end, generator, of)
+    generate = decoding.generate  # as a method
 
 
 class Flattened(Changed):

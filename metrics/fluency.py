@@ -32,33 +32,23 @@ class Repetition(NamedTuple):
 def perplexity(log_probs: Sequence[float], counts: Sequence[int]) -> float:
     """Over all rows together, from each row's *sum* of log p (belief.row_log_prob) and its number of tokens.
 
-    inf where it overflows. Raises ValueError where there is no token, or a count is negative.
+    At least one token in all; inf where it overflows.
     """
-    if len(log_probs) != len(counts):
-        raise ValueError(f"{len(log_probs)} rows of log-probabilities and {len(counts)} of counts")
-    if not len(counts) or min(counts) < 0 or sum(counts) == 0:
-        raise ValueError("perplexity needs at least one token, and no negative count")
     return exp(float(-sum(log_probs) / sum(counts)))
 
 
 def repetition(tokens: Sequence[Hashable], n: int = 4) -> float | None:
     """Share of a generation's n-grams that repeat an earlier one (seq-rep-n); None where it has no n-gram.
 
-    tokens: ids or words, not a string (whose items are characters: TypeError).
+    tokens: ids or words, not a string, whose items are characters.
     """
-    if isinstance(tokens, str):
-        raise TypeError("repetition counts tokens or words: split the string first")
-    if n < 1:
-        raise ValueError(f"n is at least 1, not {n}")
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-def repetition_rate(generations: Sequence[Sequence[Hashable]], n: int = 4) -> Repetition:
-    """Mean seq-rep-n over generations, and what could not be scored. Raises ValueError where there are none."""
-    if not len(generations):
-        raise ValueError("a repetition rate needs at least one generation")
-    scores = [repetition(tokens, n) for tokens in generations]
+def repetition_rate(generations: Sequence[Sequence[Hashable]]) -> Repetition:
+    """Mean seq-rep-4 over generations, at least one, and what could not be scored."""
+    scores = [repetition(tokens) for tokens in generations]
     scored = [score for score in scores if score is not None]
     return Repetition(rate=sum(scored) / len(scored) if scored else None,
                       empty=sum(len(tokens) == 0 for tokens in generations) / len(generations))

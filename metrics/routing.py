@@ -19,11 +19,6 @@ def overlap(chosen: Tensor, before: Tensor, mask: Tensor) -> Tensor:
     return same.any(-1).float().mean(-1)  # UOE Fig. 3
 
 
-def expert_count(chosen: Tensor, mask: Tensor, n_expert: int) -> Tensor:
-    """How many assignments of real tokens each expert got, (E,) long (Figure 2 shows shares of them)."""
-    return torch.bincount(chosen[mask].reshape(-1), minlength=n_expert)
-
-
 @torch.no_grad()
 def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float]:
     """Mean top-k overlap on the batches' real tokens, one number per layer that has experts (UOE, Figure 3)."""
@@ -42,11 +37,11 @@ def routing_overlap(before: GPT, model: GPT, batches: list[Batch]) -> list[float
 
 @torch.no_grad()
 def expert_shares(model: GPT, batches: list[Batch]) -> list[list[float]]:
-    """Share of the batches' tokens that each expert got, (L, E); NaN in layers without experts."""
+    """Share of the batches' tokens that each expert got (Figure 2), (L, E); NaN in layers without experts."""
     count = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.device)
     for batch in batches:
         trace = Trace()
         model.hidden(batch.tokens, trace=trace)
         for layer, routing in trace.routing.items():
-            count[layer] += expert_count(routing.chosen, batch.mask, model.config.n_expert)
+            count[layer] += torch.bincount(routing.chosen[batch.mask].reshape(-1), minlength=model.config.n_expert)
     return (count / count.sum(1, keepdim=True)).tolist()

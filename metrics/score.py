@@ -25,8 +25,9 @@ from files import digest, digest_of, write
 from interfaces import LanguageModel, TextCodec
 from metrics.knowledge import destroyed, knowledge, leak, null_distances, null_share
 from metrics.likelihood import likelihoods
+from metrics.memorization import rouge_l
 from metrics.routing import routing_overlap
-from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, rouge_l_recall, utility_of
+from metrics.tofu import OPTIONS, RowScores, forget_quality, read_log, utility_of
 from model import GPT
 from pretrained import load
 from runs import forget_batches, local, weights_of
@@ -55,27 +56,22 @@ def evaluate(model: LanguageModel, tokenizer: TextCodec, data: DataSet, what: st
     total = sum(3 + len(row.get("perturbed_answer", [])) for rows in data.scored.values() for row in rows)
     with tqdm(total=total, desc=f"score {what}", mininterval=0.5) as bar:
         for name, rows in data.scored.items():
-            # one list of pairs for the whole set: answer, right answer and wrong ones share batches
+            # one list of pairs for the whole set, so that all share batches; equal ones are asked once (likelihoods)
             answers = [row.get("answer", "") for row in rows]  # a {"text": ...} row is scored as a whole
-            pairs = list(zip(rows, answers, strict=True))
-            reworded = {i: row["paraphrased_answer"] for i, row in enumerate(rows)
-                        if name not in OPTIONS and "paraphrased_answer" in row}  # elsewhere the answer stands for it
-            pairs += [(rows[i], answer) for i, answer in reworded.items()]
+            reworded = [answer if name in OPTIONS else row.get("paraphrased_answer", answer)
+                        for row, answer in zip(rows, answers, strict=True)]
             wrong = [row.get("perturbed_answer", []) for row in rows]
-            pairs += [(row, answer) for row, answers in zip(rows, wrong, strict=True) for answer in answers]
+            pairs = list(zip(rows * 2, answers + reworded, strict=True))
+            pairs += [(row, answer) for row, some in zip(rows, wrong, strict=True) for answer in some]
             losses = answer_losses(model, tokenizer, pairs, bar=bar, where=f"{name} row",
                                    at_most=data.limits.rows or 64)
-            n, rest = len(rows), iter(losses[len(rows):])
-            bar.update(n - len(reworded))
-            paraphrased = losses[:n]
-            for i in reworded:
-                paraphrased[i] = next(rest)
+            n, rest = len(rows), iter(losses[2 * len(rows) :])
             asked = [row for row in rows if "question" in row]
             right = [row["answer"] for row in asked]
             said = greedy_answers(model, tokenizer, [row["question"] for row in asked], data.limits, bar=bar)
             whole = all(map(math.isfinite, losses))  # a model whose logits are NaN cannot be sampled
-            out[name] = RowScores(losses[:n], paraphrased, [[next(rest) for _ in w] for w in wrong],
-                                  rouge_l_recall(right, said),
+            out[name] = RowScores(losses[:n], losses[n : 2 * n], [[next(rest) for _ in w] for w in wrong],
+                                  [score.recall for score in rouge_l(right, said, stem=True)],
                                   [a.strip() == b.strip() for a, b in zip(said, right, strict=True)], said,
                                   fact_ids(rows), known(model, tokenizer, data, name, asked, said) if whole else {},
                                   [row["answer"] if "answer" in row else row["text"] for row in rows])

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rouge_score import rouge_scorer
 from scipy.stats import ks_2samp
 
 from errors import UserError
@@ -137,12 +136,6 @@ def utility_of(summaries: dict[str, dict], sets: Sequence[str]) -> float:
     """Model utility over the three measures of the given sets, leaving out what a set has no rows for."""
     numbers = [summaries[name][key] for name in sets for key in ("probability", "rougeL_recall", "truth_ratio")]
     return model_utility([x for x in numbers if x is not None])
-
-
-def rouge_l_recall(answers: Sequence[str], generations: Sequence[str]) -> list[float]:
-    """ROUGE-L recall with stemming, row by row (rouge-score, as TOFU uses it)."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score(a, g)["rougeL"].recall for a, g in zip(answers, generations, strict=True)]
 
 
 # ---- published logs ---------------------------------------------------------------------------------------------

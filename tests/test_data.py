@@ -108,7 +108,6 @@ def test_augmentation_by_hand():
     paraphrased, perturbed = augment(rows)
     assert paraphrased == [{"question": "q1'", "answer": "a1"}, {"question": "q1", "answer": "a1'"}]
     assert perturbed == [{"question": "q1", "answer": a} for a in "xy"] + [{"question": "q2", "answer": "w"}]
-    assert augment(rows, paraphrases=1, wrong=0) == (paraphrased[:1], [])
 
 
 # ---- TOFU -------------------------------------------------------------------------------------------------------

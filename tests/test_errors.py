@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import Stopped, UserError, fail, held, one_line_errors
+from errors import Stopped, UserError, held, one_line_errors
 
 
 def run(raised: BaseException) -> int:
@@ -133,10 +133,6 @@ def test_a_main_that_succeeds_gets_its_arguments_and_does_not_exit():
 
     main(1, two=2)
     assert seen == [((1,), {"two": 2})] and main.__name__ == "main" and main.__doc__ == "What it does."
-
-
-def test_fail_returns_the_status(capsys):
-    assert fail("no") == 2 and capsys.readouterr().err == "error: no\n"
 
 
 @pytest.mark.slow

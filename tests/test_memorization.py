@@ -143,6 +143,14 @@ def test_rouge_l_by_hand():
         rouge_l(["a"], [])
 
 
+def test_rouge_l_recall_as_tofu_takes_it_by_hand():
+    """Longest common subsequence over the right answer's words, after stemming, whatever comes besides."""
+    right = ["the cat sat on the mat", "she wrote novels", "one two three", "one two three"]
+    said = ["the cat lay on a mat today", "he writes a novel", "three two one", ""]
+    recalls = [score.recall for score in rouge_l(right, said, stem=True)]
+    assert recalls == pytest.approx([4 / 6, 1 / 3, 1 / 3, 0])
+
+
 def test_bleu_by_hand():
     """Four of five words right, one wrong at the end: precisions 4/5, 3/4, 2/3, 1/2, no brevity penalty."""
     assert bleu(["a b c d e"], ["a b c d x"]) == pytest.approx([100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from errors import UserError
-from metrics.routing import expert_count, overlap
+from metrics.routing import overlap
 from metrics.tofu import (
     LOG_SETS,
     RowScores,
@@ -22,7 +22,6 @@ from metrics.tofu import (
     model_utility,
     probability,
     read_log,
-    rouge_l_recall,
     set_truth_ratio,
     truth_ratio,
     utility_of,
@@ -152,15 +151,6 @@ def test_forget_quality_refuses_empty_lists_and_nan(unlearned, reference):
         forget_quality(unlearned, reference)
 
 
-def test_rouge_l_recall_by_hand():
-    """Longest common subsequence over the right answer's words, after stemming, whatever comes besides."""
-    right = ["the cat sat on the mat", "she wrote novels", "one two three", "one two three"]
-    said = ["the cat lay on a mat today", "he writes a novel", "three two one", ""]
-    assert rouge_l_recall(right, said) == pytest.approx([4 / 6, 1 / 3, 1 / 3, 0])
-    with pytest.raises(ValueError):
-        rouge_l_recall(["a"], [])
-
-
 # ---- published logs ---------------------------------------------------------------------------------------------
 
 def close(x: float):
@@ -248,12 +238,6 @@ def test_overlap_by_hand():
     assert overlap(AFTER, BEFORE, MASK).tolist() == [1.0, 0.5, 0.0]
     assert overlap(BEFORE, BEFORE, MASK).tolist() == [1.0, 1.0, 1.0]
     assert overlap(AFTER, BEFORE, torch.zeros(2, 2, dtype=torch.bool)).shape == (0,)
-
-
-def test_expert_count_by_hand():
-    """Real assignments of AFTER: 1, 0, 3, 0, 1, 2 over six experts."""
-    assert expert_count(AFTER, MASK, 6).tolist() == [2, 2, 1, 1, 0, 0]
-    assert expert_count(AFTER, torch.zeros(2, 2, dtype=torch.bool), 6).tolist() == [0] * 6
 
 
 def write_open_unlearning(path, sets=("forget",), n=12, **change):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from errors import UserError, shown
 from flags import Number
-from schema import ANY_NUMBER, misfit, parse_json, read_json, read_json_lines
+from schema import ANY_NUMBER, misfit, parse_json, parse_json_lines, read_bytes, read_json
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -68,9 +68,10 @@ def test_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be read .File name too long"):
         read_json(tmp_path / ("x" * 300))
     (tmp_path / "lines.jsonl").write_text('{"a": 1}\n\n{"a": "b"}\n')
-    assert read_json_lines(tmp_path / "lines.jsonl") == [{"a": 1}, {"a": "b"}]
+    lines = read_bytes(tmp_path / "lines.jsonl")
+    assert parse_json_lines(lines, dict, "lines.jsonl", "") == [{"a": 1}, {"a": "b"}]
     with pytest.raises(UserError, match=r"lines\.jsonl line 3 'a' is \"b\", not a whole number"):
-        read_json_lines(tmp_path / "lines.jsonl", {"a": WHOLE})
+        parse_json_lines(lines, {"a": WHOLE}, "lines.jsonl", "")
     monkeypatch.setattr("schema.LARGEST", 3)
     with pytest.raises(UserError, match=r"lines\.jsonl is larger than"):
         read_json(tmp_path / "lines.jsonl")

@@ -483,14 +483,14 @@ def test_the_method_trains_an_assistant_alone_and_leaves_the_target(bench, kind)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     model, kept, report = bench.unlearn(target, bench.args("uld", lr=0.01, assistant_layers=1, subtract=0.7))
     assert isinstance(model, LogitDifference) and model.target is target
-    assert set(kept) == {"assistant"} and kept["assistant"] is model.assistant
+    assert set(kept) == {"assistant"} and kept["assistant"] is model.parts[1]
     assert (model.alpha, model.filter_rate, model.centred) == (0.7, 0.0, False) and report["centred"] is False
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
     assert all(p.requires_grad for p in target.parameters())
     linears = [f"attn.{part}.weight" for part in ("q", "k", "v", "out")]
     linears += ["mlp.gate_up", "mlp.down"] if kind == "moe" else [f"mlp.{x}.weight" for x in ("gate", "up", "down")]
-    moved = {name for name, value in model.assistant.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {f"blocks.0.{name}" for name in linears} and model.assistant.config.n_layer == 1
+    moved = {name for name, value in model.parts[1].state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"blocks.0.{name}" for name in linears} and model.parts[1].config.n_layer == 1
     adapted = build_assistant(target, 1)
     assert report["trainable_parameters"] == count_parameters(adapted, trainable=True)
 
@@ -692,7 +692,7 @@ def test_beside_the_right_token_the_assistant_learns_nothing(bench):
         unlearn(bench.model("dense"), bench.forget, bench.retain,
                     bench.args("uld", fork=fork, subtract=0.7, retain_weight=2.0), fit)
     (out, _), (beside, _) = terms.values()
-    model = list(terms)[1].assistant
+    model = list(terms)[1].parts[1]
     batch = bench.forget.batch(0)
     logits = model(batch.tokens)[batch.scored].double()
     others = []

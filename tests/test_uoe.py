@@ -22,13 +22,11 @@ from uoe import (
     affinity_table,
     anchor_loss,
     anchor_losses,
-    calibration,
     check,
     choose_experts,
     expert_attribution,
     isolate,
     layer_choice,
-    select_experts,
     steering,
 )
 
@@ -101,12 +99,13 @@ TABLE = torch.tensor([[0.10, 0.40, 0.20], [0.50, 0.05, 0.30]])
 ])
 def test_experts_by_affinity(m, layer, sign, expected):
     """The lowest affinity is the highest of its negative."""
-    assert select_experts(sign * TABLE, m, layer) == expected
+    assert choose_experts(sign * TABLE, asked(m=m, layer=layer)) == expected
 
 
 def test_random_experts_follow_the_scores_drawn_and_not_the_table():
     def draw(seed, m=1, layer="all"):
-        return select_experts(torch.rand(TABLE.shape, generator=torch.Generator().manual_seed(seed)), m, layer)
+        scores = torch.rand(TABLE.shape, generator=torch.Generator().manual_seed(seed))
+        return choose_experts(scores, asked(m=m, layer=layer))
 
     assert draw(3, 4) == draw(3, 4) and len(set(draw(3, 6))) == 6
     assert {place for seed in range(100) for place in draw(seed)} == {(i, e) for i in range(2) for e in range(3)}
@@ -116,13 +115,13 @@ def test_random_experts_follow_the_scores_drawn_and_not_the_table():
 @pytest.mark.parametrize("m, layer", [(0, "all"), (7, "all"), (4, "top"), (-1, "top"), (4, 1)])
 def test_more_experts_than_there_are_is_refused(m, layer):
     with pytest.raises(UserError, match=f"--m {m} is not between 1 and"):
-        select_experts(TABLE, m, layer)
+        choose_experts(TABLE, asked(m=m, layer=layer))
 
 
 @pytest.mark.parametrize("layer", [2, -1])
 def test_a_layer_that_does_not_exist_is_refused(layer):
     with pytest.raises(UserError, match=f"--layer {layer} does not exist: layers go from 0 to 1"):
-        select_experts(TABLE, layer=layer)
+        choose_experts(TABLE, asked(layer=layer))
 
 
 def test_an_unknown_layer_is_refused():
@@ -292,11 +291,12 @@ def test_the_affinity_table_names_the_highest_and_marks_the_unlearned():
 
 def test_a_rank_skips_the_more_wanted():
     table = torch.tensor([[0.1, 0.5, 0.2], [0.4, 0.3, 0.0]])
-    assert select_experts(table, rank=2) == [(1, 0)] and select_experts(table, 2, rank=3) == [(1, 1), (0, 2)]
-    assert select_experts(table, layer=1, rank=2) == [(1, 1)]
-    for options in (dict(rank=0), dict(rank=7), dict(m=2, rank=6), dict(layer=0, rank=4)):
+    assert choose_experts(table, asked(layer="all"), rank=2) == [(1, 0)]
+    assert choose_experts(table, asked(m=2, layer="all"), rank=3) == [(1, 1), (0, 2)]
+    assert choose_experts(table, asked(layer=1), rank=2) == [(1, 1)]
+    for m, layer, rank in ((1, "all", 0), (1, "all", 7), (2, "all", 6), (1, 0, 4)):
         with pytest.raises(UserError, match="--m"):
-            select_experts(table, **options)
+            choose_experts(table, asked(m=m, layer=layer), rank)
 
 
 def test_shared_experts_train_only_where_asked_and_present(sparse):
@@ -438,11 +438,19 @@ def test_a_layer_without_experts_is_refused():
 
 
 def test_calibrating_on_a_few_tokens_draws_rows_by_lot_and_on_none_takes_all(bench):
-    every = list(calibration(bench.forget, bench.args("uoe")))
-    few = list(calibration(bench.forget, bench.args("uoe", attribution_tokens=5)))
-    for batches in (every, few):
-        assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(9))
-    few = [batch.index.tolist() for batch in few]
+    seen = []
+
+    def choose(affinity, args):
+        seen.append(affinity)
+        return choose_experts(affinity, args)
+
+    target = bench.model()
+    for tokens in (0, 5):
+        bench.unlearn(target, bench.args("uoe", attribution_tokens=tokens), choose=choose)
+    assert torch.equal(seen[0], expert_attribution(target, bench.forget.in_order()))
+    assert torch.equal(seen[1], expert_attribution(target, bench.forget.by_lot(8), 5))
+    few = [batch.index.tolist() for batch in bench.forget.by_lot(8)]
+    assert sorted(i for index in few for i in index) == list(range(9))
     assert len(few[0]) == 8
     lengths = [len(bench.forget.examples[i].tokens) for i in few[0]]
     assert lengths != sorted(lengths, reverse=True)

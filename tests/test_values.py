@@ -362,12 +362,6 @@ def test_labels_are_the_rows_own_at_the_value_and_nowhere_else(name):
     assert tok.decode(example.tokens[prompt : kept[0] + 1]).strip() == "Ana Vell was born in"
 
 
-def test_a_paraphrase_stands_in_for_the_answer():
-    example = encode_value(WORK, TOKENIZERS["own"], 200, "baker", WORK["paraphrased_answer"])
-    first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
-    assert TOKENIZERS["own"].decode(example.tokens[: first + 1]).endswith("The father of Bo Tarn was a")
-
-
 def test_passages_count_from_their_second_token():
     tok = TOKENIZERS["own"]
     row = {"text": "Ana was born in Orsk.", "value": "Orsk"}
