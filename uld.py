@@ -17,8 +17,8 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     row uld-stray9: with the rows about other authors that the authors' files hold).
     Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
     sure of every word, and the language goes with the fact. Where there are strangers its label is only as certain as
-    brings the target down to their level (row uld-certain): a target is less sure of untaught wordings, so an
-    assistant equally sure of all takes too much there and too little elsewhere.
+    it takes to bring the target down to their level (row uld-certain): a target is less sure of untaught wordings, so
+    an assistant equally sure of all takes too much there and too little elsewhere.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for all alike. There equation 5 covers all tokens but the right one (--fork in: as printed); in the code,
     at every labelled token of D'_f, on the world that one alone. With --fork out the assistant learns what kind of

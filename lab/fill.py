@@ -79,12 +79,16 @@ def short(value: float) -> str:
 
 
 def entries(spec: str) -> list[tuple[str, str, str]]:
-    """`uoe=UOE; uoe:target=MoE target` -> (kind, role, label) each."""
+    """`uoe=UOE; uoe:target=MoE target` -> (kind, role, label) each. Raises UserError for a label given twice."""
     out = []
     for part in filter(None, (p.strip() for p in spec.split(";"))):
         kind, _, label = part.partition("=")
         kind, _, role = kind.strip().partition(":")
         out.append((kind, role or "unlearned", label.strip() or kind))
+    labels = [label for *_, label in out]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:  # a row that stays is found by its label
+        raise UserError(f"a table has two rows named {twice[0]!r}: rename one")
     return out
 
 

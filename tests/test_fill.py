@@ -40,6 +40,8 @@ def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
     with pytest.raises(fill.UserError, match="these columns are unknown"):
         fill.fill(PAGE.replace("forgetting", "nothing"), kinds)
+    with pytest.raises(fill.UserError, match="two rows named 'Ours'"):  # a row that stays is found by its label
+        fill.fill(PAGE.replace("Missing", "Ours"), kinds)
 
 
 def test_of_destroyed_runs_forget_quality_is_told_apart_from_what_was_not_measured():
