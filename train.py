@@ -229,7 +229,7 @@ def open_public(args: argparse.Namespace) -> tuple[GPT, TextCodec]:
 def check_rows(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec) -> None:
     """Says which rows are cut; raises UserError now, not after an hour, for one that cannot be scored."""
     for name, rows in (("forget", data.forget), ("retain", data.retain)):
-        whole = encode_rows(rows, tokenizer, 2**31, f"{name} row")
+        whole = encode_rows(rows, tokenizer, 2**31, f"{name} row")  # longer than any row: nothing is cut yet
         cut = sum(len(example.tokens) > args.context for example in whole)
         if cut:
             print(f"{cut} of {len(rows)} {name} rows are longer than --context {args.context}: they are taught up to "

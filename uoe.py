@@ -30,7 +30,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Small models are pretrained to have specialists (--specialise 0: none; row uoe-no-balance: without balancing too).
 Not in the paper, and only where asked for: --adversary, latent adversarial training (arXiv 2407.15549). With 0.2
 twenty steps of relearning bring back a tenth of the facts instead of a third; best beside --forget-loss stranger
-(results/uoe.md). The anchor is taken there too. Tried on the small models alone, with an expert of the last layer.
+(results/uoe.md). The anchor loss is taken at the moved states too. Tried on small models alone, on the last layer.
 
 Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
