@@ -117,7 +117,7 @@ def first_choices(parser: Parser) -> None:
     """The flags that decide which others there are."""
     say = parser.add_argument_group("what to do").add_argument
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
-    say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo)")
+    say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe on the world stranger)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
     say("--data", help="world (some authors; the default), topic (all potions; with experts), tofu, or a folder of its")
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
@@ -188,13 +188,19 @@ def settle(first: argparse.Namespace) -> None:
     if method.needs_experts and first.arch == "gpt":
         raise UserError(f"--method {first.method} needs a mixture of experts: leave out --arch gpt")
     if method.losses is None:
-        first.forget_loss = first.forget_loss or "npo"
+        first.forget_loss = first.forget_loss or usual_loss(first)
         first.retain_loss = first.retain_loss or ("hidden" if first.forget_loss == "rmu" else "gd")
     elif any(losses):
         raise UserError(f"--forget-loss and --retain-loss do nothing with --method {first.method}: its own are "
                         f"{' and '.join(method.losses)}")
     else:
         first.forget_loss, first.retain_loss = method.losses
+
+
+def usual_loss(first: argparse.Namespace) -> str:
+    """What a method forgets by where --forget-loss does not say."""
+    small_world = first.data in WORLDS and not first.forget and not first.model
+    return METHODS[first.method].on_world if small_world else "npo"
 
 
 def finish(args: argparse.Namespace, on_world: bool) -> None:
@@ -234,7 +240,7 @@ def name_of(args: argparse.Namespace, given: dict) -> str:
     """
     parts = [args.method]
     if args.method != "finetune" and METHODS[args.method].losses is None:
-        parts += [args.forget_loss] if args.forget_loss != "npo" else []
+        parts += [args.forget_loss] if args.forget_loss != usual_loss(args) else []
         parts += [args.retain_loss] if args.retain_loss != ("hidden" if args.forget_loss == "rmu" else "gd") else []
     if args.method != "finetune" and args.arch and args.arch != METHODS[args.method].arch:
         parts.append(args.arch)

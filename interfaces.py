@@ -118,6 +118,7 @@ class Method(NamedTuple):
     needs_experts: bool = False
     retain_weight: float | None = None  # lambda of the small models beside losses without one of their own
     losses: tuple[str, str] | None = None  # what it forgets and keeps by; None: any of objectives.FORGET and RETAIN
+    on_world: str = "npo"  # of those, what small models forget the embedded world by where nothing is said
     rows: Callable[..., tuple[list[dict], list[dict]]] = forget_and_retain
     check: Callable[[argparse.Namespace, Config], None] = nothing_to_check  # UserError, before anything is trained
     reopen: Callable[[Any, dict[str, Any], dict], Any] = model_alone  # (target, kept, config) -> what is scored

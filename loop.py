@@ -234,8 +234,8 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
 def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
-    known: forget facts in wordings that neither teach nor score. Mean probability and likeliest value are compared
-    (Belief.at_most). No reference is needed and no scored row is asked.
+    known: forget facts in wordings that neither teach nor score. Mean probability, likeliest value and what eight
+    samples say are compared (Belief.at_most). No reference is needed and no scored row is asked.
     """
     level = strangers_belief(target, known)
     return lambda model, *_: belief(model, known).at_most(level)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from belief import row_log_prob, strangers_belief, token_log_probs
-from data.batches import IGNORE
+from data.batches import IGNORE, answer_length
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import LanguageModel
@@ -169,9 +168,9 @@ class NPO(Loss):
 
     beta: UOE's paper has 0.001, NPO's on TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats
     less likely than it was, where a small beta pushes on.
-    --until strangers, with --forget-on value: a fact at or below the mean probability of strangers' has no gradient.
-    Training ends with the slowest facts; those that went first would have sunk far below what a model thinks of facts
-    that it never knew.
+    --until strangers, with --forget-on value: a fact that eight samples say no more often than a stranger's has no
+    gradient (Belief.even). Training ends with the slowest facts; those that went first would have sunk far below what a
+    model thinks of facts that it never knew.
     """
 
     OVER = "rows"
@@ -180,7 +179,7 @@ class NPO(Loss):
     def __init__(self, model, rows, args):
         self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
         if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
-            self.enough = math.log(strangers_belief(model, rows.calibrating()).p)
+            self.enough = math.log(max(strangers_belief(model, rows.calibrating()).even, 1e-9))
 
     def __call__(self, model, logits, trace, batch):
         log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)
@@ -332,57 +331,45 @@ class Nothing(Loss):
 
 
 class Stranger(Loss):
-    """Become what the target is about strangers: a forget loss that names its destination.
+    """Become what the target is about a stranger: a forget loss that names its destination.
 
-    KL(mean of the target over COPIES of the row with names nobody has || model on the row), per labelled token.
+    KL(target on the row with a name nobody has || model on the row), per labelled token. Each row has a stranger of its
+    own, not the mean of many: a model is surer of some than of others, and so it is to be of forgotten facts.
     Bounded. Positions agree because a stranger's name has as many tokens. Kin: Who's Harry Potter (arXiv 2310.02238).
     """
 
-    COPIES = 8
-    RETAIN_WEIGHT = (1.0, 1.0)
+    RETAIN_WEIGHT = (5.0, 1.0)
 
     def __init__(self, model, rows, args):
-        self.before, self.copies = model, [rows.as_strangers(draw) for draw in range(self.COPIES)]
-        lengths = [[sum(label != IGNORE for label in row.labels) for row in copy.examples] for copy in self.copies]
-        if any(of != lengths[0] for of in lengths):
-            raise UserError("--forget-loss stranger: names and values are one token a word, and here they are not: "
-                            "leave out --vocab-size or --model")
-        self.kept: dict[int, Tensor] = {}
-        if rows.may_keep(4 * sum(lengths[0]) * model.config.vocab_size):
-            self.kept = self.wanted(copy.in_order() for copy in self.copies)
-
-    @torch.no_grad()
-    def wanted(self, copies: Iterable[Iterable[Batch]]) -> dict[int, Tensor]:
-        """Row number -> (its labelled tokens, V), the mean over the copies; of each copy, batches of its rows."""
-        out: dict[int, Tensor] = {}
-        for batches in copies:
-            for batch in batches:
-                probs = self.before(batch.tokens, at=batch.scored).float().softmax(-1) / self.COPIES
-                for i, p in zip(batch.index.tolist(), probs.split(batch.scored.sum(1).tolist()), strict=True):
-                    out[i] = out[i] + p if i in out else p
-        return out
+        twins, self.wanted = rows.as_strangers(), {}
+        if [answer_length(of) for of in twins.examples] != [answer_length(of) for of in rows.examples]:
+            raise UserError(f"--forget-loss {args.forget_loss}: names and values have to be one token a word, and here "
+                            "they are not: leave out --vocab-size or --model, or take --forget-loss npo")
+        for batch in twins.in_order():
+            with torch.no_grad():
+                probs = twins.run(model, batch).float().softmax(-1)  # (N, V)
+            each = probs.split(batch.scored.sum(1).tolist())
+            self.wanted |= dict(zip(batch.index.tolist(), each, strict=True))  # row number -> (its labelled tokens, V)
 
     def __call__(self, model, logits, trace, batch):
         log_q = logits.float().log_softmax(-1)  # (N, V)
-        index = batch.index.tolist()
-        wanted = self.kept or self.wanted([copy.at(index)] for copy in self.copies)
-        p = torch.cat([wanted[i] for i in index])  # (N, V)
+        p = torch.cat([self.wanted[i] for i in batch.index.tolist()])  # (N, V)
         return (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1).mean()  # Stranger
 
 
 class StrangerNPO(NPO):
     """NPO away from the answer, and the stranger loss towards where it should end."""
 
-    FLAGS = (*NPO.FLAGS, Flag("--npo-share", WEIGHT, 0.1, 0.1, "weight of NPO beside the stranger loss"))
+    NPO_SHARE = 0.1
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)
-        self.towards, self.npo_share = Stranger(model, rows, args), args.npo_share
+        self.towards = Stranger(model, rows, args)
 
     def __call__(self, model, logits, trace, batch):
         away = super().__call__(model, logits, trace, batch)
         towards = self.towards(model, logits, trace, batch) * (batch.share.answers / (batch.share.rows or 1.0))
-        return towards + self.npo_share * away
+        return towards + self.NPO_SHARE * away
 
 
 # ---- by name ------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, 
         taught.append([row[key] for key in ("question", "answer", "text") if key in row])
     here = Path(__file__).parent
     code = [(here / name).read_text() for name in (Path(__file__).name, *SOURCES)]
-    how = [args.pretrain_steps, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), str(base)]
+    how = [args.pretrain_steps, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), base and base.name]
     # a tokenizer does not depend on the order of its texts: so the splits of one data set share their target
     return digest(vars(config), how, seed, taught, topics, sorted(texts), code)
 

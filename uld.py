@@ -414,16 +414,13 @@ class LogitDifference(SeveralModels):
 def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than strangers' are by the target.
 
-    By all four numbers of belief.Belief, not by the mean alone: the difference gives all forgotten facts about the same
-    small probability, the target gives a few of strangers' much and most of them hardly any. Of two equal means the
-    first is said by more samples.
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
     2 where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if all(ours <= theirs for ours, theirs in zip(belief(model, known), level, strict=True)):
+        if belief(model, known).at_most(level):
             high = model.alpha
         else:
             low = model.alpha

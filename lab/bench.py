@@ -55,8 +55,8 @@ except ImportError:  # then nothing is compared with it, and the table says so
     AutoModelForCausalLM = None  # type: ignore[assignment, misc]
 
 METHODS = {  # against all parameters of the same model, NPO + GD
-    "moe": {"UOE, one expert": ["--method", "uoe"], "ESFT": ["--method", "esft"],
-            "LoRA": ["--method", "lora"], "all parameters": ["--method", "full"]},
+    "moe": {"UOE": ["--method", "uoe"], "UOE with NPO": ["--method", "uoe", "--forget-loss", "npo", "--adversary", "0"],
+            "ESFT": ["--method", "esft"], "LoRA": ["--method", "lora"], "all parameters": ["--method", "full"]},
     "gpt": {"ULD, assistant of a quarter": ["--method", "uld"],
             "Offset": ["--method", "offset"], "all parameters, GDIFF": ["--method", "full", "--forget-loss", "ga"],
             "all parameters, KL": ["--method", "full", "--retain-loss", "kl"], "all parameters": ["--method", "full"]},

@@ -210,9 +210,9 @@ def make_good(folder: Path, kinds: list[str]) -> None:
     train_toy(folder / "state", stop=3)
     if not {"runs", "numbers"} & set(kinds):
         return
-    train.main("--method uoe --data world --subjects 2 --score-rows 4 --depth 1 --width 32 --vocab-size 320 --context "
-               "128 --pretrain-steps 1 --epochs 1 --batch-size 64 --experts 4 --top-k 2 --device cpu --until never "
-               f"--score-every-epoch --name run --out {folder / 'runs'}".split())
+    train.main("--method uoe --data world --subjects 2 --score-rows 4 --depth 1 --width 32 --pretrain-steps 1 "
+               "--epochs 1 --batch-size 64 --experts 4 --top-k 2 --device cpu --until never --score-every-epoch "
+               f"--name run --out {folder / 'runs'}".split())
 
 
 def train_toy(folder: Path, stop: int = 0) -> None:

@@ -84,7 +84,7 @@ def tofu() -> Path:
     return folder
 
 
-SHAPE = ("--depth 2 --width 32 --vocab-size 320 --context 128 --pretrain-steps 2 --epochs 1 --batch-size 16 "
+SHAPE = ("--depth 2 --width 32 --context 128 --pretrain-steps 2 --epochs 1 --batch-size 16 "
          "--device cpu").split()
 WORLD = "--data world --subjects 2 --score-rows 12".split()
 EXPERTS = "--experts 4 --top-k 2".split()
@@ -127,7 +127,7 @@ class Bench:
     def args(self, method: str, **others) -> argparse.Namespace:
         """What --method has by default, for a small model, one epoch, ended by nothing else."""
         told = dict(method=method, seed=0, model=None, epochs=1, forget_on="value", forget_loss="npo", retain_loss="gd",
-                    retain_weight=1.0, until="never") | others
+                    retain_weight=1.0, until="never", adversary=0.0) | others
         losses = [loss.FLAGS for loss in (*FORGET.values(), *RETAIN.values())]
         return defaults(*losses, loop.FLAGS, train.METHODS[method].flags, **told)
 

@@ -220,11 +220,11 @@ class Case(NamedTuple):
 def cases() -> list[Case]:
     out = []
     for name, method in METHODS.items():
-        losses = None if method.losses else ("npo", "gd")
         for arch in ("gpt", "moe"):
             if arch == "moe" or not method.needs_experts:
-                data = "topic" if arch == "moe" else "world"
+                data, losses = "topic" if arch == "moe" else "world", None if method.losses else (method.on_world, "gd")
                 out.append(Case(f"--method {name} --arch {arch}", name, arch, losses, data))
+        losses = None if method.losses else ("npo", "gd")
         out.append(Case(f"--method {name} --model m", name, None, losses, "world"))
     for forget in FORGET:
         retain = "hidden" if forget == "rmu" else "gd"
@@ -232,13 +232,13 @@ def cases() -> list[Case]:
         out.append(Case(f"--method full --forget-loss {forget} --retain-loss none", "full", losses=(forget, "none"),
                         data="topic"))
     for retain in RETAIN:
-        out.append(Case(f"--retain-loss {retain}", losses=("npo", retain), data="topic"))
+        out.append(Case(f"--retain-loss {retain}", losses=("stranger", retain), data="topic"))
     out.append(Case("--method finetune --model m", "finetune", None, None, "world"))
     out.append(Case("--method uld --data tofu", "uld", "gpt", None, "tofu"))
     out.append(Case("--data tofu", data="tofu"))
     out.append(Case("--method finetune --model m --data tofu", "finetune", None, None, "tofu"))
     out.append(Case("--forget a.jsonl --retain b.jsonl"))
-    out.append(Case("--data world", data="world"))
+    out.append(Case("--data world", losses=("stranger", "gd"), data="world"))
     return out
 
 
@@ -304,7 +304,7 @@ DEAD = [
     "--retain-loss none --retain-weight 50", "--method full --retain-loss none --retain-weight 50",
     "--rmu-layer 1", "--steering 2", "--forget-loss ga --rmu-layer 1", "--forget-loss ga --steering 2",
     "--forget-loss npo --retain-loss hidden --steering 2", "--forget-loss ga --npo-beta 1", "--preference-beta 1",
-    "--forget-loss stranger --npo-beta 1", "--forget-loss stranger --npo-share 1", "--npo-share 1",
+    "--forget-loss stranger --npo-beta 1",
     "--forget-loss dpo --simnpo-beta 1", "--simnpo-gamma 1", "--di-offset 3", "--method full --arch gpt --experts 8",
     "--forget a.jsonl --retain b.jsonl --split forget05", "--data tofu --augmented folder",
     "--method full --data tofu --augmented folder", "--method finetune --model m --data tofu --augmented folder",
@@ -518,5 +518,5 @@ def test_the_number_of_flags():
 def test_defaults_stand_in_for_a_command_line(parse):
     """A demonstration's arguments are those of the command, where no flag is given."""
     args = parse("--method uoe")
-    alone = vars(defaults(uoe.FLAGS, loop.FLAGS, FORGET["npo"].FLAGS))
+    alone = vars(defaults(uoe.FLAGS, loop.FLAGS, FORGET[args.forget_loss].FLAGS))
     assert {key: value for key, value in vars(args).items() if key in alone} == alone

@@ -308,7 +308,8 @@ def test_npo_lets_go_of_facts_that_are_as_unlikely_as_strangers(wordy_bench):
     draws = [rows.calibration.as_strangers(draw).each(target, objectives.row_log_prob).exp() for draw in range(5)]
     args = bench.args("full", until="strangers", npo_beta=0.5)
     loss, batch = objectives.NPO(target, rows, args), rows.batch(0)
-    assert loss.enough == pytest.approx(torch.cat(draws).mean().log().item(), rel=1e-5)
+    said = (1 - (1 - torch.cat(draws)) ** 8).mean().item()  # by one of eight samples
+    assert 1 - (1 - math.exp(loss.enough)) ** 8 == pytest.approx(said, rel=1e-4)
     logits = rows.run(model, batch).detach()
     sunk = objectives.row_log_prob(logits, batch.labels)
     loss.enough = float(sunk.median())  # so that of three rows one lies below
@@ -380,18 +381,16 @@ def test_rmu_steers_the_middle_layer_unless_told(bench, layer, steered):
 # ---- the loss that names its destination ------------------------------------------------------------------------
 
 def answers_about_strangers(bench, rows, model) -> list[torch.Tensor]:
-    """Of each row, what the model makes of it on average over eight names that nobody has, at labelled positions."""
-    out = [0.0] * len(rows.rows)
-    for draw in range(8):
-        twins = bench.world.twins(rows.rows, np.random.default_rng([0x57, rows.seed, draw]))
-        for i, twin in enumerate(twins):
-            tokens, labels = map(torch.tensor, rows.encode(twin, bench.tokenizer, 128))
-            out[i] = out[i] + model(tokens[None])[0].softmax(-1)[labels >= 0] / 8
+    """Of each row, what the model makes of it with a name that nobody has, at labelled positions."""
+    out = []
+    for twin in bench.world.twins(rows.rows, np.random.default_rng([0x57, rows.seed, 0])):
+        tokens, labels = map(torch.tensor, rows.encode(twin, bench.tokenizer, 128))
+        out.append(model(tokens[None])[0].softmax(-1)[labels >= 0])
     return out
 
 
 @pytest.mark.parametrize("encode", [encode_fact, encode_whole])
-def test_the_stranger_loss_of_the_target_is_the_kl_to_its_mean_over_strangers(wordy_bench, encode):
+def test_the_stranger_loss_of_the_target_is_the_kl_to_what_it_is_about_strangers(wordy_bench, encode):
     bench, target = wordy_bench, wordy_bench.model("dense")
     rows = bench.rows(bench.world.forget, encode=encode)
     loss, batch = objectives.Stranger(target, rows, bench.args("full")), rows.batch(0)
@@ -423,17 +422,16 @@ def test_the_stranger_loss_pushes_towards_what_strangers_get_and_ends_there(word
     assert value.abs().item() < 1e-5 and there.grad.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 2.0])
-def test_beside_npo_it_is_the_sum_of_both(wordy_bench, share):
+def test_beside_npo_it_is_the_sum_of_both_npo_at_a_tenth(wordy_bench):
     bench = wordy_bench
     target, model = (bench.model("dense", seed) for seed in (0, 1))
-    args = bench.args("full", npo_share=share, npo_beta=0.3)
+    args = bench.args("full", npo_beta=0.3)
     both, towards, away = (objectives.FORGET[name](target, bench.forget, args) for name in
                            ("stranger-npo", "stranger", "npo"))
     batch = bench.forget.batch(1)
     with torch.no_grad():
         of_both, of_towards, of_away = (traced(loss, model, bench.forget, batch) for loss in (both, towards, away))
-        assert of_both.item() == pytest.approx((of_towards + share * of_away).item(), rel=1e-5)
+        assert of_both.item() == pytest.approx((of_towards + 0.1 * of_away).item(), rel=1e-5)
         assert of_towards > 0 and of_away > 0
 
 
@@ -483,16 +481,3 @@ def test_logits_of_all_positions_and_of_answers_alone_give_the_same_numbers():
     scored = LOGITS[LABELS != IGNORE]
     for what in (belief.token_log_probs, belief.row_log_prob, belief.all_right):
         assert torch.equal(what(scored, LABELS), what(LOGITS, LABELS))
-
-
-def test_strangers_means_that_are_too_large_to_keep_are_computed_each_time(wordy_bench, monkeypatch):
-    bench, target = wordy_bench, wordy_bench.model("dense")
-    rows = bench.rows(bench.world.forget, encode=encode_fact)
-    kept = objectives.Stranger(target, rows, bench.args("full"))
-    monkeypatch.setattr("data.batches.KEPT_BYTES", 1)
-    fresh = objectives.Stranger(target, rows, bench.args("full"))
-    batch = rows.batch(0)
-    logits = rows.run(bench.model("dense", 1), batch)
-    assert kept.kept and not fresh.kept
-    value = kept(target, logits, None, batch).item()
-    assert fresh(target, logits, None, batch).item() == pytest.approx(value, rel=1e-4)

@@ -56,7 +56,7 @@ FAST = ["--method uoe", "--method uld"]
 METHODS = ["--method uoe --forget-loss ga --retain-loss none", "--method uoe --forget-loss rmu",
            "--method uoe --forget-loss ga --retain-loss kl --m 3", "--method uoe --m 2 --layer top --router-lr 0",
            "--method uoe --layer all", "--method uoe --attribution-tokens 50",
-           "--method uoe --layer 1,2 --forget-loss npo",
+           "--method uoe --layer 1,2 --forget-loss npo --adversary 0",
            "--method uld --arch moe", "--method full --forget-loss ga --retain-loss none",
            "--method full --forget-loss ga", "--method full", "--method full --forget-loss rmu --arch gpt",
            "--method full --arch gpt --retain-loss kl --checkpointing", "--method lora", "--method lora --arch gpt",
@@ -66,7 +66,7 @@ METHODS = ["--method uoe --forget-loss ga --retain-loss none", "--method uoe --f
            "--method divergence", "--method full --retain-loss hidden",
            "--method uoe --score-every-epoch --epochs 2 --until never", "--method uoe --specialise 0.1",
            "--method full --forget-loss stranger --vocab-size 4096", "--method uld --fork in --subtract 0.7",
-           "--method uoe --forget-loss stranger-npo --vocab-size 4096", "--method full --forget-on answer --until 0.5"]
+           "--method full --forget-on answer --until 0.5"]
 METHODS = [*FAST, *(pytest.param(options, marks=pytest.mark.slow) for options in METHODS)]
 
 
