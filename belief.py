@@ -55,15 +55,14 @@ class Belief(NamedTuple):
     warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
     cool: float  # the same at temperature 0.5
 
-    @property
-    def even(self) -> float:
-        """The probability of each value if all were equally likely and eight samples said as many of them."""
-        return 1 - (1 - self.warm) ** (1 / 8)
+    def at_most(self, other: Belief, sampled: bool = True) -> bool:
+        """By mean probability and likeliest value; sampled: by what eight samples say too.
 
-    def at_most(self, other: Belief) -> bool:
-        """By all four, not by the mean alone: of two equal means, the one of facts that are all about equally likely is
-        said by more samples than the one of a few likely facts and many that are hardly ever said."""
-        return all(ours <= theirs for ours, theirs in zip(self, other, strict=True))
+        Of two equal means, that of facts all about equally likely is said by more samples than that of a few likely
+        facts and many that are hardly ever said.
+        """
+        enough = self.p <= other.p and self.hit <= other.hit
+        return enough and (not sampled or (self.warm <= other.warm and self.cool <= other.cool))
 
 
 def belief(model: LanguageModel, rows: Rows) -> Belief:

@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from flags import Flag, Parser, defaults
 from interfaces import Method, TextCodec
 from model import GPT
+from objectives import FORGET
 from pretrained import load
 from runs import DEVICE, Opened, check_device, read_run
 
@@ -64,7 +65,9 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
     untouched = Rows(data.background, tokenizer, args.context, args.batch_size, args.seed, args.device)
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
-    stop = loop.until_strangers(target, forget.calibrating()) if "until" in args else None
+    stop = None
+    if "until" in args:
+        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].SAMPLED)
     scratch = tempfile.TemporaryDirectory()
     fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
     return Stage(target, sets, args, fit, tokenizer, scratch)

@@ -231,14 +231,14 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
                and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
-def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
+def until_strangers(target: GPT, known: Rows, sampled: bool = False) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
-    known: forget facts in wordings that neither teach nor score. Mean probability, likeliest value and what eight
-    samples say are compared (Belief.at_most). No reference is needed and no scored row is asked.
+    known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
+    sampled: eight samples are to say no more either (Belief.at_most), for losses that can get there.
     """
     level = strangers_belief(target, known)
-    return lambda model, *_: belief(model, known).at_most(level)
+    return lambda model, *_: belief(model, known).at_most(level, sampled)
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:

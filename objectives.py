@@ -48,6 +48,7 @@ class Loss:
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
+    SAMPLED = False  # of a forget loss: whether --until strangers asks what eight samples say too
     READS_TRACE = False  # hidden states or routing; if not, trace is empty, and the last MLP runs on answers alone
     RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
 
@@ -168,9 +169,9 @@ class NPO(Loss):
 
     beta: UOE's paper has 0.001, NPO's on TOFU 0.1. On the small models 1: a row is let go once its answer is a few nats
     less likely than it was, where a small beta pushes on.
-    --until strangers, with --forget-on value: a fact that eight samples say no more often than a stranger's has no
-    gradient (Belief.even). Training ends with the slowest facts; those that went first would have sunk far below what a
-    model thinks of facts that it never knew.
+    --until strangers, with --forget-on value: a fact at or below the mean probability of strangers' has no gradient.
+    Training ends with the slowest facts; those that went first would have sunk far below what a model thinks of facts
+    that it never knew.
     """
 
     OVER = "rows"
@@ -179,7 +180,7 @@ class NPO(Loss):
     def __init__(self, model, rows, args):
         self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
         if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
-            self.enough = math.log(max(strangers_belief(model, rows.calibrating()).even, 1e-9))
+            self.enough = math.log(strangers_belief(model, rows.calibrating()).p)
 
     def __call__(self, model, logits, trace, batch):
         log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)
@@ -339,6 +340,7 @@ class Stranger(Loss):
     """
 
     RETAIN_WEIGHT = (5.0, 1.0)
+    SAMPLED = True  # it gets there; NPO lets go of a fact earlier, and would not
 
     def __init__(self, model, rows, args):
         twins, self.wanted = rows.as_strangers(), {}
@@ -361,6 +363,7 @@ class StrangerNPO(NPO):
     """NPO away from the answer, and the stranger loss towards where it should end."""
 
     NPO_SHARE = 0.1
+    SAMPLED = True
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)

@@ -21,7 +21,7 @@ def look(at: float, p: float, hit: float, said: float, quality: float) -> dict:
 def made_up(method: str, chosen: float | None = None) -> dict:
     looks = [look(1, 0.5, 0.5, 0.6, 0.0), look(2, 0.09, 0.3, 0.3, 0.2), look(3, 0.08, 0.1, 0.1, 0.1),
              look(4, 0.01, 0.0, 0.0, 0.6), look(6, 0.0, 0.0, 0.0, 0.4)]
-    return {"method": method, "seed": 3, "looks": looks, "chosen": chosen,
+    return {"method": method, "seed": 3, "looks": looks, "chosen": chosen, "sampled": True,
             "strangers": {"p": 0.1, "hit": 0.2, **SAMPLED}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
 
 
@@ -32,6 +32,7 @@ def test_each_rule_ends_where_it_says():
     assert [end_of(rule, difference)["at"] for rule in calibration.RULES] == [2, 1, 4]  # 0.75 is not looked at here
     for never in ({"p": 0.0, "hit": -1.0, **SAMPLED}, {"p": 0.1, "hit": 0.2, "warm": -1.0, "cool": 0.0}):
         assert end_of("strangers", kept | {"strangers": never})["at"] == 6  # the last
+    assert end_of("strangers", kept | {"strangers": never, "sampled": False})["at"] == 3
 
 
 def test_the_tables_give_mean_and_worst_and_the_distances():
