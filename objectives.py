@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from belief import row_log_prob, strangers_belief, token_log_probs
-from data.batches import IGNORE, answer_length
+from data.batches import IGNORE
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
 from interfaces import LanguageModel
@@ -344,7 +344,8 @@ class Stranger(Loss):
 
     def __init__(self, model, rows, args):
         twins, self.wanted = rows.as_strangers(), {}
-        if [answer_length(of) for of in twins.examples] != [answer_length(of) for of in rows.examples]:
+        theirs, ours = ([[label == IGNORE for label in of.labels] for of in some.examples] for some in (twins, rows))
+        if theirs != ours:
             raise UserError(f"--forget-loss {args.forget_loss}: names and values have to be one token a word, and here "
                             "they are not: leave out --vocab-size or --model, or take --forget-loss npo")
         for batch in twins.in_order():
