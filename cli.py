@@ -117,7 +117,7 @@ def first_choices(parser: Parser) -> None:
     """The flags that decide which others there are."""
     say = parser.add_argument_group("what to do").add_argument
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
-    say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe on the world stranger)")
+    say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe's on the world: stranger)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
     say("--data", help="world (some authors; the default), topic (all potions; with experts), tofu, or a folder of its")
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")

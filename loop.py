@@ -231,7 +231,7 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
                and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
-def until_strangers(target: GPT, known: Rows, sampled: bool = False) -> AfterEpoch:
+def until_strangers(target: GPT, known: Rows, sampled: bool) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.

@@ -346,8 +346,8 @@ class Stranger(Loss):
         twins, self.wanted = rows.as_strangers(), {}
         theirs, ours = ([[label == IGNORE for label in of.labels] for of in some.examples] for some in (twins, rows))
         if theirs != ours:
-            raise UserError(f"--forget-loss {args.forget_loss}: names and values have to be one token a word, and here "
-                            "they are not: leave out --vocab-size or --model, or take --forget-loss npo")
+            raise UserError(f"--forget-loss {args.forget_loss} (uoe's default) needs names and values of one token a "
+                            "word: leave out --vocab-size or --model, or take --forget-loss npo")
         for batch in twins.in_order():
             with torch.no_grad():
                 probs = twins.run(model, batch).float().softmax(-1)  # (N, V)

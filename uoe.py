@@ -17,16 +17,18 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     The forget loss is on the tokens of the fact, where a row has a value (--forget-on answer: the paper's way); rows
     about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no more
     than strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
-    eval.py --compare --at best; lab/calibration.py compares them). NPO lets go of facts that are (row uoe-sink).
+    eval.py --compare --at best; lab/calibration.py compares them). NPO lets go of facts that are (row uoe-sink, with
+    --forget-loss npo --adversary 0).
     On the embedded world the loss is that of objectives.Stranger, against an adversary that first moves what the expert
     reads towards the fact (adversarial_stem; the anchor loss is taken there too). Facts so forgotten come back less by
-    relearning than with NPO, the paper's own (--forget-loss npo --adversary 0): results/uoe.md. On public models and
-    rows of your own it is NPO, and --adversary was never tried there.
+    relearning than with NPO, the paper's own (--forget-loss npo --adversary 0): results/uoe.md. Beside other losses the
+    adversary stays unless it is taken out. On public models and rows of your own NPO without it is the default; there
+    it was never tried.
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
-    read: selection shifts more. (Less comes back by relearning, though: results/uoe.md.)
+    read: selection shifts more. (With NPO less comes back by relearning, though: results/uoe.md.)
     Small models: lambda 5, beside NPO 20 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's beta is 1, on
     public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on
