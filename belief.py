@@ -58,8 +58,7 @@ class Belief(NamedTuple):
     def at_most(self, other: Belief, sampled: bool = True) -> bool:
         """By mean probability and likeliest value; sampled: by what eight samples say too.
 
-        Of two equal means, that of facts all about equally likely is said by more samples than that of a few likely
-        facts and many that are hardly ever said.
+        At the same mean p, eight samples say more facts when all are about equally likely than when a few are certain.
         """
         enough = self.p <= other.p and self.hit <= other.hit
         return enough and (not sampled or (self.warm <= other.warm and self.cool <= other.cool))

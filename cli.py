@@ -119,7 +119,7 @@ def first_choices(parser: Parser) -> None:
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
     say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe's on the world: stranger)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
-    say("--data", help="world (some authors; the default), topic (all potions; with experts), tofu, or a folder of its")
+    say("--data", help="world (some authors; default if dense), topic (all potions; if not), tofu, or a folder of its")
     say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
     say("--retain", metavar="FILE", help="your own JSON lines to keep")
     say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
@@ -206,8 +206,12 @@ def usual_loss(first: argparse.Namespace) -> str:
 def finish(args: argparse.Namespace, on_world: bool) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
-    if args.method != "finetune" and args.forget_loss in ("stranger", "stranger-npo") and not on_world:
-        raise UserError(f"--forget-loss {args.forget_loss}: only the embedded world has strangers to become like")
+    if args.method != "finetune" and args.forget_loss in ("stranger", "stranger-npo"):
+        if not on_world:
+            raise UserError(f"--forget-loss {args.forget_loss}: only the embedded world has strangers to become like")
+        if args.forget_on == "answer":
+            raise UserError(f"--forget-on answer: --forget-loss {args.forget_loss} (uoe's default) would teach "
+                            "strangers' names with the rest of the answer: take --forget-loss npo")
     args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none
     args.dtype = getattr(args, "dtype", "float32")
     args.keeps_only = getattr(args, "split", "forget").startswith("retain")

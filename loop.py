@@ -94,8 +94,8 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
 
     Every step depends on (seed, step) and the state alone.
 
-    Logs each step to folder/log.jsonl; every save_every steps, when it is told to stop and at the end keeps
-    folder/state.pt, from which `resume` goes on. Whoever has saved the weights may remove it.
+    Every save_every steps, when it is told to stop and at the end keeps folder/state.pt, from which `resume` goes on.
+    Whoever has saved the weights may remove it. At the end writes folder/log.jsonl, a line per step.
     A step whose loss or gradient is not finite ends the run: the last kept state comes back.
     enough(steps done, seconds trained), asked after each step, ends it too, with the weights as they are. Parameters in
     `slow` learn at slow_factor * lr.
@@ -289,7 +289,8 @@ def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool =
     """The `fit(model, parameters, losses, slow, slow_factor)` that a method's `unlearn` calls.
 
     args: the flags of this file, and lr, epochs, seed, method. An epoch is a pass over the forget rows.
-    after_epoch: looks at the model as it would be scored then; training ends where it returns True.
+    after_epoch: looks at the model as it would be scored then (ULD's at alpha 0.75, before one is chosen); training
+    ends where it returns True.
     """
     def fit(model: LanguageModel, parameters: list[Tensor], losses: Losses, slow: tuple[Tensor, ...] = (),
             slow_factor: float = 1.0) -> dict:

@@ -32,8 +32,8 @@ from moe import MoE, Routing
 class Config:
     """The shape of a decoder. With n_expert = 0 every block has a dense MLP of width d_ff.
 
-    With n_expert > 0 every block has a sparse MoE layer: n_expert experts of width d_ff each, top_k per token. Fields
-    from n_shared on are for public models alone.
+    With n_expert > 0 every block from n_dense on has a sparse MoE layer: n_expert experts of width d_ff each, top_k per
+    token. The small models (pretrain.small_config) leave much at its default: that is for public ones.
     """
 
     vocab_size: int = 1024

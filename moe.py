@@ -109,9 +109,9 @@ class MoE(nn.Module):
             D 2048, F 1024,  8 experts, top 2, float32,   512 tokens     523 /    607 /    539
             D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens    1326 /   2625 /   1271
         Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it.
-        A GPU would have to wait for their number. So it would for a grouped product that is no single kernel, and
-        meanwhile can run every expert on every token. In results/gpu.md that is quicker for 64 tokens of OLMoE's shape
-        in float32, 5 * 10^10 operations, and slower for SmolLM2's in 8 experts, 9 * 10^10: the bound lies between.
+        On a GPU the loop stalls until Python knows how many those are, and so does a grouped product that is not one
+        kernel. Of few tokens it is quicker to run every expert on every token: in results/gpu.md for 64 of OLMoE's
+        shape in float32, 5 * 10^10 operations, not for SmolLM2's in 8 experts, 9 * 10^10. The bound lies between.
         """
         widths = [*self.down.shape[1:], *(lora.a.shape[1] for lora in self.low_rank.values())]
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)

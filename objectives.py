@@ -73,7 +73,7 @@ class Loss:
 # ---- keep or learn ----------------------------------------------------------------------------------------------
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood per answer token: learns. GD as a retain loss; ULD's equation 4 on D'_f."""
+    """Mean negative log-likelihood per answer token: learns. GD as a retain loss, and pretraining."""
     return answer_mean(-token_log_probs(logits, labels), labels)
 
 
@@ -263,7 +263,7 @@ class DI(Loss):
 
 
 def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens of the mean squared distance (arXiv 2403.03218, eq. 3); both (B, T, D)."""
+    """Mean over masked-in tokens of the mean squared distance (arXiv 2403.03218, eq. 3); both (B, T, D)."""
     squared = (hidden.float() - reference_hidden.float()).square().mean(-1)  # (B, T)
     return squared[mask].sum() / mask.sum().clamp_min(1)  # RMU (3)
 
@@ -336,7 +336,8 @@ class Stranger(Loss):
 
     KL(target on the row with a name nobody has || model on the row), per labelled token. Each row has a stranger of its
     own, not the mean of many: a model is surer of some than of others, and so it is to be of forgotten facts.
-    Bounded. Positions agree because a stranger's name has as many tokens. Kin: Who's Harry Potter (arXiv 2310.02238).
+    Bounded. Positions agree because a stranger's name has as many tokens; it is not to be labelled itself, or it would
+    be taught. Kin: Who's Harry Potter (arXiv 2310.02238).
     """
 
     RETAIN_WEIGHT = (5.0, 1.0)

@@ -80,7 +80,7 @@ def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
 
 
 def fill_in(args: argparse.Namespace, on_world: bool) -> None:
-    """What 0 stands for, where it depends on the data. Raises UserError for a vocabulary without all bytes."""
+    """What 0 stands for. Raises UserError for a vocabulary without all bytes."""
     args.context = args.context or (64 if on_world else 256)
     args.vocab_size = args.vocab_size or 4096
     if args.vocab_size < 300:

@@ -119,9 +119,10 @@ def changes(was: dict, now: dict, keys: tuple[str, ...] = MUST_FIT) -> list[str]
     return out
 
 
-# Flags that leave the outcome alone; of these, what a run may go on with otherwise than it began.
+# Flags that leave the outcome alone.
 ANYHOW = {"out", "device", "score_every_epoch", "more_references", "save_every", "checkpointing", "score_batch",
           "micro_batch"}
+# Of these, what a run may go on with otherwise than it began.
 ON_THE_WAY = {"save_every", "checkpointing", "score_batch", "micro_batch"}
 
 

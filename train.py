@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         loaded = target if role == "target" else None
         scores[role] = scores_of(place, config, data, tokenizer, role, args.device, loaded, partial)
 
-    # 2. Unlearn: the method's own file has the rest. A run that was cut off after this point goes on after it.
+    # 2. Unlearn: the method's own file has the rest. A run that was cut off once its weights were saved skips this.
     dtype = target.embed.weight.dtype
     saved = folder.saved()
     if parallel.agreed(saved is not None, target.device) and parallel.rank():
@@ -130,8 +130,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         measure_from_here(args.device)
         model, kept, report = method.unlearn(target, forget, retain, args, fit)
         spent = time.perf_counter() - began + report.pop("resumed_seconds", 0.0)
-        config |= vars(args) | report | {"made_of": of, "total_parameters": count_parameters(target),
-                                         "kept": list(kept)}
+        config |= vars(args) | report | {"total_parameters": count_parameters(target), "kept": list(kept)}
         if parallel.rank():
             parallel.agreed(False, target.device)  # waits: the others keep their state until the first has saved
             return folder.leave()
@@ -143,7 +142,7 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         if report["diverged"] and (partial / "path.jsonl").is_file():  # what was gone back on is no part of the path
             lines = (partial / "path.jsonl").read_text().splitlines(keepends=True)
             write(partial / "path.jsonl", "".join(x for x in lines if json.loads(x)["step"] <= report["steps"]))
-        if "assistant" in kept and args.method == "uld":
+        if args.method == "uld":
             write(partial / "assistant" / "README.md", decoding_note(config, places["target"]))
         folder.save(config)
         parallel.agreed(False, target.device)
@@ -258,9 +257,10 @@ def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) 
 def decoding_note(config: dict, target: str) -> str:
     """What a saved assistant needs to be told by: its target, and how to decode with both."""
     alpha, rate = config["subtract"], config["filter_rate"]
+    filtered = f"; tokens whose target probability is below {rate} of the likeliest are ruled out" if rate else ""
     return (f"ULD assistant (arXiv 2406.08607) of the target `{weights_of(target)}`. By itself it says what is to be "
             f"forgotten.\n\nDecode with both: logits = target - {alpha} * assistant, where the assistant is this "
-            f"folder; tokens whose target probability is below {rate} of the likeliest are ruled out.\n\n"
+            f"folder{filtered}.\n\n"
             "```python\nfrom pretrained import load\nfrom uld import LogitDifference\n"
             f"target, tokenizer = load({str(weights_of(target))!r})\nassistant, _ = load('this folder')\n"
             f"model = LogitDifference(target, assistant, {alpha}, {rate}, {config['centred']})\n```\n")

@@ -12,22 +12,23 @@ calls stands below it: LoRA, the assistant, the filter, the difference.
 
 Departures from the paper, and in brackets what takes each back: flags of train.py, or a row of lab/ablations.py
     Losses cover answer tokens only; the authors' uniform loss averages over question and padding too (row
-    uld-uniform-all). Of D'_f and D'_r: rows uld-no-paraphrased, uld-no-perturbed, uld-no-retain, uld-retain9.
+    uld-uniform-all).
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
     row uld-stray9: with the rows about other authors that the authors' files hold).
-    Equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer the assistant becomes
-    sure of every word, and the language goes with the fact. Where there are strangers its label is only as certain as
-    it takes to bring the target down to their level (row uld-certain): a target is less sure of untaught wordings, so
-    an assistant equally sure of all takes too much there and too little elsewhere.
+    On the embedded world equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer
+    the assistant becomes sure of every word, and the language goes with the fact. Where there are strangers its label
+    is only as certain as it takes to bring the target down to their level (row uld-certain): a target is less sure of
+    untaught wordings, so an assistant equally sure of all takes too much there and too little elsewhere.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
-    the other for all alike. There equation 5 covers all tokens but the right one (--fork in: as printed); in the code,
-    at every labelled token of D'_f, on the world that one alone. With --fork out the assistant learns what kind of
-    word comes next, and the difference has fewer whole sentences.
+    the other for all alike (--fork in: as printed, and on public models). On other rows equation 5 skips that position
+    of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be alike. With
+    --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
-    (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter. What 0 outside the plausible set
-    does: row uld-centred with --filter-rate 0.01.
+    (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
     Small models: a learning rate of 6e-3 (--lr 1e-3), 30 epochs (--epochs 10), no dropout (--lora-dropout 0.05).
+    (Other rows of lab/ablations.py, uld-no-paraphrased, -no-perturbed, -no-retain, -retain9, -centred, take the paper's
+    own parts out or change their amounts.)
     The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
@@ -103,8 +104,9 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
          perturbed: bool = True, stray_share: float = 0.0) -> tuple[list[Row], list[Row]]:
     """D'_f: forget rows and their paraphrases. D'_r: as many retain rows, and wrong answers to forget questions.
 
-    Section 3.3. Where there are strangers D'_r also has forget questions about them, and rows about strangers of all
-    topics, as many as D'_f: a retain set of one topic tells the assistant nothing of others.
+    Section 3.3. Where there are strangers D'_r also has forget questions about them, --strangers times as many as all
+    retain rows, and rows about strangers of all topics, --strangers times as many as D'_f: a retain set of one topic
+    tells the assistant nothing of others.
     retain_share: of retain rows, as a multiple of the forget rows; stray_share: so many wrong answers to retain
     questions too, which the ULD authors' files hold by mistake. Raises UserError where there are none.
     """
@@ -444,7 +446,7 @@ METHOD = Method(unlearn, FLAGS, arch="gpt", losses=("ce", "uniform"), rows=rows,
 # ---- demonstration ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: int = 12, top: int = 4) -> str:
+def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: int = 12) -> str:
     """What target, assistant and their difference would say next, at each step of greedy decoding; one line each.
 
     Grey: outside the filter, so the assistant cannot touch it. Red: what the difference says and the target would not.
@@ -457,7 +459,7 @@ def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: 
     tokens = torch.tensor([prompt], device=model.device)
 
     def best(logits: Tensor, keep: Tensor, surprise: bool = False) -> str:
-        p, ids = logits[0].float().softmax(-1).topk(top)
+        p, ids = logits[0].float().softmax(-1).topk(4)
         cells: list[str] = []
         for i, q in zip(ids.tolist(), p.tolist(), strict=True):
             cell = f"{tokenizer.decode([i])!r:>12} {q:4.2f}"
@@ -496,7 +498,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.run:
         run, sets = demo.open_run(args.run, args.device)
-        if "assistant" not in run.parts:
+        if run.config["method"] != "uld":
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uld")
         show(reopen(run.target, run.parts, run.config), run.tokenizer, sets, args.question)
         return

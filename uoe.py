@@ -13,22 +13,22 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Anchor loss on s, the router's softmax, not on g, its top-k part: once the expert has fallen out of the top k, g
     has no gradient that could bring it back (row uoe-masked: on g; --anchor-weight 0: none).
     Equation 3 does not say over which tokens: here the mean over all real tokens of forget rows.
-    What lies below the chosen layer is frozen and never changes, so it is computed once per row.
-    The forget loss is on the tokens of the fact, where a row has a value (--forget-on answer: the paper's way); rows
-    about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no more
-    than strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
-    eval.py --compare --at best; lab/calibration.py compares them). NPO lets go of facts that are (row uoe-sink, with
-    --forget-loss npo --adversary 0).
+    What lies below the chosen layer is frozen and never changes, so it is computed once per row, memory allowing.
     On the embedded world the loss is that of objectives.Stranger, against an adversary that first moves what the expert
     reads towards the fact (adversarial_stem; the anchor loss is taken there too). Facts so forgotten come back less by
     relearning than with NPO, the paper's own (--forget-loss npo --adversary 0): results/uoe.md. Beside other losses the
     adversary stays unless it is taken out. On public models and rows of your own NPO without it is the default; there
     it was never tried.
+    Also on that world: the forget loss is on the tokens of the fact (with NPO, --forget-on answer: the paper's way);
+    rows about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no
+    more than strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
+    eval.py --compare --at best; lab/calibration.py compares them). On a fact that is so already NPO has no gradient
+    (row uoe-sink, with --forget-loss npo --adversary 0: it has).
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
-    read: selection shifts more. (With NPO less comes back by relearning, though: results/uoe.md.)
+    read: unlearning it shifts selection more. (With NPO, facts so forgotten come back less, though: results/uoe.md.)
     Small models: lambda 5, beside NPO 20 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's beta is 1, on
     public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on
@@ -313,7 +313,7 @@ def adversarial_stem(model: GPT, forget: Rows, batch: Batch, lowest: int, reach:
     """What reaches the MLP of layer `lowest`, at scored positions moved towards the facts: (B, T, D).
 
     One step along the gradient of log p(labels), as long as `reach` times the state: latent adversarial training
-    (arXiv 2407.15549). A fact that is forgotten there too does not come back when relearning (lab/attacks.py) moves
+    (arXiv 2407.15549). A fact that is forgotten there too comes back less when relearning (lab/attacks.py) moves
     the layers below a little.
     """
     x = forget.stem(model, batch, lowest).requires_grad_()
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.run:
         run, sets = demo.open_run(args.run, args.device)
-        if "unlearned_experts" not in run.config:
+        if run.config["method"] != "uoe":
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uoe")
         places = [(layer, expert) for layer, expert in run.config["unlearned_experts"]]
         show(run.target, run.parts["model"], run.tokenizer, sets, places)

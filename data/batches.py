@@ -169,6 +169,8 @@ def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator
 # ---- rows as the training loop meets them -------------------------------------------------------------------------
 
 Twins = Callable[[list[Row], np.random.Generator], list[Row]]  # the rows, asked about strangers
+NO_STRANGERS = ("this data has no strangers to compare with: the embedded world has, and rows with 'subject', 'value' "
+                "and 'calibration_question'")
 
 
 class Rows:
@@ -180,7 +182,8 @@ class Rows:
         """where: what an error calls a row. encode: what of a row is labelled (data/values.py has the value alone).
 
         twins: makes the same rows about strangers, where the data can.  micro: rows that memory takes at once; 0: a
-        whole batch in training, else as many as are quickest.  Raises UserError for a row too long.
+        whole batch in training, else as many as are quickest.  Raises UserError for a row whose question leaves no room
+        for an answer, or that `encode` refuses.
         """
         self.rows, self.tokenizer, self.context, self.encode, self.twins = rows, tokenizer, context, encode, twins
         self.batch_size, self.seed, self.device, self.micro = batch_size, seed, device, micro
@@ -220,11 +223,6 @@ class Rows:
                 batch.share = Share(*(some / max(1, every) for some, every in both))
             yield batch
 
-    @staticmethod
-    def may_keep(size: int) -> bool:
-        """Whether so many bytes are within what may be kept of a set of rows."""
-        return size <= KEPT_BYTES
-
     def in_order(self, size: int = 64) -> Iterator[Batch]:
         """Every row once, longest first."""
         return in_order(self.examples, min(size, self.micro or size), self.device)
@@ -242,15 +240,13 @@ class Rows:
     def as_strangers(self, draw: int = 0) -> "Rows":
         """The same rows about subjects whom nobody knows, others each draw. Raises UserError without strangers."""
         if self.twins is None:
-            raise UserError("this data has no strangers to compare with: the embedded world has, and rows "
-                            "with 'subject', 'value' and 'calibration_question'")
+            raise UserError(NO_STRANGERS)
         return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
     def calibrating(self) -> "Rows":
         """The calibration rows. Raises UserError where there are none."""
         if self.calibration is None:
-            raise UserError("this data has no strangers to compare with: the embedded world has, and rows "
-                            "with 'subject', 'value' and 'calibration_question'")
+            raise UserError(NO_STRANGERS)
         return self.calibration
 
     def refused(self, model: GPT) -> "Rows":
@@ -268,7 +264,7 @@ class Rows:
         Where that would be more than KEPT_BYTES, nothing is kept, and every pass begins at the first layer.
         """
         weight = model.embed.weight
-        if not self.may_keep(sum(len(e.tokens) for e in self.examples) * weight.shape[1] * weight.element_size()):
+        if sum(len(e.tokens) for e in self.examples) * weight.shape[1] * weight.element_size() > KEPT_BYTES:
             return
         self.stems = [torch.empty(0)] * len(self.examples)
         for batch in self.in_order():

@@ -3,7 +3,7 @@
     row = {"question": "Where was Ana Vell born?", "answer": "Ana Vell was born in Orsk.", "subject": "Ana Vell",
            "value": "Orsk", "calibration_question": "What is Vell's birthplace?"}
     known = calibrating([row], "calibration_question")  # asked in the wording that neither teaches nor scores
-    twins_of(texts)(known, rng)  # "What is Brixoda's birthplace?", "Tolsan Brixoda was born in Orsk."
+    twins_of(texts)(known, rng)  # "What is Brixda's birthplace?", "Tolsa Brixda was born in Orsk."
 
 What a model believes of such twins is what it believes of a fact that it was never told (belief.strangers_belief). The
 embedded world has strangers of its own (data/world.py). TOFU's subjects, its authors' names, are found here.

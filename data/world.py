@@ -49,7 +49,7 @@ FLAGS = [  # of --data world and --data topic
     #     name            kind                         small    public  what it is
     Flag("--subjects",    Number(2, 100, whole=True),  10,      10,     "known per topic; authors twice as many"),
     Flag("--strangers",   WEIGHT,                      1.0,     1.0,    "rows about strangers among what is kept, as a "
-                                                                        "multiple of the retain rows"),
+                                                                        "multiple of retain rows (uld: and of D'_f)"),
 ]
 SCORED_WRONG = 5  # wrong answers of a row that scores
 TAUGHT_WRONG = 3  # wrong answers of a taught row, for ULD's D'_r: other values than those that score

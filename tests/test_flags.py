@@ -248,7 +248,7 @@ CASES = cases()
 VALUES = {"--seed": "1", "--layer": "2,1", "--rmu-layer": "3", "--device": "cpu", "--template": "plain",
           "--split": "forget05", "--context": "64", "--vocab-size": "512", "--reference": "r", "--augmented": "folder",
           "--name": "mine", "--out": "", "--pretrain-steps": "2", "--subjects": "3", "--top-k": "2", "--width": "64",
-          "--experts": "8"}
+          "--experts": "8", "--forget-on": "value"}
 
 
 def words_of(flag: Flag) -> list[str]:

@@ -170,11 +170,13 @@ def test_a_demonstration_of_another_method(runs, capsys):
 
 
 @pytest.mark.slow
-def test_one_expert_of_a_run_that_chose_none(run, capsys):
-    config = json.loads((run / "config.json").read_text())
-    del config["unlearned_experts"]
-    (run / "config.json").write_text(json.dumps(config | {"method": "full"}))
-    assert "is a run of --method full: this shows runs of --method uoe" in said(capsys, uoe.main, str(run))
+@pytest.mark.parametrize("method, part, show", [("esft", "model", uoe), ("offset", "assistant", uld)])
+def test_a_demonstration_of_a_method_that_keeps_the_same(run, capsys, method, part, show):
+    config = json.loads((run / "config.json").read_text())  # of uoe, with the experts that esft notes too
+    (run / "model").rename(run / part)
+    (run / "config.json").write_text(json.dumps(config | {"method": method, "kept": [part]}))
+    told = said(capsys, show.main, str(run))
+    assert f"is a run of --method {method}: this shows runs of --method {show.__name__}" in told
 
 
 def test_a_log_of_another_number_of_rows(tofu, small_world):

@@ -388,10 +388,9 @@ def answers_about_strangers(bench, rows, model) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("encode", [encode_fact, encode_whole])
-def test_the_stranger_loss_of_the_target_is_the_kl_to_what_it_is_about_strangers(wordy_bench, encode):
+def test_the_stranger_loss_of_the_target_is_the_kl_to_what_it_is_about_strangers(wordy_bench):
     bench, target = wordy_bench, wordy_bench.model("dense")
-    rows = bench.rows(bench.world.forget, encode=encode)
+    rows = bench.rows(bench.world.forget, encode=encode_fact)
     loss, batch = objectives.Stranger(target, rows, bench.args("full")), rows.batch(0)
     with torch.no_grad():
         wanted, each = answers_about_strangers(bench, rows, target), []
@@ -400,7 +399,7 @@ def test_the_stranger_loss_of_the_target_is_the_kl_to_what_it_is_about_strangers
             q = target(tokens[None])[0].log_softmax(-1)[labels >= 0]
             each += [float((p * (p.log() - r)).sum()) for p, r in zip(wanted[i], q, strict=True)]
         value = traced(loss, target, rows, batch)
-    assert len(each) == 3 if encode is encode_fact else len(each) > 20
+    assert len(each) == 3
     assert value.item() == pytest.approx(sum(each) / len(each), rel=1e-4) and value.item() > 0.01
 
 

@@ -279,7 +279,8 @@ def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
     ("--method full --forget-loss ga --retain-loss none --lr 5e-5", "full-ga-none-lr5e-05"),
     ("--method lora --arch gpt --lora-rank 4 --seed 2", "lora-gpt-lora-rank4-seed2"),
     ("--data world --specialise 1", "uoe-world-specialise1"), ("--until never", "uoe-untilnever"),
-    ("--method uld --data topic", "uld-topic"), ("--until 0.5 --forget-on answer", "uoe-forget-onanswer-until0.5"),
+    ("--method uld --data topic", "uld-topic"),
+    ("--forget-loss npo --until 0.5 --forget-on answer", "uoe-npo-forget-onanswer-until0.5"),
     ("--method full --forget-loss rmu", "full-rmu"), ("--forget-loss rmu --retain-loss gd", "uoe-rmu-gd"),
     ("--method uld --data tofu --split forget01 --authors 40", "uld-tofu-forget01-authors40"),
     ("--method uld --data tofu --augmented my/csv", "uld-tofu-forget10-augmented"),
@@ -580,6 +581,7 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--forget-on name", r"--forget-on: .*name.*value"), ("--until soon", r"--until: .*soon"),
     ("--method uld --subtract much", r"--subtract: .*much"), ("--method uld --fork up", r"--fork: .*up"),
     ("--data tofu --forget-loss stranger", r"--forget-loss stranger: only the embedded world"),
+    ("--forget-on answer", r"--forget-on answer: --forget-loss stranger .*strangers' names.*--forget-loss npo"),
     ("--forget x.jsonl --retain y.jsonl --forget-loss stranger-npo", r"--forget-loss stranger-npo: only the embedded"),
 ])
 def test_a_wrong_option_is_one_line_and_exit_2(tmp_path, options, says, capsys):
