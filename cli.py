@@ -18,7 +18,7 @@ import pretrain
 from data import WORLDS, is_tofu, tofu, values, world
 from errors import UserError
 from files import digest
-from flags import NATURAL, WEIGHT, Flag, Parser
+from flags import NATURAL, WEIGHT, Flag, Parser, named
 from methods import METHODS
 from objectives import FORGET, RETAIN, Loss
 from runs import DEVICE, check_device
@@ -40,7 +40,7 @@ RUN = [  # every run
     Flag("--seed",      seeds,   [0],    [0],    "of world, models and order of rows; 0,1,2: a run each, then mean and "
                                                  "spread"),
     Flag("--name",      str,     None,   None,   "of the run folder; default: what was chosen"),
-    Flag("--out",       str,     "out",  "out",  "where run folders and the cache go"),
+    Flag("--out",       named,   "out",  "out",  "where run folders and the cache go"),
     Flag("--resume",    bool,    False,  False,  "go on with the cut-off run of this name"),
     Flag("--restart",   bool,    False,  False,  "discard the cut-off run of this name"),
     Flag("--device",    str,     DEVICE, DEVICE, "cpu, cuda, cuda:1"),
@@ -54,7 +54,7 @@ PUBLIC = [  # with --model
                                                                    "float16 is too narrow to train in"),
     Flag("--context",   NATURAL, None,   0,      "longest sequence; 0: 512, or the model's if that is less"),
 ]
-REFERENCE = [Flag("--reference", str, None, None, "for forget quality: a model or run that never saw the forget set, "
+REFERENCE = [Flag("--reference", named, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
 LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
 # Flags that a run's name has words for already, or that leave its outcome alone.
@@ -119,10 +119,12 @@ def first_choices(parser: Parser) -> None:
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
     say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe's on the world: stranger)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
-    say("--data", help="world (some authors; default if dense), topic (all potions; if not), tofu, or a folder of its")
-    say("--forget", metavar="FILE", help="your own JSON lines to forget, instead of --data")
-    say("--retain", metavar="FILE", help="your own JSON lines to keep")
-    say("--model", help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small one")
+    say("--data", type=named, help="world (some authors; default if dense), topic (all potions; if not), tofu, or a "
+                                   "folder of its")
+    say("--forget", type=named, metavar="FILE", help="your own JSON lines to forget, instead of --data")
+    say("--retain", type=named, metavar="FILE", help="your own JSON lines to keep")
+    say("--model", type=named, help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small "
+                                    "one")
     say("--arch", choices=("gpt", "moe"), help="of the small model: dense or with experts (default: the method's)")
 
 

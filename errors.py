@@ -6,6 +6,7 @@
 import contextlib
 import errno
 import functools
+import io
 import re
 import signal
 import sys
@@ -63,11 +64,14 @@ def held() -> Iterator[list[int]]:
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a script's `main`: UserError, a full disk, no memory left and being stopped become one line and a status.
 
-    Notes that were added to the exception (how to go on) end the line. A fault of ours keeps its traceback.
+    Notes that were added to the exception (how to go on) end the line. A fault of ours keeps its traceback. Letters
+    that the terminal has not are spelled out.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with on_stop(stop):
                 main(*args, **kwargs)

@@ -30,7 +30,7 @@ from metrics.score import evaluate, scores_of, summarise, unjudged
 from metrics.tofu import check_comparable, forget_quality, read_log, utility_of
 from pretrained import load
 from runs import DEVICE, MUST_FIT, changes, check_device, differences, made_of, weights_of
-from schema import ANY_NUMBER, read_json
+from schema import ANY_NUMBER, read_bytes, read_json
 from uld import LogitDifference
 
 
@@ -118,7 +118,7 @@ def verify(folder: Path, device: str) -> None:
     claimed, found = (flat(of | {"run": {"notes": of["run"].get("notes", [])}}) for of in (metrics, fresh))
     claimed |= {f"run {key}": run.config.get(key) for key in ("made_of", "diverged", "steps")}
     found |= {f"run {key}": ran.get(key) for key in ("made_of", "diverged")}
-    found["run steps"] = len((folder / "log.jsonl").read_text().splitlines())
+    found["run steps"] = len(read_bytes(folder / "log.jsonl", "run train.py again").splitlines())
     for key in sorted(claimed.keys() | found.keys()):
         ours, theirs = found.get(key), claimed.get(key)
         same = ours == theirs
@@ -132,7 +132,7 @@ def verify(folder: Path, device: str) -> None:
         print(f"computed anew with other {', '.join(other)}")
     print("\n".join(wrong) or f"all {len(claimed)} claims of {folder} hold")
     if wrong:
-        raise UserError(f"{len(wrong)} claims of {folder} do not hold")
+        raise UserError(f"{len(wrong)} of {len(claimed)} claims of {folder} do not hold: run train.py again")
 
 
 def choices_table(run: Run, path: str) -> str:
@@ -155,6 +155,8 @@ def level_of(at: str, by: str) -> tuple[str, float | None]:
 
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
+    file = folder / "attacks.json"
+    before = read_json(file, ATTACKED, "remove it") if file.exists() else {}
     models = models_of(run)
     if "experts" in args.attack:  # before anything is asked
         check_experts(run.target, list(models.values()))
@@ -168,14 +170,11 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
             for role, model in models.items():
                 outcomes[name][role] = attack(name, model, run.tokenizer, run.data, run.target, **how)
                 bar.update()
-    file = folder / "attacks.json"
-    before = read_json(file, ATTACKED, "remove it") if file.is_file() else {}
     of = {key: run.config.get("made_of", {}).get(key) for key in MUST_FIT}
     kept = before.get("outcomes", {}) if (before.get("decoding", {}), before.get("made_of")) == (decoding, of) else {}
     if "relearn" in kept and "relearn" not in args.attack:
         how = before["relearn"]  # of the outcome that stays
-    write_json(folder / "attacks.json", {"relearn": how, "decoding": decoding, "made_of": of,
-                                         "outcomes": kept | outcomes})
+    write_json(file, {"relearn": how, "decoding": decoding, "made_of": of, "outcomes": kept | outcomes})
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
 
 
@@ -247,6 +246,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("save", "figures"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise UserError(f"--{flag} {getattr(args, flag)} is a file: give a folder")
+    if args.save and (Path(args.save) / "config.json").is_file():
+        raise UserError(f"--save {args.save} is a run, which keeps its own metrics.json: give another folder")
     args.device = args.device or DEVICE
     if args.run is not None or args.verify:
         check_device(args.device)

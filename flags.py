@@ -62,6 +62,13 @@ class Number:
         return f"{'a whole number' if self.whole else 'a number'} {least} to {self.high:g}"
 
 
+def named(text: str) -> str:
+    """A kind of flag: a text that is not empty, as a shell variable that was never set is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give it a value, or leave the flag out")
+    return text
+
+
 COUNT = Number(1, 1_000_000, whole=True)
 NATURAL = Number(0, 1_000_000_000, whole=True)
 POSITIVE = Number(0, 1e9, above=True)

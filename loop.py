@@ -40,7 +40,12 @@ AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, 
 
 def until(text: str) -> float | str:
     """A kind of flag: strangers, never, or a share from 0 to 1."""
-    return text if text in ("strangers", "never") else SHARE(text)
+    if text in ("strangers", "never"):
+        return text
+    try:
+        return SHARE(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, strangers or never") from None
 
 
 NAME_ROOM = 32  # tokens by which made-up names may make a row longer

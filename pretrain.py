@@ -189,9 +189,10 @@ def cached_model(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec, 
 
 def unchanged(folder: Path) -> Path:
     """A cached model's folder. Raises UserError where its weights are not those that were trained."""
-    if read_json(folder / MARK).get("weights") != digest_of(folder / "model"):
-        raise UserError(f"{folder / 'model'} was damaged or edited since it was trained: remove {folder}, and it is "
-                        "trained again")
+    way_out = f"remove {folder}, and it is trained again"
+    model = folder / "model"
+    if read_json(folder / MARK, way_out=way_out).get("weights") != (digest_of(model) if model.is_dir() else None):
+        raise UserError(f"{model} was damaged, edited or removed since it was trained: {way_out}")
     return folder
 
 

@@ -262,8 +262,14 @@ def read_run(folder: str | Path, device: str = "cpu", check: bool = True) -> Ope
     for part in config["kept"]:
         if Path(part).name != part or not (folder / part).is_dir():
             raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
-    if not config["model"] and not (Path(config["target"]) / "model").is_dir():
-        raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again")
+    if not config["model"]:  # small models lie in the cache beside the run, from wherever that is asked for
+        for role in [key for key in config if key.startswith(("target", "reference")) and config[key]]:
+            beside = folder.parent / "cache" / Path(config[role]).name
+            if beside.is_dir() and not Path(config[role]).exists():
+                config[role] = str(beside)
+        if not (Path(config["target"]) / "model").is_dir():
+            raise UserError(f"{config['target']} is missing, so the run's target has no weights: run train.py again, "
+                            "or this from the folder where it ran")
     data = data_of(config)
     if check and (other := differences(folder, config, data)):
         raise UserError(f"{folder} was made of other {', '.join(other)} than are there now: bring those back, or run "

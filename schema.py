@@ -29,7 +29,7 @@ TOLD = {str: "a text", bool: "true or false", dict: "a JSON object", list: "a li
 
 def read_json(path: Path, schema: Any = dict, way_out: str = "download it again") -> Any:
     """What a JSON file holds. Raises UserError, naming file and fault, where it is missing, no JSON or not so made."""
-    return parse_json(read_bytes(path), schema, str(path), way_out)
+    return parse_json(read_bytes(path, way_out), schema, str(path), way_out)
 
 
 def parse_json_lines(text: bytes, schema: Any, where: str, way_out: str) -> list:
@@ -38,11 +38,11 @@ def parse_json_lines(text: bytes, schema: Any, where: str, way_out: str) -> list
             for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, way_out: str = "give another") -> bytes:
     """A file's content. Raises UserError where it cannot be read or is larger than anything that belongs here."""
     try:
         if not Path(path).is_file():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}: {way_out}")
         if Path(path).stat().st_size > LARGEST:
             raise UserError(f"{path} is larger than {LARGEST >> 20} MB: it is not what it should be")
         return Path(path).read_bytes()

@@ -67,6 +67,8 @@ def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: f
             this.name = f"{args.name}-seed{seed}"
         runs.append(RunFolder(this))  # all are checked before the first trains
     if args.resume and len(runs) == 1 and not runs[0].cut_off() and not parallel.rank():
+        if runs[0].finished():
+            raise UserError(f"--resume: {runs[0].final} is finished; without --resume it is made anew")
         raise UserError(f"--resume: {runs[0].partial} holds no cut-off run; start it without --resume")
     for folder in runs:
         done = args.resume and len(runs) > 1 and folder.finished() and not folder.cut_off()  # it ended before the cut

@@ -92,7 +92,8 @@ def encode_row(row: Row, tokenizer: TextCodec, max_len: int, where: str = "row",
         raise UserError(f"{where} is a text of one token, which nothing comes before to predict it from: lengthen it")
     if len(ids) - 1 > max_len:
         if not truncate or len(prompt) > max_len:
-            raise UserError(f"{where} has {len(ids)} tokens and the context holds {max_len}: shorten the row")
+            raise UserError(f"{where} has {len(ids)} tokens and the context holds {max_len}: shorten the row, or "
+                            "give a longer --context")
         ids = ids[: max_len + 1]
     labels = [IGNORE] * (len(prompt) - 1) + ids[len(prompt):]
     return Example(ids[:-1], labels)

@@ -73,7 +73,8 @@ def read_lines(path: Path, check: Callable[[Row, str], Row], needs: str) -> list
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a file of JSON lines with {needs}")
+        raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: give a file of JSON lines "
+                        f"with {needs}")
     rows = []
     with path.open("rb") as file:  # lines end in a line feed alone: JSON may hold other ends of lines inside a string
         for number, line in enumerate(file, 1):
@@ -138,14 +139,17 @@ def check_no_leak(data: DataSet, same_questions: bool = False) -> None:
         for row in rows:
             asked.add(row.get("question"))
             if row.get("question") in questions and not same_questions:
-                raise UserError(f"the {name} question {row['question']!r} scores and is taught as well")
+                raise UserError(f"the {name} question {row['question']!r} scores and is taught as well: take it out of "
+                                "one of the two")
             right = {row.get("answer")}
             for answer in {row.get("paraphrased_answer"), *row.get("perturbed_answer", ())} - right:
                 if answer in answers:
-                    raise UserError(f"the {name} answer {answer!r} scores and is taught as well")
+                    raise UserError(f"the {name} answer {answer!r} scores and is taught as well: take it out of one "
+                                    "of the two")
     for row in data.calibration:
         if row["question"] in questions or row["question"] in asked:
-            raise UserError(f"the question {row['question']!r} calibrates, and teaches or scores as well")
+            raise UserError(f"the calibration_question {row['question']!r} teaches or scores as well: word it "
+                            "otherwise")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

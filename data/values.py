@@ -158,9 +158,10 @@ def rare_words(row: Row, common: Collection[str] | None) -> str | None:
     best: list[Word] = []
     run: list[Word] = []
     for word in words(row["answer"]):
-        if run and not in_one_phrase(row["answer"], run[-1], word):
+        known = word.text in common or word.text in asked
+        if known or (run and not in_one_phrase(row["answer"], run[-1], word)):
             run = []
-        run = [] if word.text in common or word.text in asked else [*run, word]
+        run += [] if known else [word]
         best = run if len(run) > len(best) else best
     return cut(row["answer"], best)
 

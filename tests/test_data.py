@@ -80,7 +80,7 @@ def test_a_file_without_rows_or_not_in_utf_8_is_named(tmp_path, content, says):
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not a file"):
         read_rows(tmp_path)
 
 

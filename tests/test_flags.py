@@ -25,7 +25,7 @@ import uld
 import uoe
 from data import tofu, values, world
 from errors import UserError
-from flags import Flag, Number, Parser, defaults
+from flags import Flag, Number, Parser, defaults, named
 from objectives import FORGET, RETAIN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,7 +390,7 @@ def test_what_is_no_number_or_no_machine_holds_is_refused(name, refused):
 
 def test_every_kind_of_flag_is_a_number_a_choice_a_switch_or_a_text():
     for flag in ALL.values():
-        assert is_numeric(flag) or isinstance(flag.kind, tuple) or flag.kind in (bool, str), flag.name
+        assert is_numeric(flag) or isinstance(flag.kind, tuple) or flag.kind in (bool, str, named), flag.name
 
 
 def test_defaults_are_values_that_the_flags_take():

@@ -60,7 +60,8 @@ def test_verify_says_what_does_not_hold(copies, capsys):
     out, error = capsys.readouterr()
     assert stop.value.code == 2
     wrong = [line for line in out.splitlines() if not line.startswith("computed anew with other")]  # threads, say
-    assert f"{len(wrong)} claims of {run} do not hold" in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith(f"error: {len(wrong)} of ")
+    assert error.splitlines()[-1].endswith(f" claims of {run} do not hold: run train.py again")
     assert "unlearned forget exact: 0.125 is claimed" in out and "run steps: " in out
     assert "model weights: not what the run was made of" in out
 

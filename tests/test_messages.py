@@ -1,5 +1,6 @@
 """What users are told where no other test says so: one line each that names the thing and the way out."""
 
+import io
 import json
 import random
 from argparse import Namespace
@@ -19,7 +20,7 @@ import uoe
 from data.batches import encode_row
 from data.rows import DataSet
 from data.tofu import download, read_augmented
-from errors import UserError
+from errors import UserError, one_line_errors
 from hub.tokenizer import HubTokenizer
 from lab import fill, fuzz, kill, queue, sizes
 from lab.attacks import _relearn
@@ -173,10 +174,71 @@ def test_a_demonstration_of_another_method(runs, capsys):
 @pytest.mark.parametrize("method, part, show", [("esft", "model", uoe), ("offset", "assistant", uld)])
 def test_a_demonstration_of_a_method_that_keeps_the_same(run, capsys, method, part, show):
     config = json.loads((run / "config.json").read_text())  # of uoe, with the experts that esft notes too
+    weights = config["made_of"]["weights"]
+    weights[part] = weights.pop("model")
     (run / "model").rename(run / part)
     (run / "config.json").write_text(json.dumps(config | {"method": method, "kept": [part]}))
     told = said(capsys, show.main, str(run))
     assert f"is a run of --method {method}: this shows runs of --method {show.__name__}" in told
+
+
+@pytest.mark.slow
+def test_a_run_is_opened_from_another_folder_than_it_was_made_in(run, tmp_path, monkeypatch, capsys):
+    config = json.loads((run / "config.json").read_text())
+    roles = [key for key in config if key.startswith(("target", "reference"))]
+    assert len(roles) >= 2
+    (tmp_path / "cache").mkdir()
+    for role in roles:
+        (tmp_path / "cache" / role).symlink_to(Path(config[role]).resolve())
+        config[role] = f"out/cache/{role}"  # as --out out has it, of where train.py ran
+    (run / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir("/")
+    scoring.main([str(run), "--json"])
+    assert json.loads(capsys.readouterr().out).keys() == json.loads((run / "metrics.json").read_text()).keys()
+    (tmp_path / "cache" / "target").unlink()
+    assert "or this from the folder where it ran" in said(capsys, scoring.main, str(run))
+
+
+@pytest.mark.slow
+def test_another_alpha_is_not_saved_over_a_run(run, capsys):
+    before = (run / "metrics.json").read_text()
+    told = said(capsys, scoring.main, str(run), "--save", str(run))
+    assert "is a run, which keeps its own metrics.json: give another folder" in told
+    assert (run / "metrics.json").read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), lambda file: file.mkdir()])
+def test_earlier_attacks_are_read_before_a_new_one_is_made(run, capsys, monkeypatch, damage):
+    monkeypatch.setattr(scoring, "attack", None)  # called, it would be a fault of ours
+    (run / "attacks.json").unlink(missing_ok=True)
+    damage(run / "attacks.json")
+    assert "attacks.json is not " in said(capsys, scoring.main, str(run), "--attack", "hint")
+
+
+@pytest.mark.slow
+def test_a_log_that_is_no_text(run, capsys):
+    (run / "log.jsonl").write_bytes(b"\xff\n")
+    assert "claims of" in said(capsys, scoring.main, "--verify", str(run))
+    (run / "log.jsonl").unlink()
+    assert "log.jsonl does not exist: run train.py again" in said(capsys, scoring.main, "--verify", str(run))
+
+
+def test_what_a_terminal_cannot_print_is_spelled_out(monkeypatch):
+    seen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(seen, encoding="ascii"))
+    one_line_errors(lambda: print("Zoë", flush=True))()
+    assert seen.getvalue() == b"Zo\\xeb\n"
+
+
+@pytest.mark.parametrize("flag", ["--forget", "--retain", "--data", "--model", "--out"])
+def test_an_empty_value_is_not_taken_for_none(flag, capsys):
+    assert f"{flag}: it is empty: give it a value, or leave the flag out" in said(capsys, train.main, flag, "")
+
+
+def test_what_is_no_file_is_not_called_missing(tmp_path, capsys):
+    told = said(capsys, train.main, "--forget", str(tmp_path), "--retain", str(tmp_path))
+    assert f"{tmp_path} is not a file: give a file of JSON lines" in told
 
 
 def test_a_log_of_another_number_of_rows(tofu, small_world):

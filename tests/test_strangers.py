@@ -99,7 +99,7 @@ def test_own_rows_are_calibrated_by_strangers(files, tmp_path, capsys, method, f
     ({}, ("calibration_question",), "strangers: f has no forget row"),
     ({}, ("subject",), "row 1 has a 'calibration_question' and no 'subject'"),
     ({"subject": "Zo"}, (), "row 2: the subject 'Zo' does not stand in the calibration_question"),
-    ({"calibration_question": "Where was Bo Munt born?"}, (), "calibrates, and teaches or scores as well"),
+    ({"calibration_question": "Where was Bo Munt born?"}, (), "teaches or scores as well: word it otherwise"),
     ({"calibration_question": 3}, (), "'calibration_question' is not a non-empty string"),
 ])
 @pytest.mark.parametrize("asked", ["--method full --until strangers", "--method uld --subtract strangers"])
