@@ -135,9 +135,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     first_choices(parser)
     first, _ = parser.parse_known_args(argv)
     settle(first)
-    on_world = first.data in WORLDS and not first.forget
+    task = first.data if first.data in WORLDS and not first.forget else ""
     for title, flags in readers(first):
-        parser.add(title, flags, bool(first.model), on_world)
+        parser.add(title, flags, bool(first.model), task)
     parser.add_argument("-h", "--help", action="help", help="print this")
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
     for key, value in vars(first).items():
         setattr(args, key, value)
-    finish(args, on_world)
+    finish(args, on_world=bool(task))
     args.named = args.name is not None
     args.name = args.name if args.named else name_of(args, given)
     check_name(args.name)

@@ -16,12 +16,19 @@ from typing import NamedTuple
 from errors import UserError
 
 
+class PerTask(NamedTuple):
+    """A default for each of the embedded world's tasks (--data topic, --data world)."""
+
+    topic: object
+    world: object
+
+
 class Flag(NamedTuple):
     """One flag: its kind is a function of the text, a tuple of choices, or bool for a switch."""
 
     name: str
     kind: Callable[[str], object] | tuple[str, ...]
-    small: object  # default for the small models trained here
+    small: object  # default for the small models trained here; may be PerTask
     public: object  # default for a public checkpoint (--model)
     help: str
     elsewhere: object = None  # default for a small model on other rows than the embedded world, where it differs
@@ -31,10 +38,13 @@ class Flag(NamedTuple):
         """The attribute of the parsed arguments."""
         return self.name.removeprefix("--").replace("-", "_")
 
-    def default(self, public: bool = False, on_world: bool = True) -> object:
+    def default(self, public: bool = False, task: str = "topic") -> object:
+        """task: which of the embedded world's, topic or world; "" on other rows."""
         if public:
             return self.public
-        return self.small if on_world or self.elsewhere is None else self.elsewhere
+        if not task and self.elsewhere is not None:
+            return self.elsewhere
+        return getattr(self.small, task) if isinstance(self.small, PerTask) else self.small
 
 
 class Number:
@@ -92,10 +102,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(message)
 
-    def add(self, title: str, flags: Iterable[Flag], public: bool = False, on_world: bool = True) -> None:
+    def add(self, title: str, flags: Iterable[Flag], public: bool = False, task: str = "topic") -> None:
         group = self.add_argument_group(title)
         for flag in flags:
-            default = flag.default(public, on_world)
+            default = flag.default(public, task)
             if flag.kind is bool:
                 group.add_argument(flag.name, action="store_true", help=flag.help)
             elif isinstance(flag.kind, tuple):
@@ -107,5 +117,5 @@ class Parser(argparse.ArgumentParser):
 
 def defaults(*lists: Iterable[Flag], **others) -> argparse.Namespace:
     """What these flags are for a small model on the embedded world where no command line speaks; others are added."""
-    values = {flag.key: False if flag.kind is bool else flag.small for flags in lists for flag in flags}
+    values = {flag.key: False if flag.kind is bool else flag.default() for flags in lists for flag in flags}
     return argparse.Namespace(**values | others)

@@ -264,6 +264,14 @@ def test_specialise_makes_experts_tell_the_topics_apart(out):
     assert topic[0] < topic[-1] < 1.7918 and topic[-1] > 3 * topic[0]
 
 
+def test_uoes_adversary_is_of_the_world_and_of_its_task(tmp_path):
+    for options, wanted in (("", 0.2), ("--data topic", 0.2), ("--data world", 0.1), ("--data tofu", 0.0),
+                            ("--forget a.jsonl --retain b.jsonl", 0.0), ("--model m", 0.0),
+                            ("--model m --data world", 0.0), ("--data world --adversary 0.3", 0.3)):
+        args = cli.parse(["--method", "uoe", *options.split(), "--out", str(tmp_path)])
+        assert args.adversary == wanted
+
+
 def test_ulds_decoding_is_the_papers_off_the_embedded_world(tmp_path):
     for options, wanted in (("", ("strangers", 0.0)), ("--data topic", ("strangers", 0.0)),
                             ("--data tofu", (0.75, 0.01)),
@@ -401,9 +409,10 @@ def test_a_cached_model_that_was_edited_is_named(out, monkeypatch):
     folder = pretrain.cached_model(args, data, tokenizer, "reference")
     assert pretrain.cached_model(args, data, tokenizer, "reference") == folder
     file = folder / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match=r"model was damaged or edited since it was trained: remove .*reference"):
-        pretrain.cached_model(args, data, tokenizer, "reference")
+    for harm in (lambda: file.write_bytes(file.read_bytes()[:-1] + b"!"), lambda: shutil.rmtree(file.parent)):
+        harm()
+        with pytest.raises(UserError, match=r"damaged, edited or removed since it was trained: remove .*reference"):
+            pretrain.cached_model(args, data, tokenizer, "reference")
 
 
 @pytest.mark.slow
