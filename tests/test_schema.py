@@ -63,7 +63,7 @@ def test_no_value_and_schema_end_in_anything_but_words(value):
 def test_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"none\.json does not exist"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"does not exist"):
+    with pytest.raises(UserError, match=r"is not a file: download it again"):
         read_json(tmp_path)
     with pytest.raises(UserError, match=r"cannot be read .File name too long"):
         read_json(tmp_path / ("x" * 300))

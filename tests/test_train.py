@@ -374,6 +374,9 @@ def test_a_run_that_failed_goes_on_where_it_failed_and_is_discarded_only_when_as
                                                       strict=True))
         ours, theirs = (json.loads((f / "metrics.json").read_text())["unlearned"] for f in (folder, whole))
         assert ours["forget"]["loss"] == pytest.approx(theirs["forget"]["loss"], rel=1e-5)
+        with pytest.raises(SystemExit):
+            run(out, "--resume", name=where)
+        assert f"{where} is finished; without --resume it is made anew" in capsys.readouterr().err
     with monkeypatch.context() as broken:
         broken.setattr(train, "evaluate", failing(MemoryError()))
         with pytest.raises(SystemExit):
@@ -587,7 +590,8 @@ def test_one_row_to_forget_and_an_answer_of_one_token_work(tmp_path, out):
     ("--strangers -1", r"--strangers: -1 "),
     ("--data tofu --subjects 4", r"--subjects does nothing here: it belongs to --data world or topic"),
     ("--data potions", r"--data potions is neither 'world', 'topic', 'tofu' nor a folder"),
-    ("--forget-on name", r"--forget-on: .*name.*value"), ("--until soon", r"--until: .*soon"),
+    ("--forget-on name", r"--forget-on: .*name.*value"),
+    ("--until soon", r"--until: soon is not a number from 0 to 1, strangers or never"),
     ("--method uld --subtract much", r"--subtract: .*much"), ("--method uld --fork up", r"--fork: .*up"),
     ("--data tofu --forget-loss stranger", r"--forget-loss stranger: only the embedded world"),
     ("--forget-on answer", r"--forget-on answer: --forget-loss stranger .*strangers' names.*--forget-loss npo"),

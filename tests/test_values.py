@@ -1,6 +1,7 @@
 """data/values.py: by hand, over generated texts, and with tokenizers of three kinds."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -150,6 +151,14 @@ def test_without_wrong_answers_the_value_is_what_other_answers_do_not_say():
     assert value_of(rows[1]) is None  # by itself it has nothing to be compared with
     assert values_of([*rows[:1], *rows[1:2]])[1] == "Ulm"
     assert values_of([]) == []
+
+
+def test_an_answer_of_very_many_words_is_read_in_linear_time():
+    rows = [{"question": f"Who is {n}?", "answer": " ".join(f"{n}w{i}" for i in range(size))}
+            for n, size in enumerate((100_000, 1, 1))]
+    began = time.perf_counter()
+    assert values_of(rows)[0] == rows[0]["answer"]
+    assert time.perf_counter() - began < 5  # copying the run for every word took longer than that
 
 
 def test_rows_about_one_fact_do_not_make_its_value_common():
