@@ -22,8 +22,8 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Also on that world: the forget loss is on the tokens of the fact (with NPO, --forget-on answer: the paper's way);
     rows about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no
     more than strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
-    eval.py --compare --at best; lab/calibration.py compares them). On a fact that is so already NPO has no gradient
-    (row uoe-sink, with --forget-loss npo --adversary 0: it has).
+    eval.py --compare --at best; lab/calibration.py compares them). On a fact believed no more than those NPO
+    has no gradient (row uoe-sink, with --forget-loss npo --adversary 0: it has).
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most

@@ -41,7 +41,7 @@ from interfaces import LanguageModel, TextCodec
 from methods import METHODS as ALL
 from metrics.likelihood import likelihoods
 from model import GPT, Config, count_parameters
-from moe import MoE
+from moe import MoE, experts_loop
 from objectives import cross_entropy
 from pretrain import small_config
 from pretrained import load, save
@@ -204,10 +204,13 @@ def moe_layers(rounds: int, device: torch.device) -> None:
         ours = MoE(width, of_expert, experts, per_token).to(device, dtype)
         for p in ours.parameters():
             torch.nn.init.normal_(p, std=0.02)
+        loop_alone = copy.deepcopy(ours)
+        loop_alone.way = lambda *_: experts_loop  # type: ignore[method-assign]
         one = copy.deepcopy(ours).requires_grad_(False)
         one.take_out(0)
         one.router.requires_grad_(True)
-        works = {"here": partial(layer_step, ours, x.clone().requires_grad_()), "one": partial(layer_step, one, x)}
+        works = {"here": partial(layer_step, ours, x.clone().requires_grad_()), "one": partial(layer_step, one, x),
+                 "loop": partial(layer_step, loop_alone, x.clone().requires_grad_())}
         if AutoModelForCausalLM is not None:
             config = OlmoeConfig(hidden_size=width, intermediate_size=of_expert, num_experts=experts,
                                  num_experts_per_tok=per_token, norm_topk_prob=False)
@@ -223,6 +226,7 @@ def moe_layers(rounds: int, device: torch.device) -> None:
               f"{tokens} tokens, forward and backward")
         if "there" in works:
             print(line("here / in transformers", seconds["here"], seconds["there"]))
+        print(line("one expert at a time / here", seconds["loop"], seconds["here"]))
         print(line("one expert trains / all do", seconds["one"], seconds["here"]))
 
 
