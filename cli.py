@@ -135,9 +135,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     first_choices(parser)
     first, _ = parser.parse_known_args(argv)
     settle(first)
-    task = first.data if first.data in WORLDS and not first.forget else ""
+    on_world = first.data in WORLDS and not first.forget
     for title, flags in readers(first):
-        parser.add(title, flags, bool(first.model), task)
+        parser.add(title, flags, bool(first.model), first.data if on_world else "other")
     parser.add_argument("-h", "--help", action="help", help="print this")
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -149,7 +149,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
     for key, value in vars(first).items():
         setattr(args, key, value)
-    finish(args, on_world=bool(task))
+    finish(args, on_world)
     args.named = args.name is not None
     args.name = args.name if args.named else name_of(args, given)
     check_name(args.name)
@@ -208,7 +208,7 @@ def usual_loss(first: argparse.Namespace) -> str:
 def finish(args: argparse.Namespace, on_world: bool) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
-    if args.method != "finetune" and args.forget_loss in ("stranger", "stranger-npo"):
+    if FORGET.get(args.forget_loss, Loss).AS_STRANGERS:
         if not on_world:
             raise UserError(f"--forget-loss {args.forget_loss}: only the embedded world has strangers to become like")
         if args.forget_on == "answer":

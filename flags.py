@@ -16,11 +16,12 @@ from typing import NamedTuple
 from errors import UserError
 
 
-class PerTask(NamedTuple):
-    """A default for each of the embedded world's tasks (--data topic, --data world)."""
+class PerData(NamedTuple):
+    """A default of the small models that depends on the rows."""
 
-    topic: object
-    world: object
+    world: object  # the embedded world
+    other: object  # rows of any other source
+    topic: object = None  # --data topic, if not as world
 
 
 class Flag(NamedTuple):
@@ -28,10 +29,9 @@ class Flag(NamedTuple):
 
     name: str
     kind: Callable[[str], object] | tuple[str, ...]
-    small: object  # default for the small models trained here; may be PerTask
+    small: object  # default for the small models trained here; may be PerData
     public: object  # default for a public checkpoint (--model)
     help: str
-    elsewhere: object = None  # default for a small model on other rows than the embedded world, where it differs
 
     @property
     def key(self) -> str:
@@ -39,12 +39,12 @@ class Flag(NamedTuple):
         return self.name.removeprefix("--").replace("-", "_")
 
     def default(self, public: bool = False, task: str = "topic") -> object:
-        """task: which of the embedded world's, topic or world; "" on other rows."""
+        """task: which of the embedded world's, topic or world; other: of other rows."""
         if public:
             return self.public
-        if not task and self.elsewhere is not None:
-            return self.elsewhere
-        return getattr(self.small, task) if isinstance(self.small, PerTask) else self.small
+        if not isinstance(self.small, PerData):
+            return self.small
+        return self.small.world if task == "topic" and self.small.topic is None else getattr(self.small, task)
 
 
 class Number:

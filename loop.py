@@ -27,7 +27,7 @@ from data.rows import NO_LIMITS, DataSet, Limits, Row
 from data.values import encode_fact, encode_value
 from errors import Stopped, UserError, held
 from files import whole, write
-from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag
+from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag, PerData
 from interfaces import LanguageModel, TextCodec
 from model import GPT
 from schema import ANY_NUMBER, misfit, parse_json_lines
@@ -49,8 +49,8 @@ def until(text: str) -> float | str:
 
 
 NAME_ROOM = 32  # tokens by which made-up names may make a row longer
-UNTIL = Flag("--until", until, "strangers", "never", "end once forget facts are believed no more than strangers'; "
-             "or so small a share of forget rows is said word for word; or never", elsewhere=0.1)
+UNTIL = Flag("--until", until, PerData("strangers", 0.1), "never", "end once forget facts are believed no "
+             "more than strangers'; or so small a share of forget rows is said word for word; or never")
 FLAGS = [  # of everything that trains
     #     name              kind     small   public  what it is
     Flag("--batch-size",    COUNT,   32,     32,     "forget rows per step, and as many retain rows"),

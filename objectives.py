@@ -48,6 +48,7 @@ class Loss:
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
+    AS_STRANGERS = False  # of a forget loss: whether it needs the embedded world's strangers
     SAMPLED = False  # of a forget loss: whether --until strangers asks what eight samples say too
     READS_TRACE = False  # hidden states or routing; if not, trace is empty, and the last MLP runs on answers alone
     RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
@@ -341,6 +342,7 @@ class Stranger(Loss):
     """
 
     RETAIN_WEIGHT = (5.0, 1.0)
+    AS_STRANGERS = True
     SAMPLED = True  # it gets there; NPO lets go of a fact earlier, and would not
 
     def __init__(self, model, rows, args):
@@ -365,7 +367,7 @@ class StrangerNPO(NPO):
     """NPO away from the answer, and the stranger loss towards where it should end."""
 
     NPO_SHARE = 0.1
-    SAMPLED = True
+    AS_STRANGERS = SAMPLED = True
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)

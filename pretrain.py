@@ -23,7 +23,7 @@ from data.rows import DataSet, Row
 from data.world import TOPICS as WORLD_TOPICS
 from errors import UserError
 from files import MARK, alone, check_ours, digest, digest_of, publish, write_json
-from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number
+from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, Number, PerData
 from interfaces import TextCodec
 from loop import minimise
 from model import GPT, Config, Trace
@@ -41,15 +41,15 @@ SMALL = [  # the small models
     Flag("--vocab-size",       Number(0, 262_144, whole=True), 0,    None,        "of the tokenizer, at most; 0: 4096"),
     Flag("--pretrain-steps",   NATURAL,                        0,    None,        "0: 700 on the world, after a base; "
                                                                                   "8 epochs elsewhere"),
-    Flag("--pretrain-lr",      POSITIVE,                       6e-3, None,        "peak learning rate", 3e-3),
+    Flag("--pretrain-lr",      POSITIVE,          PerData(6e-3, 3e-3), None,      "peak learning rate"),
     Flag("--more-references",  Number(0, 100, whole=True),     0,    None,        "further retain-only models, "
                                                                                   "forget quality's null"),
 ]
 SMALL_MOE = [  # if they are mixtures of experts
     Flag("--experts",          Number(1, 4096, whole=True),    16,   None,        "per layer"),
     Flag("--top-k",            Number(1, 4096, whole=True),    4,    None,        "experts per token"),
-    Flag("--specialise",       WEIGHT,                         0.3,  None,        "weight of I(topic; expert): routers "
-                               "are rewarded for telling all topics apart", 0.0),
+    Flag("--specialise",       WEIGHT,              PerData(0.3, 0.0), None,       "weight of I(topic; expert): "
+                               "routers are rewarded for telling all topics apart"),
 ]
 FINETUNE = [  # --method finetune
     #     name                 kind      small  public  what it is

@@ -55,7 +55,7 @@ from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from decoding import Cache
 from errors import UserError, one_line_errors, shown
-from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number
+from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number, PerData
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
 from model import GPT, Config, of_state, same_memory
@@ -82,17 +82,17 @@ def subtract(text: str) -> float | str:
 
 
 FLAGS = [
-    #     name                kind       small  public  what it is                                     off the world
-    Flag("--lr",              POSITIVE,  6e-3,  1e-3,   "peak learning rate of the assistant",          3e-3),
-    Flag("--epochs",          COUNT,     30,    10,     "passes over D'_f",                             20),
-    Flag("--retain-weight",   WEIGHT,    6.5,   6.5,    "beta of equation 3"),
-    Flag("--subtract",        subtract,  "strangers", 0.75, "alpha of equation 2; strangers: where forget facts "
-                                                        "become as unlikely as strangers' are",         0.75),
-    Flag("--filter-rate",     SHARE,     0.0,   1e-2,   "tokens less likely than this share of the likeliest are out "
-                                                        "of the assistant's reach; 0: none",            1e-2),
-    Flag("--fork",            ("beside", "out", "in"), "beside", "in", "equation 5 where a wrong answer parts from the "
-                                                        "right one: on all tokens beside the right one, left out, or "
-                                                        "as printed",                                   "beside"),
+    #     name                kind       small                       public  what it is
+    Flag("--lr",              POSITIVE,  PerData(6e-3, 3e-3),        1e-3,   "peak learning rate of the assistant"),
+    Flag("--epochs",          COUNT,     PerData(30, 20),            10,     "passes over D'_f"),
+    Flag("--retain-weight",   WEIGHT,    6.5,                        6.5,    "beta of equation 3"),
+    Flag("--subtract",        subtract,  PerData("strangers", 0.75), 0.75,   "alpha of equation 2; strangers: where "
+                                         "forget facts become as unlikely as strangers' are"),
+    Flag("--filter-rate",     SHARE,     PerData(0.0, 1e-2),         1e-2,   "tokens less likely than this share of "
+                                         "the likeliest are out of the assistant's reach; 0: none"),
+    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 where a wrong answer parts "
+                                         "from the right one: on all tokens beside the right one, left out, or as "
+                                         "printed"),
     DEPTH,
     *LORA,
 ]

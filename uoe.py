@@ -49,7 +49,7 @@ import demo
 from belief import row_log_prob
 from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors, shown
-from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, PerTask
+from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, PerData
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
 from metrics.routing import expert_shares
@@ -81,8 +81,8 @@ FLAGS = [
                                                                  "expert's); or LAYER,EXPERT"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
-    Flag("--adversary",          WEIGHT,       PerTask(topic=0.2, world=0.1), 0.0, "first move what the expert reads "
-                                               "towards the fact, by so many of its own lengths", elsewhere=0.0),
+    Flag("--adversary",          WEIGHT,       PerData(0.1, 0.0, topic=0.2), 0.0, "first move what the expert reads "
+                                               "towards the fact, by so many of its own lengths"),
     UNTIL,
 ]
 

@@ -34,12 +34,11 @@ import regex
 from data.batches import IGNORE, Example, Rows, encode_row
 from data.rows import Row
 from errors import UserError
-from flags import Flag
+from flags import Flag, PerData
 
 FLAGS = [  # of everything that unlearns
-    #     name          kind                 small    public    what it is                                 off the world
-    Flag("--forget-on", ("value", "answer"), "value", "answer", "what is forgotten of a row: the fact's own tokens, or "
-                                                                "the whole answer as in the papers",       "answer"),
+    Flag("--forget-on", ("value", "answer"), PerData("value", "answer"), "answer",
+         "what is forgotten of a row: the fact's own tokens, or the whole answer as in the papers"),
 ]
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
 ARTICLES = ("a", "an", "the")
