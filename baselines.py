@@ -29,7 +29,7 @@ from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
 from loop import UNTIL, Fit, Losses
 from model import GPT, Config, Trace, sharing
-from objectives import FORGET, RETAIN, cross_entropy, labelled
+from objectives import FORGET, RETAIN, cross_entropy
 
 Unlearned = tuple[LanguageModel, dict[str, GPT], dict]  # what is scored, folder name -> what is kept, report
 
@@ -140,11 +140,11 @@ def divergence(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:
         for batch in forget.parts(step):
-            f = cross_entropy(*labelled(seen, batch)) * batch.share.answers
+            f = cross_entropy(seen(batch.tokens, at=batch.scored), batch.answers) * batch.share.answers
             yield {"forget": f, "loss": f}
         for batch in retain.parts(step):
             for part in (without, seen):
-                r = cross_entropy(*labelled(part, batch)) * batch.share.answers
+                r = cross_entropy(part(batch.tokens, at=batch.scored), batch.answers) * batch.share.answers
                 yield {"retain": r, "loss": args.retain_weight * r}
 
     parameters = [p for part in (without, seen) for p in part.parameters() if p.requires_grad]

@@ -1,6 +1,6 @@
 """The one training loop, under pretraining, fine-tuning and every unlearning method: minimise, log, keep, resume.
 
-    report = minimise(parameters, lambda step: {"loss": ...}, steps=100, lr=1e-3, folder=..., what="target", seed=0)
+    report = minimise(parameters, lambda step: [{"loss": ...}], steps=100, lr=1e-3, folder=..., what="target", seed=0)
     fit = fitting(args, forget, folder)          # the same with all but what trains filled in: what a method calls
     report = fit(model, parameters, losses)
 
@@ -33,7 +33,7 @@ from model import GPT
 from schema import ANY_NUMBER, misfit, parse_json_lines
 
 Terms = dict[str, Tensor]  # by name; "loss" is the one that is minimised
-Losses = Callable[[int], Terms | Iterable[Terms]]  # of a step; several add up, and each lets go of its pass's memory
+Losses = Callable[[int], Iterable[Terms]]  # of a step; they add up, and each lets go of its pass's memory
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
 
@@ -95,7 +95,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
              weight_decay: float = 0.01, save_every: int = 100, resume: bool = False,
              enough: Callable[[int, float], bool] = lambda done, spent: False, slow: tuple[Tensor, ...] = (),
              slow_factor: float = 1.0) -> dict:
-    """Minimise losses(step)["loss"] over `parameters`, or the sum where it yields several (Losses).
+    """Minimise over `parameters` the sum of "loss" in all that losses(step) gives (Losses).
 
     Every step depends on (seed, step) and the state alone.
 
@@ -154,8 +154,7 @@ def minimise(parameters: list[Tensor], losses: Losses, steps: int, lr: float, fo
                 group["lr"] = group["factor"] * learning_rate(step, steps, lr)
             optimizer.zero_grad(set_to_none=True)
             terms: Terms = {}
-            found = losses(step)
-            for part in [found] if isinstance(found, dict) else found:
+            for part in losses(step):
                 if part["loss"].requires_grad:  # it does not where an expert alone trains and no token came to it
                     part["loss"].backward()
                 weights.take_gradients()

@@ -6,9 +6,8 @@
 A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end; its flags stand with it.
 
 Shapes: B batch   T tokens   V vocabulary   D model width
-    logits (B, T, V) any float dtype    labels (B, T) long, IGNORE (-100) where a position is not part of an answer
-    mask (B, T) bool, True on real tokens    every loss is a float32 scalar, of at least one label
-    N answer positions of a batch: only these meet the head, so the classes get logits (N, V), labels batch.answers (N,)
+    N answer positions of a batch, at least one: only these meet the head, so logits are (N, V), of any float dtype, and
+    labels (N,) long: batch.answers    mask (B, T) bool, True on real tokens    every loss is a float32 scalar
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from belief import row_log_prob, strangers_belief, token_log_probs
+from belief import row_log_prob, strangers_belief
 from data.batches import IGNORE
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
@@ -30,17 +29,6 @@ from model import GPT, Trace
 
 if TYPE_CHECKING:
     from data.batches import Batch, Rows
-
-
-def answer_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of (B, T) values over answer positions only; 0 where there are none."""
-    kept = labels != IGNORE
-    return torch.where(kept, values, 0.0).sum() / kept.sum().clamp_min(1)
-
-
-def labelled(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) and labels (N,) of a batch's answer positions alone: the others need not meet the head."""
-    return model(batch.tokens, at=batch.scored), batch.answers
 
 
 class Loss:
@@ -74,8 +62,8 @@ class Loss:
 # ---- keep or learn ----------------------------------------------------------------------------------------------
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood per answer token: learns. GD as a retain loss, and pretraining."""
-    return answer_mean(-token_log_probs(logits, labels), labels)
+    """Mean negative log-likelihood per answer token: learns. As a retain loss it is GD."""
+    return F.cross_entropy(logits.float(), labels)
 
 
 class GD(Loss):
@@ -85,10 +73,10 @@ class GD(Loss):
         return cross_entropy(logits, batch.answers)
 
 
-def kl(logits: Tensor, reference_logits: Tensor, labels: Tensor) -> Tensor:
+def kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """KL(reference || model) per answer token, over the whole vocabulary (TOFU, arXiv 2401.06121, section 4.2)."""
     log_p, log_q = reference_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return answer_mean((log_p.exp() * (log_p - log_q)).sum(-1), labels)  # TOFU 4.2, KL
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()  # TOFU 4.2, KL
 
 
 class KL(Loss):
@@ -100,21 +88,21 @@ class KL(Loss):
     def __call__(self, model, logits, trace, batch):
         with torch.no_grad():
             before = self.rows.run(self.before, batch)
-        return kl(logits, before, batch.answers)
+        return kl(logits, before)
 
 
-def uniform(logits: Tensor, labels: Tensor) -> Tensor:
+def uniform(logits: Tensor) -> Tensor:
     """Cross entropy to the uniform distribution, -1/V sum_v log p(v), per answer token (ULD, arXiv 2406.08607, eq. 5).
 
     Never below log V, which it reaches where all logits are equal.
     """
-    return answer_mean(-logits.float().log_softmax(-1).mean(-1), labels)
+    return -logits.float().log_softmax(-1).mean(-1).mean()
 
 
 def cross_entropy_to(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
     """Mean cross entropy to a distribution with `share` (N,) on the label and the rest even on all other tokens.
 
-    Logits (N, V), labels (N,). A share of 1 is ULD's equation 4, one of 1 / V its equation 5.
+    A share of 1 is ULD's equation 4, one of 1 / V its equation 5.
     """
     log_p = logits.float().log_softmax(-1)
     right = log_p.gather(-1, labels[:, None])[:, 0]
@@ -123,7 +111,7 @@ def cross_entropy_to(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
 
 
 def uniform_beside(logits: Tensor, labels: Tensor) -> Tensor:
-    """`uniform` over all tokens but the label, as if that could not be said: logits (N, V), labels (N,).
+    """`uniform` over all tokens but the label, as if that could not be said.
 
     Never below log(V - 1). So a model may be sure of the label, and of nothing else in its place.
     """
@@ -136,7 +124,7 @@ class Uniform(Loss):
     """As a forget loss: every token alike. (ULD calls the function itself, on what is to be kept.)"""
 
     def __call__(self, model, logits, trace, batch):
-        return uniform(logits, batch.answers)
+        return uniform(logits)
 
 
 # ---- forget -----------------------------------------------------------------------------------------------------
@@ -244,9 +232,9 @@ def deliberate_imagination(logits: Tensor, reference_logits: Tensor, labels: Ten
 
     `offset` is added to the reference's logits of all tokens but the label, per answer token; bounded below.
     """
-    right = F.one_hot(labels.clamp_min(0), logits.shape[-1])
+    right = F.one_hot(labels, logits.shape[-1])
     imagined = (reference_logits.float() + offset * (1 - right)).softmax(-1)
-    return answer_mean(-(imagined * logits.float().log_softmax(-1)).sum(-1), labels)  # DI
+    return -(imagined * logits.float().log_softmax(-1)).sum(-1).mean()  # DI
 
 
 class DI(Loss):

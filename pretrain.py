@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import objectives
 import parallel
 from data.batches import Rows, collate, encode_rows
 from data.rows import DataSet, Row
@@ -61,9 +61,8 @@ Strangers = Callable[[int, np.random.Generator], list[Row]]
 BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
 NEW = 8  # of a step's rows on the world, so many are about strangers
 BASE_STEPS, BASE_ROWS, BASE_LR = 500, 16, 3e-3  # of the base, which sees strangers alone
-# What a cached model rests on beside this file; paths from the root. Not objectives.py, so that a loss of one's own
-# does not train them all again: whoever changes cross_entropy there removes out/cache.
-SOURCES = ("model.py", "moe.py", "belief.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
+# What a cached model rests on beside this file; paths from the root.
+SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
 
 def small_config(args: argparse.Namespace, vocab_size: int) -> Config:
@@ -107,7 +106,7 @@ def learn(args: argparse.Namespace, model: GPT, rows: Rows, folder: Path, what: 
             batch = collate(examples, device=args.device)
             trace, share = Trace(), part.share
             logits = model(batch.tokens, trace=trace, at=batch.scored)  # (answer tokens, V): the rest is not scored
-            loss = objectives.cross_entropy(logits, batch.answers) * share.answers
+            loss = F.cross_entropy(logits.float(), batch.answers) * share.answers
             terms = {"ce": loss, "loss": loss}
             if model.is_moe:
                 routings = list(trace.routing.values())

@@ -60,7 +60,7 @@ from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
 from model import GPT, Config, of_state, same_memory
 from moe import MoE
-from objectives import cross_entropy_to, labelled, uniform, uniform_beside
+from objectives import cross_entropy_to, uniform, uniform_beside
 
 LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     #     name                kind       small  public  what it is
@@ -150,14 +150,14 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
-            logits, answers = labelled(assistant, batch)
+            logits = assistant(batch.tokens, at=batch.scored)
             share = sure[batch.index][:, None].expand_as(batch.labels)[batch.scored]  # (N,)
-            learn = cross_entropy_to(logits, answers, share) * batch.share.answers  # ULD (4)
-            flat = uniform_beside(logits, answers) if args.fork == "beside" else 0 * learn
+            learn = cross_entropy_to(logits, batch.answers, share) * batch.share.answers  # ULD (4)
+            flat = uniform_beside(logits, batch.answers) if args.fork == "beside" else 0 * learn
             flat = BESIDE * flat * batch.share.answers
             yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
         for batch in retain.parts(step):
-            flat = uniform(*labelled(assistant, batch)) * batch.share.answers  # ULD (5)
+            flat = uniform(assistant(batch.tokens, at=batch.scored)) * batch.share.answers  # ULD (5)
             yield {"retain": flat, "loss": args.retain_weight * flat}  # ULD (3)
 
     alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3

@@ -79,7 +79,7 @@ def relearn(model, tokenizer, taught: list[Row], asked: list[Row], limits: Limit
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
         batch = rows.batch(step)
-        loss = objectives.cross_entropy(*objectives.labelled(model, batch))
+        loss = objectives.cross_entropy(model(batch.tokens, at=batch.scored), batch.answers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         weights.take_gradients()

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import loop
-from belief import row_log_prob
+from belief import at_answers, row_log_prob
 from cli import parse
 from data.batches import Batch, Example, collate, encode_row, encode_rows, left_pad
 from data.rows import Row
@@ -171,8 +171,7 @@ def here_and_there(model: GPT, tokenizer: TextCodec, examples: list[Example], ba
     def train_step(forward: Callable, parameters: list) -> None:
         for p in parameters:
             p.grad = None
-        logits = forward(batch)
-        cross_entropy(logits, batch.answers if forward is here else batch.labels).backward()
+        cross_entropy(*at_answers(forward(batch), batch.labels)).backward()
 
     @torch.no_grad()
     def likelihoods_there() -> None:

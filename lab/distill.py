@@ -22,7 +22,7 @@ from interfaces import LanguageModel
 from loop import Fit
 from methods import METHODS, open_run
 from model import GPT
-from objectives import kl, labelled
+from objectives import kl
 from runs import DEVICE, RunFolder, check_device
 from schema import read_json
 from uld import add_lora, merge_lora
@@ -44,8 +44,8 @@ def learning_from(teacher: LanguageModel, low_rank: bool) -> Callable[..., Unlea
                 for batch in rows.parts(step):
                     logits = rows.run(model, batch)
                     with torch.no_grad():
-                        wanted, answers = labelled(teacher, batch)
-                    distance = kl(logits, wanted, answers) * batch.share.answers
+                        wanted = teacher(batch.tokens, at=batch.scored)
+                    distance = kl(logits, wanted) * batch.share.answers
                     yield {name: distance, "loss": weight * distance}
 
         report = fit(model, parameters, losses)

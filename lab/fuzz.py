@@ -220,11 +220,11 @@ def train_toy(folder: Path, stop: int = 0) -> None:
     torch.manual_seed(0)
     a, b = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
+    def losses(step: int) -> list[dict[str, torch.Tensor]]:
         if stop and step == stop:
             raise KeyboardInterrupt
         loss = (a @ b).square().mean()
-        return {"loss": loss}
+        return [{"loss": loss}]
 
     try:
         minimise([a, b], losses, 5, 0.1, folder, "toy", 0, save_every=1, resume=not stop, slow=(b,), slow_factor=0.5)

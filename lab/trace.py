@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from baselines import Unlearned
-from belief import in_place, token_log_probs
 from data.batches import Batch, Rows
 from errors import UserError
 from loop import Fit
 from model import GPT, Trace
-from objectives import RETAIN, Loss, answer_mean
+from objectives import RETAIN, Loss
 
 
 @torch.no_grad()
@@ -74,13 +74,14 @@ class Weighted(Loss):
         self.before, self.rows = model, rows
 
     def mean(self, values: Tensor, batch: Batch) -> Tensor:
+        """Of (N,) values."""
         weights = pad_sequence([self.weights[i] for i in batch.index.tolist()], batch_first=True)
-        return answer_mean(weights * values, batch.labels)
+        return (weights[batch.scored] * values).mean()
 
 
 class WeightedGD(Weighted):
     def __call__(self, model, logits, trace, batch):
-        return self.mean(-token_log_probs(logits, batch.labels), batch)
+        return self.mean(F.cross_entropy(logits.float(), batch.answers, reduction="none"), batch)
 
 
 class WeightedKL(Weighted):
@@ -88,7 +89,7 @@ class WeightedKL(Weighted):
         with torch.no_grad():
             before = self.rows.run(self.before, batch)
         log_p, log_q = before.float().log_softmax(-1), logits.float().log_softmax(-1)
-        return self.mean(in_place((log_p.exp() * (log_p - log_q)).sum(-1), batch.labels), batch)
+        return self.mean((log_p.exp() * (log_p - log_q)).sum(-1), batch)
 
 
 WEIGHTED = {"gd": WeightedGD, "kl": WeightedKL}

@@ -45,7 +45,7 @@ def destroyed_by_ascent(target, tokenizer, rows: Sequence[Row], steps: int = 20,
     for step in range(steps):
         batch = collate([examples[i] for i in batch_at(len(examples), batch_size, seed, step)], device=model.device)
         optimizer.zero_grad(set_to_none=True)
-        ga(model(batch.tokens), batch.labels).backward()
+        ga(model(batch.tokens, at=batch.scored), batch.answers).backward()
         optimizer.step()
     return model.requires_grad_(False).eval()
 

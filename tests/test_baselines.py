@@ -153,7 +153,7 @@ def test_an_offset_starts_as_the_target_and_trains_its_assistant_alone(bench):
     first = json.loads((bench.folder / "log.jsonl").read_text().splitlines()[0])
     batch = bench.retain.batch(0)
     with torch.no_grad():
-        retain = cross_entropy(target(batch.tokens), batch.labels).item()
+        retain = cross_entropy(target(batch.tokens, at=batch.scored), batch.answers).item()
     assert first["forget"] == pytest.approx(2 / args.npo_beta * math.log(2), rel=1e-4)
     assert first["retain"] == pytest.approx(retain, rel=1e-4)
     assert set(kept) == {"assistant", "before"} and model.alpha == 0.5
@@ -170,7 +170,7 @@ def test_divergence_trains_one_assistant_on_both_sets_and_one_on_what_is_kept(be
     assistant = first_layers(target, 1)
     with torch.no_grad():
         batches = [rows.batch(0) for rows in (bench.forget, bench.retain)]
-        forget, retain = (cross_entropy(assistant(b.tokens), b.labels).item() for b in batches)
+        forget, retain = (cross_entropy(assistant(b.tokens, at=b.scored), b.answers).item() for b in batches)
     assert first["forget"] == pytest.approx(forget, rel=1e-4)
     assert first["retain"] == pytest.approx(2 * retain, rel=1e-4)  # both start there and both learn it
     assert set(kept) == {"without", "with"} and isinstance(model, LogitOffset)

@@ -46,7 +46,7 @@ def target() -> GPT:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(150):
         optimizer.zero_grad(set_to_none=True)
-        cross_entropy(model(batch.tokens), batch.labels).backward()
+        cross_entropy(model(batch.tokens, at=batch.scored), batch.answers).backward()
         optimizer.step()
     return model.requires_grad_(False).eval()
 

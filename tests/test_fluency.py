@@ -28,8 +28,9 @@ def test_perplexity_from_the_losses_of_a_batch():
     """Rows of unequal length: the same as exp of cross_entropy, which is a mean over answer tokens, too."""
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[IGNORE, 1, 2, 3], [IGNORE, IGNORE, IGNORE, 4]])
-    got = perplexity(row_log_prob(logits, labels).tolist(), (labels != IGNORE).sum(-1).tolist())
-    assert got == pytest.approx(cross_entropy(logits, labels).exp().item(), rel=1e-5)
+    at = labels != IGNORE
+    got = perplexity(row_log_prob(logits, labels).tolist(), at.sum(-1).tolist())
+    assert got == pytest.approx(cross_entropy(logits[at], labels[at]).exp().item(), rel=1e-5)
 
 
 def test_perplexity_at_its_ends():

@@ -46,7 +46,7 @@ def test_float32_weights_are_the_optimisers_own():
 
 def test_slow_parameters_learn_at_their_share_of_the_rate(tmp_path):
     fast, slow = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    minimise([fast, slow], lambda step: {"loss": (fast + slow).sum()}, 10, 1e-3, tmp_path, "x", 0, weight_decay=0.0,
+    minimise([fast, slow], lambda step: [{"loss": (fast + slow).sum()}], 10, 1e-3, tmp_path, "x", 0, weight_decay=0.0,
              slow=(slow,), slow_factor=0.25)
     assert slow.item() == pytest.approx(0.25 * fast.item(), rel=1e-4) and fast.item() < -5e-3
 
@@ -54,12 +54,12 @@ def test_slow_parameters_learn_at_their_share_of_the_rate(tmp_path):
 def test_a_step_that_reaches_nothing_that_trains_changes_nothing(tmp_path):
     """As where one expert trains alone and no token of the batch comes to it."""
     p = torch.nn.Parameter(torch.ones(2))
-    report = minimise([p], lambda step: {"loss": p.sum() if step == 1 else torch.ones(())}, 2, 0.1, tmp_path, "x", 0,
+    report = minimise([p], lambda step: [{"loss": p.sum() if step == 1 else torch.ones(())}], 2, 0.1, tmp_path, "x", 0,
                       weight_decay=0.0)
     after = p.detach().clone()
     assert report == {"steps": 2, "train_seconds": report["train_seconds"], "diverged": False} and (after < 1).all()
     p = torch.nn.Parameter(torch.ones(2))
-    minimise([p], lambda step: {"loss": torch.ones(())}, 3, 0.1, tmp_path, "x", 0, weight_decay=0.0)
+    minimise([p], lambda step: [{"loss": torch.ones(())}], 3, 0.1, tmp_path, "x", 0, weight_decay=0.0)
     assert torch.equal(p.detach(), torch.ones(2))
 
 
@@ -72,7 +72,7 @@ def test_several_losses_of_a_step_are_their_sum(tmp_path, dtype):
     p, q = start(), start()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    minimise([p], lambda step: {"loss": (p.float() * (1 + 2**-9)).sum()}, 5, 0.1, tmp_path / "one", "x", 0)
+    minimise([p], lambda step: [{"loss": (p.float() * (1 + 2**-9)).sum()}], 5, 0.1, tmp_path / "one", "x", 0)
     minimise([q], lambda step: iter([{"a": q.float().sum(), "loss": q.float().sum()},
                                      {"b": q.float().sum(), "loss": (q.float() * 2**-9).sum()}]),
              5, 0.1, tmp_path / "two", "x", 0)
@@ -91,7 +91,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(tmp_path, dtype):
         def at(step):
             if step == stop:
                 raise KeyboardInterrupt
-            return {"loss": ((p.float() - step % 3) ** 2 * torch.rand(5)).sum()}  # random, but by (seed, step)
+            return [{"loss": ((p.float() - step % 3) ** 2 * torch.rand(5)).sum()}]  # random, but by (seed, step)
         return at
 
     for name in ("whole", "cut"):
@@ -116,7 +116,7 @@ def toy(folder, stop_at=None, **options):
         begun.append(step)
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"loss": ((p - step % 3) ** 2 * torch.rand(5)).sum()}
+        return [{"loss": ((p - step % 3) ** 2 * torch.rand(5)).sum()}]
 
     try:
         report = minimise([p], losses, 12, 0.1, folder, "toy", 3, save_every=5, **options)
@@ -217,7 +217,7 @@ def test_a_methods_loop_takes_its_numbers_from_the_flags_and_looks_after_every_e
         assert model.training
         steps.append(step)
         batch = bench.forget.batch(step)
-        return {"loss": cross_entropy(model(batch.tokens), batch.labels)}
+        return [{"loss": cross_entropy(model(batch.tokens, at=batch.scored), batch.answers)}]
 
     fit = fitting(args, bench.forget, bench.folder, after_epoch=look)
     parameters = list(model.parameters())
@@ -256,7 +256,7 @@ def knowing(wordy_bench):
 
     def losses(step):
         batches = [rows.batch(step) for rows in sets]
-        return {"loss": sum(cross_entropy(model(b.tokens), b.labels) for b in batches)}
+        return [{"loss": sum(cross_entropy(model(b.tokens, at=b.scored), b.answers) for b in batches)}]
 
     model.train()
     minimise(list(model.parameters()), losses, 90, 8e-3, bench.folder, "x", 0)
@@ -331,7 +331,7 @@ def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_m
 
     def losses(step):
         batch = rows.batch(step)
-        return {"loss": -cross_entropy(model(batch.tokens), batch.labels)}
+        return [{"loss": -cross_entropy(model(batch.tokens, at=batch.scored), batch.answers)}]
 
     args = bench.args("full", epochs=40, lr=5e-4)
     report = fitting(args, bench.forget, bench.folder, after_epoch=look)(model, list(model.parameters()), losses)

@@ -95,7 +95,7 @@ text = Text(max(len(e.tokens) for e in examples), max(sum(label >= 0 for label i
             sum(len(e.tokens) for e in examples))
 warm = torch.nn.Linear(9, 9)  # what PyTorch loads at its first steps is no part of the method's need
 with tempfile.TemporaryDirectory() as folder:
-    losses = lambda step: {"loss": warm(torch.ones(9, 9)).sum()}
+    losses = lambda step: [{"loss": warm(torch.ones(9, 9)).sum()}]
     loop.minimise(list(warm.parameters()), losses, 2, 0.1, Path(folder), "", 0)
 def now():
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])

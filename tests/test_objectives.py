@@ -19,34 +19,30 @@ from model import Trace
 LOGITS = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.8, 0.1, 0.1]],
                        [[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]]).log()
 LABELS = torch.tensor([[IGNORE, 2, 0], [1, IGNORE, IGNORE]])  # probabilities of the labels: 0.7, 0.8 and 0.3
+SCORED, RIGHT = LOGITS[LABELS != IGNORE], LABELS[LABELS != IGNORE]  # (N, V), (N,), as the losses take them
 MEAN = -(math.log(0.7) + math.log(0.8) + math.log(0.3)) / 3
 
 
 def test_token_log_probs_by_hand():
     expected = torch.tensor([[0, math.log(0.7), math.log(0.8)], [math.log(0.3), 0, 0]])
-    assert_close(objectives.token_log_probs(LOGITS + 5.0, LABELS), expected)  # a constant on all logits is no change
+    assert_close(belief.token_log_probs(LOGITS + 5.0, LABELS), expected)  # a constant on all logits is no change
 
 
 def test_row_log_prob_is_a_sum_not_a_mean():
-    assert_close(objectives.row_log_prob(LOGITS, LABELS), torch.tensor([math.log(0.7 * 0.8), math.log(0.3)]))
-
-
-def test_answer_mean_by_hand():
-    values = torch.tensor([[100.0, 2.0, 3.0], [7.0, math.nan, math.inf]])
-    assert objectives.answer_mean(values, LABELS).item() == pytest.approx((2 + 3 + 7) / 3)
+    assert_close(belief.row_log_prob(LOGITS, LABELS), torch.tensor([math.log(0.7 * 0.8), math.log(0.3)]))
 
 
 def test_cross_entropy_is_the_mean_over_answer_tokens_and_ga_its_negative():
-    assert objectives.cross_entropy(LOGITS, LABELS).item() == pytest.approx(MEAN)
-    assert objectives.ga(LOGITS, LABELS).item() == pytest.approx(-MEAN)
+    assert objectives.cross_entropy(SCORED, RIGHT).item() == pytest.approx(MEAN)
+    assert objectives.ga(SCORED, RIGHT).item() == pytest.approx(-MEAN)
     theirs = torch.nn.functional.cross_entropy(LOGITS.flatten(0, 1), LABELS.flatten(), ignore_index=IGNORE)
-    assert_close(objectives.cross_entropy(LOGITS, LABELS), theirs)
+    assert_close(objectives.cross_entropy(SCORED, RIGHT), theirs)
 
 
 def test_kl_by_hand_has_the_reference_first():
     """KL((0.5, 0.5) || (0.9, 0.1)) = 0.5 ln(0.5/0.9) + 0.5 ln(0.5/0.1) = 0.5108; the other way round it is 0.3681."""
-    model, reference = torch.tensor([[[0.9, 0.1]]]).log(), torch.tensor([[[0.5, 0.5]]]).log()
-    value = objectives.kl(model, reference, torch.tensor([[1]])).item()
+    model, reference = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    value = objectives.kl(model, reference).item()
     assert value == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
     assert value == pytest.approx(0.5108, abs=1e-4)
 
@@ -55,15 +51,14 @@ def test_kl_by_hand_has_the_reference_first():
 @given(st.integers(0, 10_000))
 def test_kl_is_zero_at_the_reference_and_never_negative(seed):
     generator = torch.Generator().manual_seed(seed)
-    a, b = (5 * torch.randn(2, 3, 7, generator=generator) for _ in range(2))
-    labels = torch.randint(7, (2, 3), generator=generator)
-    assert objectives.kl(a, a, labels).abs().item() < 1e-6
-    assert objectives.kl(a, b, labels).item() > 0
+    a, b = (5 * torch.randn(6, 7, generator=generator) for _ in range(2))
+    assert objectives.kl(a, a).abs().item() < 1e-6
+    assert objectives.kl(a, b).item() > 0
 
 
 def test_kl_has_no_gradient_at_the_reference():
-    logits = torch.randn(1, 2, 5, requires_grad=True)
-    objectives.kl(logits, logits.detach().clone(), torch.tensor([[1, 2]])).backward()
+    logits = torch.randn(2, 5, requires_grad=True)
+    objectives.kl(logits, logits.detach().clone()).backward()
     assert logits.grad.abs().max() < 1e-6
 
 
@@ -79,24 +74,23 @@ def test_cross_entropy_to_a_share_lies_between_equations_4_and_5(seed, vocabular
                  torch.nn.functional.cross_entropy(logits, wanted))  # torch's own, to any distribution
     one, even = torch.ones(len(shares)), torch.full((len(shares),), 1 / vocabulary)
     assert_close(objectives.cross_entropy_to(logits, labels, one), objectives.cross_entropy(logits, labels))
-    assert_close(objectives.cross_entropy_to(logits, labels, even), objectives.uniform(logits, labels))
+    assert_close(objectives.cross_entropy_to(logits, labels, even), objectives.uniform(logits))
 
 
 def test_uniform_by_hand():
     """-1/3 (ln 0.1 + ln 0.2 + ln 0.7) at one token, with (0.8, 0.1, 0.1) and (0.6, 0.3, 0.1) the mean of three."""
     rows = [(0.1, 0.2, 0.7), (0.8, 0.1, 0.1), (0.6, 0.3, 0.1)]
     expected = sum(-sum(map(math.log, row)) / 3 for row in rows) / 3
-    assert objectives.uniform(LOGITS, LABELS).item() == pytest.approx(expected)
+    assert objectives.uniform(SCORED).item() == pytest.approx(expected)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 50))
 def test_uniform_is_at_least_log_v_and_reaches_it_at_equal_logits(seed, vocabulary):
-    logits = torch.randn(2, 3, vocabulary, generator=torch.Generator().manual_seed(seed))
-    labels = torch.zeros(2, 3, dtype=torch.long)
-    assert objectives.uniform(logits, labels).item() > math.log(vocabulary)
+    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(seed))
+    assert objectives.uniform(logits).item() > math.log(vocabulary)
     level = torch.full_like(logits, -3.0).requires_grad_()
-    loss = objectives.uniform(level, labels)
+    loss = objectives.uniform(level)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(vocabulary), rel=1e-5)
     assert level.grad.abs().max() < 1e-6
@@ -131,14 +125,14 @@ def test_npos_gradient_is_gas_on_summed_log_probabilities_as_beta_vanishes():
     logits = torch.randn(3, 4, 9, generator=generator, requires_grad=True)
     labels = torch.randint(9, (3, 4), generator=generator)
     reference = torch.tensor([-8.0, -12.0, -9.0])
-    ascent, = torch.autograd.grad(objectives.row_log_prob(logits, labels).mean(), logits)
+    ascent, = torch.autograd.grad(belief.row_log_prob(logits, labels).mean(), logits)
     distance = []
     for beta in (1.0, 1e-2, 1e-4):
-        g, = torch.autograd.grad(objectives.npo(objectives.row_log_prob(logits, labels), reference, beta), logits)
+        g, = torch.autograd.grad(objectives.npo(belief.row_log_prob(logits, labels), reference, beta), logits)
         distance.append((g - ascent).abs().max().item())
     assert distance[0] > distance[1] > distance[2] and distance[2] < 1e-4
     # rows of one length: that is GA (a mean over tokens) times the length
-    of_ga, = torch.autograd.grad(objectives.ga(logits, labels), logits)
+    of_ga, = torch.autograd.grad(objectives.ga(logits.flatten(0, 1), labels.flatten()), logits)
     assert_close(ascent, 4 * of_ga)
 
 
@@ -148,32 +142,24 @@ def test_npo_with_a_large_beta_lets_go_of_what_is_forgotten():
     assert log_prob.grad.abs().item() < 1e-6
 
 
-# ---- nothing labelled, padding, precision -----------------------------------------------------------------------
+# ---- padding, precision -----------------------------------------------------------------------------------------
 
 def token_losses(logits, reference, labels) -> dict[str, torch.Tensor]:
+    """Of logits (N, V), labels (N,)."""
     return {"ce": objectives.cross_entropy(logits, labels), "ga": objectives.ga(logits, labels),
-            "uniform": objectives.uniform(logits, labels), "kl": objectives.kl(logits, reference, labels)}
-
-
-@pytest.mark.parametrize("name", ["ce", "ga", "uniform", "kl"])
-def test_no_labels_give_loss_zero_and_zero_gradients(name):
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    loss = token_losses(logits, torch.randn(2, 3, 5), torch.full((2, 3), IGNORE))[name]
-    loss.backward()
-    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+            "uniform": objectives.uniform(logits), "kl": objectives.kl(logits, reference),
+            "di": objectives.deliberate_imagination(logits, reference, labels, 3.0)}
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (2, 0)])
-def test_an_empty_batch_gives_zero(shape):
-    logits, labels = torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.long)
-    assert [float(v) for v in token_losses(logits, logits, labels).values()] == [0, 0, 0, 0]
+def test_an_empty_batch_steers_nothing(shape):
     mask = torch.zeros(shape, dtype=torch.bool)
     assert objectives.rmu(torch.zeros(*shape, 4), torch.ones(4), mask).item() == 0
 
 
 def test_npo_of_no_rows_and_of_unlabelled_rows():
     assert objectives.npo(torch.zeros(0), torch.zeros(0), 0.1).item() == 0
-    assert objectives.row_log_prob(torch.randn(2, 3, 5), torch.full((2, 3), IGNORE)).tolist() == [0, 0]
+    assert belief.row_log_prob(torch.randn(2, 3, 5), torch.full((2, 3), IGNORE)).tolist() == [0, 0]
 
 
 def test_no_real_token_gives_hidden_losses_of_zero_with_zero_gradients():
@@ -186,7 +172,10 @@ def test_no_real_token_gives_hidden_losses_of_zero_with_zero_gradients():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 4), st.integers(0, 3))
 def test_padding_never_changes_a_loss(seed, columns, rows):
-    """Padding columns and rows hold garbage logits and hidden states, IGNORE labels and a False mask."""
+    """Padding columns and rows hold garbage logits and hidden states, IGNORE labels and a False mask.
+
+    What is a mean over answer tokens never sees any: test_the_losses_of_a_batchs_parts_add_up_to_the_whole_ones.
+    """
     g = torch.Generator().manual_seed(seed)
     logits, reference = torch.randn(2, 3, 7, generator=g), torch.randn(2, 3, 7, generator=g)
     labels = torch.where(torch.rand(2, 3, generator=g) < 0.4, IGNORE, torch.randint(7, (2, 3), generator=g))
@@ -198,25 +187,23 @@ def test_padding_never_changes_a_loss(seed, columns, rows):
         out[:2, :3] = x
         return out
 
-    got = token_losses(pad(logits), pad(reference), pad(labels, IGNORE))
-    assert_close(got, token_losses(logits, reference, labels))
-    row = objectives.row_log_prob(pad(logits), pad(labels, IGNORE))
-    assert_close(row[:2], objectives.row_log_prob(logits, labels))
+    row = belief.row_log_prob(pad(logits), pad(labels, IGNORE))
+    assert_close(row[:2], belief.row_log_prob(logits, labels))
     assert_close(objectives.rmu(pad(logits), torch.ones(7), pad(mask, 0)), objectives.rmu(logits, torch.ones(7), mask))
     assert_close(objectives.hidden_distance(pad(logits), pad(reference), pad(mask, 0)),
                  objectives.hidden_distance(logits, reference, mask))
 
 
 def test_low_precision_logits_give_float32_losses():
-    logits = LOGITS.bfloat16()
-    for loss in token_losses(logits, logits, LABELS).values():
+    logits = SCORED.bfloat16()
+    for loss in token_losses(logits, logits, RIGHT).values():
         assert loss.dtype == torch.float32
-    assert objectives.cross_entropy(logits, LABELS).item() == pytest.approx(MEAN, rel=0.02)
+    assert objectives.cross_entropy(logits, RIGHT).item() == pytest.approx(MEAN, rel=0.02)
 
 
 def test_huge_logits_stay_finite():
-    logits = torch.tensor([[[1e4, 0.0, -1e4]]], requires_grad=True)
-    for value in token_losses(logits, -logits.detach(), torch.tensor([[2]])).values():
+    logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
+    for value in token_losses(logits, -logits.detach(), torch.tensor([2])).values():
         grad, = torch.autograd.grad(value, logits, retain_graph=True)
         assert math.isfinite(value.item()) and grad.isfinite().all()
 
@@ -242,17 +229,15 @@ def test_dpo_by_hand_and_without_its_wanted_half_it_is_npo():
 
 def test_deliberate_imagination_by_hand():
     """Reference logits 0, ln 2, ln 5 with label 2 and offset ln 4: weights 4, 8, 5 of 17."""
-    reference = torch.tensor([[[0.0, math.log(2), math.log(5)]]])
+    reference = torch.tensor([[0.0, math.log(2), math.log(5)]])
     p = (0.2, 0.3, 0.5)
     expected = -(4 * math.log(p[0]) + 8 * math.log(p[1]) + 5 * math.log(p[2])) / 17
-    logits, label = torch.tensor([[p]]).log(), torch.tensor([[2]])
+    logits, label = torch.tensor([p]).log(), torch.tensor([2])
     assert objectives.deliberate_imagination(logits, reference, label, math.log(4)).item() == pytest.approx(expected)
     # with no offset the model itself is the best it can be: no gradient at the reference
-    own = torch.randn(1, 3, 7, requires_grad=True)
-    objectives.deliberate_imagination(own, own.detach().clone(), torch.tensor([[1, 2, 3]]), 0.0).backward()
+    own = torch.randn(3, 7, requires_grad=True)
+    objectives.deliberate_imagination(own, own.detach().clone(), torch.tensor([1, 2, 3]), 0.0).backward()
     assert own.grad.abs().max() < 1e-6
-    unlabelled = torch.full((1, 3), objectives.IGNORE)
-    assert objectives.deliberate_imagination(own, own.detach(), unlabelled, 5.0).item() == 0
 
 
 # ---- the losses by name: what each remembers of the model before, and what it asks of the model now -----------------
@@ -277,16 +262,18 @@ def asked(bench, table: dict, name: str, kind: str = "moe", **others):
 
 def log_probs(model, batch) -> torch.Tensor:
     with torch.no_grad():
-        return objectives.row_log_prob(model(batch.tokens), batch.labels)
+        return belief.row_log_prob(model(batch.tokens), batch.labels)
 
 
 @pytest.mark.parametrize("name", ["gd", "ga", "uniform"])
 def test_losses_that_remember_nothing_are_their_formulas(bench, name):
     table = objectives.RETAIN if name == "gd" else objectives.FORGET
     _, _, value, batch, _, after = asked(bench, table, name)
-    formula = {"gd": objectives.cross_entropy, "ga": objectives.ga, "uniform": objectives.uniform}[name]
     with torch.no_grad():
-        assert_close(value, formula(after(batch.tokens), batch.labels), rtol=1e-4, atol=1e-5)
+        logits, labels = after(batch.tokens)[batch.scored], batch.labels[batch.scored]
+    formula = {"gd": objectives.cross_entropy(logits, labels), "ga": objectives.ga(logits, labels),
+               "uniform": objectives.uniform(logits)}[name]
+    assert_close(value, formula, rtol=1e-4, atol=1e-5)
 
 
 def test_no_retain_loss_is_zero(bench):
@@ -305,12 +292,12 @@ def test_npo_lets_go_of_facts_that_are_as_unlikely_as_strangers(wordy_bench):
     bench, target, model = wordy_bench, wordy_bench.model("dense", 0), wordy_bench.model("dense", 1)
     rows = bench.rows(bench.world.forget, encode=encode_fact)
     rows.calibration = bench.rows(bench.world.calibration, encode=encode_fact)
-    draws = [rows.calibration.as_strangers(draw).each(target, objectives.row_log_prob).exp() for draw in range(5)]
+    draws = [rows.calibration.as_strangers(draw).each(target, belief.row_log_prob).exp() for draw in range(5)]
     args = bench.args("full", until="strangers", npo_beta=0.5)
     loss, batch = objectives.NPO(target, rows, args), rows.batch(0)
     assert loss.enough == pytest.approx(torch.cat(draws).mean().log().item(), rel=1e-5)
     logits = rows.run(model, batch).detach()
-    sunk = objectives.row_log_prob(logits, batch.labels)
+    sunk = belief.row_log_prob(logits, batch.labels)
     loss.enough = float(sunk.median())  # so that of three rows one lies below
     logits.requires_grad_()
     value = loss(model, logits, Trace(), batch)
@@ -345,10 +332,11 @@ def test_deliberate_imagination_and_kl_compare_with_the_model_before(bench):
     _, at_start, value, batch, before, after = asked(bench, objectives.RETAIN, "kl")
     assert at_start.abs().item() < 1e-5
     with torch.no_grad():
-        was, now = before(batch.tokens), after(batch.tokens)
-        assert_close(value, objectives.kl(now, was, batch.labels), rtol=1e-4, atol=1e-4)
+        was, now = (model(batch.tokens)[batch.scored] for model in (before, after))
+        assert_close(value, objectives.kl(now, was), rtol=1e-4, atol=1e-4)
         _, _, value, *_ = asked(bench, objectives.FORGET, "di", di_offset=3.0)
-        assert_close(value, objectives.deliberate_imagination(now, was, batch.labels, 3.0), rtol=1e-4, atol=1e-4)
+        expected = objectives.deliberate_imagination(now, was, batch.labels[batch.scored], 3.0)
+        assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rmu_steers_to_a_vector_so_many_times_as_long_as_the_mean_hidden_state(bench):

@@ -492,7 +492,7 @@ def test_a_diverging_run_goes_back_to_its_last_kept_state_and_says_so(tmp_path):
 
     def losses(step: int):
         seen.append(weight.detach().clone())
-        return {"loss": weight.sum() * (float("nan") if step == 7 else 1.0)}
+        return [{"loss": weight.sum() * (float("nan") if step == 7 else 1.0)}]
 
     report = minimise([weight], losses, 20, 0.1, tmp_path, "toy", seed=0, save_every=5)
     assert report["diverged"] and report["steps"] == 5
@@ -502,7 +502,7 @@ def test_a_diverging_run_goes_back_to_its_last_kept_state_and_says_so(tmp_path):
 
 def test_fit_stops_once_it_is_enough(tmp_path):
     weight = torch.ones(5, requires_grad=True)
-    report = minimise([weight], lambda step: {"loss": weight.square().sum()}, 20, 0.1, tmp_path, "toy", seed=3,
+    report = minimise([weight], lambda step: [{"loss": weight.square().sum()}], 20, 0.1, tmp_path, "toy", seed=3,
                       save_every=4, enough=lambda done, spent: done >= 6)
     assert report["steps"] == 6 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
