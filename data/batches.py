@@ -207,7 +207,10 @@ class Rows:
         return self.at(batch_at(len(self.examples), self.batch_size, self.seed, step))
 
     def parts(self, step: int) -> Iterator[Batch]:
-        """The batch of training step `step`, at most `micro` rows at a time; each says what share of it it is."""
+        """The batch of training step `step`, at most `micro` rows at a time; each says what share of it it is.
+
+        Those of like length together, so that little is padding.
+        """
         index = batch_at(len(self.examples), self.batch_size, self.seed, step)
 
         def sizes(of: list[int]) -> tuple[int, int, int]:
@@ -215,6 +218,8 @@ class Rows:
             return sum(map(answer_length, examples)), len(of), sum(len(e.tokens) for e in examples)
 
         mine = index[parallel.rank() :: parallel.size()]
+        if self.micro:
+            mine.sort(key=lambda i: -len(self.examples[i].tokens))
         at_once = self.micro or self.batch_size
         for start in range(0, math.ceil(len(index) / parallel.size()), at_once):  # as often in every process
             part = mine[start : start + at_once]

@@ -1,6 +1,7 @@
 """model.py against `transformers` on tiny random weights, and against itself in every way of decoding."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 import decoding
 from decoding import Replay, parts_of
-from model import GPT, Config, Linear, Trace, count_parameters, rope_frequencies
+from model import GPT, Config, Linear, Trace, count_parameters, needed_by, rope_frequencies
 from uld import LogitDifference
 
 PROMPTS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6]]
@@ -475,24 +476,43 @@ def test_any_of_several_end_tokens_ends_a_row(dense):
 
 KINDS = {"dense": dict(), "moe": dict(n_expert=7, top_k=3, d_ff=16), "window": dict(window=3),
          "after": dict(norm_after=True, qk_norm="full"),
-         "one layer": dict(n_layer=1), "granite": dict(logit_divisor=3.0)}
+         "one layer": dict(n_layer=1), "granite": dict(logit_divisor=3.0, residual_scale=0.7)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("wide", [0, 512])  # 0: padding is left out
 @settings(max_examples=10, deadline=None)
 @given(wanted=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_wanted_positions_alone_have_the_values_and_gradients_of_a_whole_pass(dense, kind, checkpointing, wanted):
+def test_wanted_positions_alone_have_the_values_and_gradients_of_a_whole_pass(dense, kind, checkpointing, wide, wanted):
     model = dense(0, **KINDS[kind]).train()
     model.checkpointing = checkpointing
     at = torch.tensor(wanted)
     tokens = torch.randint(61, at.shape, generator=torch.Generator().manual_seed(1))
     found = []
-    for logits in (model(tokens, at=at), model(tokens)[at], model(tokens, at=at, trace=Trace())):
+    with mock.patch("model.WIDE", wide):
+        alone = model(tokens, at=at)
+    for logits in (alone, model(tokens)[at], model(tokens, at=at, trace=Trace())):
         gradients = torch.autograd.grad(logits.tanh().sum(), list(model.parameters()))
         found.append((logits, *gradients))
     for other in found[1:]:
         assert_close(found[0], other, rtol=1e-4, atol=1e-4)
+
+
+def test_of_a_wide_models_batch_the_padding_meets_no_mlp(dense, monkeypatch):
+    """Rows of 5 and 2 wanted to their ends, and one of 4 of which the second alone is: 9 of 15 positions."""
+    model, met = dense(0), []
+    model.blocks[0].mlp.register_forward_hook(lambda layer, inputs, output: met.append(inputs[0].shape))
+    at = torch.zeros(3, 5, dtype=torch.bool)
+    at[0, 3:], at[1, 1], at[2, 1] = True, True, True
+    tokens = torch.ones(3, 5, dtype=torch.long)
+    model(tokens, at=at)
+    monkeypatch.setattr("model.WIDE", 32)
+    model(tokens, at=at)
+    model(tokens, at=at, cache=model.new_cache(3, 5))  # whose later tokens see all of these
+    assert met == [(3, 5, 32), (9, 32), (3, 5, 32)]
+    assert needed_by(at, 31) is None and needed_by(at[:1], 32) is None  # a narrow model; nothing to leave out
+    assert needed_by(at, 32).tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11]
 
 
 def test_a_trace_has_all_positions_whichever_are_wanted(sparse):
