@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             step = statistics.median(seconds["training step 0"])
             decoded = statistics.median(seconds[f"{NEW} greedy tokens 0"])
-            used = 6 * weights_met(target.config) * batch.tokens.numel() / step / product
+            used = 6 * weights_met(target.config) * int(batch.mask.sum()) / step / product
             read = 4 * weights_met(target.config, len(prompts)) * NEW / decoded / copy
             print(f"    here: {100 * used:.0f}% of the matrix rate in training, {100 * read:.0f}% of the bandwidth in "
                   "decoding")
