@@ -38,6 +38,7 @@ from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from flags import COUNT, Parser
 from interfaces import LanguageModel, TextCodec
+from lab.memory import large_blocks
 from methods import METHODS as ALL
 from metrics.likelihood import likelihoods
 from model import GPT, Config, count_parameters
@@ -270,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=COUNT, default=7)
     parser.add_argument("--epochs-per-round", type=COUNT, default=1)
     own, extra = parser.parse_known_args(argv)
+    large_blocks()
     args = parse(extra)
     device = torch.device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

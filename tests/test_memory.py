@@ -126,3 +126,21 @@ def test_peak_memory_is_of_this_process():
     before = peak_memory("cpu")
     block = torch.ones(64 * 2**20)
     assert peak_memory("cpu") >= before > 10**7 and peak_memory("cpu") >= 4 * len(block)
+
+
+HUGE = """
+import torch, cli, train
+cli.parse(["--method", "full", "--model", "somewhere", "--data", "tofu"])
+train.large_blocks()
+block = torch.ones(16 * 2**20)
+print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHuge")][0])
+"""
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not PAGES.is_file() or "[madvise]" not in PAGES.read_text(), reason="needs pages of 2 MB on demand")
+def test_large_tensors_of_a_public_model_lie_on_large_pages():
+    """PyTorch asks before its first tensor whether to; nothing of train.py makes one before it is told."""
+    out = subprocess.run([sys.executable, "-c", HUGE], cwd=ROOT, capture_output=True, text=True)
+    assert not out.returncode, out.stderr
+    assert int(out.stdout) >= 60 * 1024  # kB, of 64 MB
