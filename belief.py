@@ -47,6 +47,9 @@ def all_right(logits: Tensor, labels: Tensor) -> Tensor:
     return (in_place((scored.argmax(-1) != answers).float(), labels).sum(-1) == 0).float()
 
 
+DRAWS = 5  # of strangers, each fact with a name of its own
+
+
 class Belief(NamedTuple):
     """What a model makes of facts whose sentences it is given up to the value."""
 
@@ -73,15 +76,15 @@ def belief(model: LanguageModel, rows: Rows) -> Belief:
     return Belief(*(float(column.mean()) for column in rows.each(model, of_batch).T.contiguous()))
 
 
-def strangers_belief(target: GPT, known: Rows, draws: int = 5) -> Belief:
+def strangers_belief(target: GPT, known: Rows) -> Belief:
     """The target's belief when the same questions are asked about strangers: what not knowing looks like.
 
     Kept with the rows, because both the stopping rule and NPO ask for it.
     """
     asked, level = known.strangers
     if asked is not target:
-        each = [belief(target, known.as_strangers(draw)) for draw in range(draws)]
-        level = Belief(*(sum(values) / draws for values in zip(*each, strict=True)))
+        each = [belief(target, known.as_strangers(draw)) for draw in range(DRAWS)]
+        level = Belief(*(sum(values) / DRAWS for values in zip(*each, strict=True)))
         print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
         known.strangers = target, level
     return level

@@ -44,7 +44,8 @@ RUN = [  # every run
     Flag("--resume",    bool,    False,  False,  "go on with the cut-off run of this name"),
     Flag("--restart",   bool,    False,  False,  "discard the cut-off run of this name"),
     Flag("--device",    str,     DEVICE, DEVICE, "cpu, cuda, cuda:1"),
-    Flag("--score-rows", NATURAL, 0,     0,      "score at most so many rows of each set; 0: the protocol's"),
+    Flag("--score-rows", NATURAL, 0,     0,      "most rows of each set to score; 0: the protocol's (200 of your "
+                                                 "own)"),
     Flag("--score-batch", NATURAL, 0,    0,      "most questions and answers at once in scoring; 0: 256 and 64"),
 ]
 WATCH = [Flag("--score-every-epoch", bool, False, False, "into path.jsonl; eval.py --compare draws it, --at reads it")]
@@ -93,10 +94,8 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
         yield f"--forget-loss {first.forget_loss}", list(forget.FLAGS)
         yield f"--retain-loss {first.retain_loss}", [flag for flag in retain.FLAGS if flag not in forget.FLAGS]
         if first.retain_loss != "none":
-            small, public = forget.RETAIN_WEIGHT
-            if forget.RETAIN_WEIGHT == Loss.RETAIN_WEIGHT:
-                small = METHODS[first.method].retain_weight or small
-            yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, public, "lambda")]
+            small = forget.RETAIN_WEIGHT or METHODS[first.method].retain_weight or 20.0
+            yield "a retain loss", [Flag("--retain-weight", WEIGHT, small, 1.0, "lambda")]
 
 
 @functools.cache
@@ -119,8 +118,8 @@ def first_choices(parser: Parser) -> None:
     say("--method", choices=(*METHODS, "finetune"), default="uoe", help="what trains")
     say("--forget-loss", choices=tuple(FORGET), help="what it forgets by (default: npo; uoe's on the world: stranger)")
     say("--retain-loss", choices=tuple(RETAIN), help="what it keeps by (default: gd; beside rmu: hidden)")
-    say("--data", type=named, help="world (some authors; default if dense), topic (all potions; if not), tofu, or a "
-                                   "folder of its")
+    say("--data", type=named, help="world (some authors; usual if dense), topic (potions; with experts), tofu, or a "
+                                   "folder of its files")
     say("--forget", type=named, metavar="FILE", help="your own JSON lines to forget, instead of --data")
     say("--retain", type=named, metavar="FILE", help="your own JSON lines to keep")
     say("--model", type=named, help="a Hugging Face folder, a hub name, or a run folder: the target. Default: a small "

@@ -78,7 +78,7 @@ def fresh_metrics(folder: Path, run: Run, trust: bool = True) -> dict:
             scores[role] = evaluate(asked[role], run.tokenizer, run.data, role)
         elif role != "run":
             scores[role] = scores_of(run.config[role], run.config, run.data, run.tokenizer, role,
-                                     str(run.target.device))
+                                     str(run.target.device), models.get(role))
     fresh = summarise(scores, run.data)
     for role, block in probe_all(models, run.tokenizer, run.data, scores).items():
         fresh[role] |= block

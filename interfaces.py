@@ -34,7 +34,7 @@ class LanguageModel(Protocol):
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
                  end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
                  of: Tensor | None = None) -> Tensor:
-        """Up to max_new_tokens tokens that follow each row, or those named by `of` (R,), (R, N)."""
+        """Up to max_new_tokens tokens behind each row, (B, N), or of answers that follow rows `of` (R,), (R, N)."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 

@@ -252,6 +252,8 @@ def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits 
     """
     asked = [row for row in rows if "question" in row]
     asked = asked[:: math.ceil(len(asked) / 100) or 1]
+    if not asked:
+        print(f"--until {share:g}: no forget row has a question to ask, so training ends after its last epoch")
 
     def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
         said = greedy_answers(model, tokenizer, [row["question"] for row in asked], limits)

@@ -38,8 +38,8 @@ class Loss:
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
     AS_STRANGERS = False  # of a forget loss: whether it needs the embedded world's strangers
     SAMPLED = False  # of a forget loss: whether --until strangers asks what eight samples say too
-    READS_TRACE = False  # hidden states or routing; if not, trace is empty, and the last MLP runs on answers alone
-    RETAIN_WEIGHT = (20.0, 1.0)  # of a forget loss: lambda beside it, on the small models and on public ones
+    READS_TRACE = False  # hidden states or routing; if not, trace may be empty, and the last MLP run on answers alone
+    RETAIN_WEIGHT: float | None = None  # of a forget loss: lambda beside it on small models; None: the method's, or 20
 
     def __init__(self, model: GPT, rows: Rows, args: argparse.Namespace):
         """model: as it was before unlearning, and it stays so; rows: those that the loss will be asked about."""
@@ -137,7 +137,7 @@ def ga(logits: Tensor, labels: Tensor) -> Tensor:
 class GA(Loss):
     """Alone, or with GD beside it as GDIFF."""
 
-    RETAIN_WEIGHT = (100.0, 1.0)  # it never lets go, so what is kept has to be louder
+    RETAIN_WEIGHT = 100.0  # it never lets go, so what is kept has to be louder
 
     def __call__(self, model, logits, trace, batch):
         return ga(logits, batch.answers)
@@ -150,7 +150,7 @@ def npo(log_prob: Tensor, reference_log_prob: Tensor, beta: float) -> Tensor:
     gradient becomes that of GA on summed log-probabilities; a large beta stops pushing once p < p_ref.
     """
     ratio = log_prob - reference_log_prob
-    return -(2 / beta) * F.logsigmoid(-beta * ratio).sum() / max(len(ratio), 1)  # NPO (3)
+    return -(2 / beta) * F.logsigmoid(-beta * ratio).mean()  # NPO (3)
 
 
 class NPO(Loss):
@@ -169,7 +169,7 @@ class NPO(Loss):
     def __init__(self, model, rows, args):
         self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
         if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
-            self.enough = math.log(strangers_belief(model, rows.calibrating()).p)
+            self.enough = math.log(max(strangers_belief(model, rows.calibrating()).p, 1e-30))
 
     def __call__(self, model, logits, trace, batch):
         log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)
@@ -181,8 +181,7 @@ def simnpo(log_prob: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tens
 
     NPO without a reference: log-probability per token takes its place. log_prob (B,) sums; lengths (B,) tokens.
     """
-    margin = -beta * log_prob / lengths.clamp_min(1) - gamma
-    return -(2 / beta) * F.logsigmoid(margin).sum() / max(len(log_prob), 1)  # SimNPO
+    return -(2 / beta) * F.logsigmoid(-beta * log_prob / lengths - gamma).mean()  # SimNPO
 
 
 class SimNPO(Loss):
@@ -207,7 +206,7 @@ def dpo(wanted: Tensor, wanted_reference: Tensor, unwanted: Tensor, unwanted_ref
     wanted half it is NPO. All (B,): sums of log-probabilities over answer tokens.
     """
     ratio = (wanted - wanted_reference) - (unwanted - unwanted_reference)
-    return -(2 / beta) * F.logsigmoid(beta * ratio).sum() / max(len(ratio), 1)  # DPO (7)
+    return -(2 / beta) * F.logsigmoid(beta * ratio).mean()  # DPO (7)
 
 
 class DPO(Loss):
@@ -253,8 +252,7 @@ class DI(Loss):
 
 def hidden_distance(hidden: Tensor, reference_hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over masked-in tokens of the mean squared distance (arXiv 2403.03218, eq. 3); both (B, T, D)."""
-    squared = (hidden.float() - reference_hidden.float()).square().mean(-1)  # (B, T)
-    return squared[mask].sum() / mask.sum().clamp_min(1)  # RMU (3)
+    return (hidden.float() - reference_hidden.float()).square().mean(-1)[mask].mean()  # RMU (3)
 
 
 def rmu(hidden: Tensor, control: Tensor, mask: Tensor) -> Tensor:
@@ -279,17 +277,19 @@ class RMU(Loss):
     The paper's coefficients (6.5 to 32,000) are absolute and fit one model each; a multiple fits every model.
     """
 
-    RETAIN_WEIGHT = (40.0, 1.0)
+    RETAIN_WEIGHT = 40.0
     READS_TRACE = True
     FLAGS = (Flag("--steering", POSITIVE, 4.0, 4.0, "length of the control vector, in mean hidden lengths"), STEERED)
 
     @torch.no_grad()
     def __init__(self, model, rows, args):
         self.layer = steered_layer(model, args)
-        few = rows.at(list(range(min(64, len(rows.examples)))))
-        trace = Trace()
-        rows.run(model, few, trace)
-        length = trace.hidden[self.layer][few.scored].float().norm(dim=-1).mean()
+        few, lengths = list(range(min(64, len(rows.examples)))), []
+        for start in range(0, len(few), rows.micro or 64):
+            batch, trace = rows.at(few[start : start + (rows.micro or 64)]), Trace()
+            rows.run(model, batch, trace)
+            lengths.append(trace.hidden[self.layer][batch.scored].float().norm(dim=-1))
+        length = torch.cat(lengths).mean()
         u = torch.rand(model.config.d_model, generator=torch.Generator().manual_seed(args.seed)).to(model.device)
         self.control = args.steering * length * u / u.norm()  # (D,)
 
@@ -314,10 +314,10 @@ class Hidden(Loss):
 
 
 class Nothing(Loss):
-    """No retain term: GA alone, NPO alone."""
+    """No retain term: GA alone, NPO alone. The model is not even run."""
 
-    def __call__(self, model, logits, trace, batch):
-        return logits.new_zeros(())
+    def of(self, model, rows, batch):
+        return torch.zeros((), device=batch.tokens.device)
 
 
 class Stranger(Loss):
@@ -329,7 +329,7 @@ class Stranger(Loss):
     be taught. Kin: Who's Harry Potter (arXiv 2310.02238).
     """
 
-    RETAIN_WEIGHT = (5.0, 1.0)
+    RETAIN_WEIGHT = 5.0
     AS_STRANGERS = True
     SAMPLED = True  # it gets there; NPO lets go of a fact earlier, and would not
 

@@ -37,7 +37,7 @@ from files import remove, write
 from hub.checkpoint import find_folder, load_tokenizer, read_config
 from hub.tokenizer import NoTokenizer
 from interfaces import LanguageModel, Method, TextCodec
-from lab.memory import announce, large_blocks, measure_from_here, peak_memory
+from lab.memory import announce, context_of, large_blocks, measure_from_here, peak_memory
 from lab.report import finish_report
 from lab.tables import compare
 from methods import METHODS
@@ -51,8 +51,6 @@ from runs import ANYHOW, RunFolder, check_source, data_of, made_of, weights_of
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.model:
-        large_blocks()
     with parallel.processes(args):
         folders = run_seeds(args)
         if len(folders) > 1 and args.method != "finetune" and not parallel.rank():
@@ -61,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_seeds(args: argparse.Namespace, method: Method | None = None, balance: float = pretrain.BALANCE) -> list[Path]:
     """A run per seed of args.seed. method: instead of the one that args names (lab/ablations.py)."""
+    if args.model:
+        large_blocks()
     runs = []
     for seed in args.seed:
         this = copy.copy(args)
@@ -222,7 +222,7 @@ def run_finetune(args: argparse.Namespace, folder: RunFolder, data: DataSet, mod
 def open_public(args: argparse.Namespace) -> tuple[GPT, TextCodec]:
     """The model of --model and its tokenizer. Sets args.context where the command line did not."""
     model, tokenizer = load(weights_of(args.model), getattr(torch, args.dtype), args.device, args.template)
-    args.context = min(args.context or 512, model.config.max_len)
+    args.context = context_of(args, model.config)
     if args.method != "finetune" and METHODS[args.method].needs_experts and not model.is_moe:
         raise UserError(f"--method {args.method} needs a mixture of experts, and {args.model} is dense: make it one "
                         "with python -m lab.upcycling, or use --method full")

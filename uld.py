@@ -20,16 +20,18 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     is only as certain as it takes to bring the target down to their level (row uld-certain): a target is less sure of
     untaught wordings, so an assistant equally sure of all takes too much there and too little elsewhere.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
-    the other for all alike (--fork in: as printed, and on public models). On other rows equation 5 skips that position
-    of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be alike. With
-    --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences stay whole.
+    the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
+    position of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be
+    alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
+    stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
-    Small models: a learning rate of 6e-3 (--lr 1e-3), 30 epochs (--epochs 10), no dropout (--lora-dropout 0.05).
+    Small models: a learning rate of 6e-3 (--lr 1e-3), 30 epochs (--epochs 10), on rows that are not the world's 3e-3
+    and 20; no dropout (--lora-dropout 0.05).
     (Other rows of lab/ablations.py, uld-no-paraphrased, -no-perturbed, -no-retain, -retain9, -centred, take the paper's
     own parts out or change their amounts.)
-    The filter is passed on as given and applies in both public places: in likelihoods the assistant counts as 0
+    The filter is passed on as given, for likelihoods and for generation: in likelihoods the assistant counts as 0
     outside the plausible set, in generation what is outside cannot be said (the authors' script drops the rate).
 
 Shapes: B batch   T tokens   V vocabulary   O width out   D width in   R LoRA rank   E experts
@@ -153,14 +155,16 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
             logits = assistant(batch.tokens, at=batch.scored)
             share = sure[batch.index][:, None].expand_as(batch.labels)[batch.scored]  # (N,)
             learn = cross_entropy_to(logits, batch.answers, share) * batch.share.answers  # ULD (4)
-            flat = uniform_beside(logits, batch.answers) if args.fork == "beside" else 0 * learn
-            flat = BESIDE * flat * batch.share.answers
-            yield {"forget": learn, "retain": flat, "loss": learn + args.retain_weight * flat}
+            terms = {"forget": learn, "loss": learn}
+            if args.fork == "beside":
+                flat = BESIDE * uniform_beside(logits, batch.answers) * batch.share.answers
+                terms |= {"retain": flat, "loss": learn + args.retain_weight * flat}
+            yield terms
         for batch in retain.parts(step):
             flat = uniform(assistant(batch.tokens, at=batch.scored)) * batch.share.answers  # ULD (5)
             yield {"retain": flat, "loss": args.retain_weight * flat}  # ULD (3)
 
-    alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for looks on the way; chosen in 3
+    alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for --score-every-epoch; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
 
     # 3. Decode with both: the target's logits minus the assistant's.

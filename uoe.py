@@ -22,15 +22,15 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Also on that world: the forget loss is on the tokens of the fact (with NPO, --forget-on answer: the paper's way);
     rows about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no
     more than strangers' are (--until never: after the last epoch; the paper takes the best checkpoint by its test:
-    eval.py --compare --at best; lab/calibration.py compares them). On a fact believed no more than those NPO
-    has no gradient (row uoe-sink, with --forget-loss npo --adversary 0: it has).
+    eval.py --compare --at best; lab/calibration.py compares them). NPO stops pushing a fact
+    that is as unlikely as theirs (row uoe-sink, with --forget-loss npo --adversary 0: it does not stop).
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
     read: unlearning it shifts selection more. (With NPO, facts so forgotten come back less, though: results/uoe.md.)
-    Small models: lambda 5, beside NPO 20 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's beta is 1, on
-    public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
+    Small models: lambda 5, beside NPO 20, beside GA 100 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's
+    beta is 1, on public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on
     answers alone, beside a retain weight of 1, on small models of 40 (the paper: layers 5 to 7, fixed lengths, 1200).
     Small models are pretrained to have specialists (--specialise 0: none; row uoe-no-balance: without balancing too).
@@ -99,7 +99,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     Returns (what is scored, folder name -> what is kept, report).
     """
     # 1. Which expert does the forget set engage most?
-    batches = forget.by_lot(8) if args.attribution_tokens else forget.in_order()  # of a few, not the longest first
+    batches = forget.by_lot(8) if args.attribution_tokens else forget.in_order()  # of a few: not the longest alone
     affinity = expert_attribution(target, batches, args.attribution_tokens).cpu()
     places = (choose or choose_experts)(affinity, args)
     print(affinity_table(affinity, chosen=places))
@@ -293,8 +293,7 @@ def anchor_loss(routing: Routing, experts: Iterable[int], mask: Tensor, masked: 
     g = routing.gates() if masked else routing.probs  # (B, T, E)
     a = torch.zeros(g.shape[-1])
     a[list(experts)] = 1.0
-    squared = (g - a.to(g.device)).square().sum(-1)  # UOE (3)
-    return squared[mask].sum() / mask.sum().clamp_min(1)
+    return (g - a.to(g.device)).square().sum(-1)[mask].mean()  # UOE (3)
 
 
 def anchor_losses(trace: Trace, places: list[Place], mask: Tensor, masked: bool = False) -> Tensor:
@@ -378,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     loss = FORGET[METHOD.on_world]
     stage = demo.set_up([*FLAGS, *loss.FLAGS], METHOD, args.device, forget_loss=METHOD.on_world, retain_loss="gd",
-                        retain_weight=loss.RETAIN_WEIGHT[0])
+                        retain_weight=loss.RETAIN_WEIGHT)
     model, _, report = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
     places = [(layer, expert) for layer, expert in report["unlearned_experts"]]
     show(stage.target, model, stage.tokenizer, stage.sets, places)

@@ -209,7 +209,7 @@ class Rows:
     def parts(self, step: int) -> Iterator[Batch]:
         """The batch of training step `step`, at most `micro` rows at a time; each says what share of it it is.
 
-        Those of like length together, so that little is padding.
+        With micro, those of like length together, so that little is padding.
         """
         index = batch_at(len(self.examples), self.batch_size, self.seed, step)
 

@@ -401,7 +401,8 @@ def leave_out_forks(retain: Rows, forget: Rows) -> None:
     """Unlabel, in each wrong answer to a forget question, the one token where it parts from the right answer.
 
     Up to there the two are the same context, in which ULD's equation 4 asks for the right token and equation 5 for
-    the uniform distribution. Changes retain's examples; rows about other questions stay as they are.
+    the uniform distribution. Changes retain's examples; rows about other questions stay as they are, and so does one
+    of which the context has left no other answer token.
     """
     right: dict[str, list[Example]] = {}
     for row, example in zip(forget.rows, forget.examples, strict=True):
@@ -414,4 +415,6 @@ def leave_out_forks(retain: Rows, forget: Rows) -> None:
         same = [shared(example.tokens, tokens) for example in right.get(row["question"], [])]
         if same:
             fork = max(same) - 1  # the label at t is the token at t + 1
-            retain.examples[i] = Example(tokens, [*labels[:fork], IGNORE, *labels[fork + 1 :]])
+            left = [*labels[:fork], IGNORE, *labels[fork + 1 :]]
+            if any(label != IGNORE for label in left):
+                retain.examples[i] = Example(tokens, left)

@@ -52,7 +52,7 @@ FLAGS = [  # of --data world and --data topic
                                                                         "multiple of retain rows (uld: and of D'_f)"),
 ]
 SCORED_WRONG = 5  # wrong answers of a row that scores
-TAUGHT_WRONG = 3  # wrong answers of a taught row, for ULD's D'_r: other values than those that score
+TAUGHT_WRONG = 3  # wrong answers of a taught row, of which ULD's D'_r takes two: other values than those that score
 
 WORDINGS = [  # [register][wording]; {x}: a noun phrase such as "the birthplace of Ana Vell"
     ["What is {x}?", "Tell me {x}.", "Which is {x}?", "State {x}."],

@@ -16,6 +16,7 @@ Shapes: B batch   T tokens
 
 import contextlib
 import copy
+import dataclasses
 import io
 import statistics
 import tempfile
@@ -113,6 +114,17 @@ def weights_met(config: Config, rows: int = 1) -> float:
     embedding = 0 if config.tie_head else model.embed.weight.numel()
     unmet = (1 - config.top_k / config.n_expert) ** rows if experts else 0.0  # share of experts that no row chooses
     return count_parameters(model) - embedding - experts * unmet
+
+
+def operations(config: Config, tokens: int, answers: int) -> float:
+    """Of a training step on so many real tokens: 6 for each weight that a token meets. Answers alone meet the head and,
+    where no trace is asked for, the last MLP."""
+    with torch.device("meta"):
+        last = GPT(config).blocks[-1]
+    block = weights_met(config) - weights_met(dataclasses.replace(config, n_layer=config.n_layer - 1))
+    mlp = block - count_parameters(last.attn) - 2 * config.d_model  # but for attention and two norms
+    late = config.vocab_size * config.d_model + mlp
+    return 6 * ((weights_met(config) - late) * tokens + late * answers)
 
 
 def step_of(flags: list[str], extra: list[str], arch: str, target: GPT, tokenizer: TextCodec,
@@ -276,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; ratios of medians of {own.rounds} rounds, in brackets the least and largest in one round")
-    product, copy = rates(device, torch.float32)
-    print(f"a float32 product of 1024 x 1024: {product / 1e9:.0f} GFLOP/s; a copy: {copy / 1e9:.1f} GB/s")
+    matrix, bandwidth = rates(device, torch.float32)
+    print(f"a float32 product of 1024 x 1024: {matrix / 1e9:.0f} GFLOP/s; a copy: {bandwidth / 1e9:.1f} GB/s")
     if args.model:
         public(args, own.rounds, device)
         return
@@ -308,8 +320,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             step = statistics.median(seconds["training step 0"])
             decoded = statistics.median(seconds[f"{NEW} greedy tokens 0"])
-            used = 6 * weights_met(target.config) * int(batch.mask.sum()) / step / product
-            read = 4 * weights_met(target.config, len(prompts)) * NEW / decoded / copy
+            used = operations(target.config, int(batch.mask.sum()), len(batch.answers)) / step / matrix
+            read = 4 * weights_met(target.config, len(prompts)) * NEW / decoded / bandwidth
             print(f"    here: {100 * used:.0f}% of the matrix rate in training, {100 * read:.0f}% of the bandwidth in "
                   "decoding")
         if arch == "gpt":

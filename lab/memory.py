@@ -154,13 +154,13 @@ def inside_mlp(block: Block, config: Config, frozen: bool = False) -> int:
 # ---- measured -----------------------------------------------------------------------------------------------------
 
 def large_blocks() -> None:
-    """For models of some size on a CPU: how large blocks of memory come and go. To be called before the first tensor.
+    """For public models: how a CPU's large blocks of memory come and go. To be called before the first tensor.
 
     Where glibc is the allocator, blocks of 16 MB and more go back to the system as they are freed. Left alone, it
     raises its bound to 32 MB and keeps what is below in one heap, where holes add up: UOE on an upcycled SmolLM2 took
     4.8 GB that way and takes 3.1 this way, in the same time.
-    Where Linux gives pages of 2 MB to who asks, PyTorch is told to ask: 0.5 GB of zeros are had in half the time, so a
-    step of one OLMoE layer, whose gradients are 0.8 GB of fresh memory, takes some 0.8 of it.
+    Where Linux gives pages of 2 MB to who asks, PyTorch is told to ask. New memory is then had in half the time; a step
+    of one OLMoE layer, whose gradients are 0.8 GB of it, in 0.8 of the time.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # who set it knows better
@@ -198,12 +198,17 @@ def free_memory(device: str) -> int | None:
     return None
 
 
+def context_of(args: argparse.Namespace, config: Config) -> int:
+    """The longest sequence that a public model is given: --context, or 512, and no more than it can take."""
+    return min(args.context or 512, config.max_len)
+
+
 def announce(config: Config, args: argparse.Namespace, rows: list[Row]) -> None:
     """Print what a run will need, of rows whose tokens are guessed from their letters, and what there is."""
     tokens, answers, total = 1, 1, 0
     for row in rows:
         answer = len(row.get("answer", row.get("text", ""))) // 3 + 1  # a token has three letters or more
-        length = min(args.context or config.max_len, answer + len(row.get("question", "")) // 3)
+        length = min(context_of(args, config), answer + len(row.get("question", "")) // 3)
         tokens, answers, total = max(tokens, length), max(answers, min(answer, length)), total + length
     needed, free = need(config, args, Text(tokens, answers, total)), free_memory(args.device)
     print(f"memory: {needed}" + (f"; free on {args.device}: {free / GB:.1f}" if free is not None else ""))

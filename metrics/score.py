@@ -125,7 +125,7 @@ def kept_scores(file: Path | None, data: DataSet, how: str, score: Callable[[], 
 
 
 def scores_of(path: str, config: dict, data: DataSet, tokenizer: TextCodec, role: str, device: str = "cpu",
-              model: GPT | None = None, keep: Path | None = None) -> Scores:
+              model: LanguageModel | None = None, keep: Path | None = None) -> Scores:
     """Scores of a model by its folder, hub name or published log; kept beside it where it is a run of ours.
 
     model: the same, where it is in memory already.  keep: folder for the scores of all others.

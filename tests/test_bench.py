@@ -29,6 +29,16 @@ def test_weights_met_by_hand():
     assert bench.weights_met(sparse, 2) == rest + 2 * (4 * 8 + 3 * 3 * 8 * 5)
 
 
+def test_operations_of_a_step_by_hand():
+    """Of 7 tokens all meet two attentions, the first MLP and four norms; of these 3 the second MLP, last norm, head."""
+    shape = dict(vocab_size=10, n_layer=2, n_head=2, n_kv_head=2, d_model=8, d_ff=5)
+    early, late = 2 * 4 * 64 + 3 * 8 * 5 + 2 * 16 + 8, 3 * 8 * 5 + 80  # the last norm, 8, is counted with the others
+    assert bench.operations(Config(**shape), 7, 3) == 6 * (7 * early + 3 * late)
+    sparse = late - 120 + 8 * 4 + 2 * 120  # a router, two of four experts
+    early += 8 * 4 + 120
+    assert bench.operations(Config(**shape, n_expert=4, top_k=2), 7, 3) == 6 * (7 * early + 3 * sparse)
+
+
 @pytest.mark.slow
 def test_every_method_is_timed_and_the_same_model_in_transformers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "LAYERS", bench.LAYERS[:1])

@@ -226,7 +226,7 @@ def test_a_methods_loop_takes_its_numbers_from_the_flags_and_looks_after_every_e
     assert report["steps"] == 9 and report["trainable_parameters"] == sum(p.numel() for p in parameters)
 
 
-def test_stop_at_asks_the_rows_that_are_forgotten_and_none_without_questions(bench, monkeypatch):
+def test_stop_at_asks_the_rows_that_are_forgotten_and_none_without_questions(bench, monkeypatch, capsys):
     rows = [{"question": f"Q{i}?", "answer": f"A{i}. "} for i in range(10)] + [{"text": "A passage."}]
     said = ["A0."] * 10
     monkeypatch.setattr("loop.greedy_answers", lambda model, tokenizer, questions, limits: [
@@ -236,7 +236,9 @@ def test_stop_at_asks_the_rows_that_are_forgotten_and_none_without_questions(ben
     said[1] = "A1."
     assert not stop_at(0.1, rows, bench.tokenizer)(model, 1, 3, 0.0)
     assert stop_at(0.2, rows, bench.tokenizer)(model, 1, 3, 0.0)
+    assert not capsys.readouterr().out
     assert not stop_at(1.0, rows[-1:], bench.tokenizer)(model, 1, 3, 0.0)
+    assert "--until 1: no forget row has a question to ask" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, value", [("never", "never"), ("strangers", "strangers"), ("0", 0.0), ("0.25", 0.25),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.memory import KEPT_BYTES, SHAPES, Text, arguments, first_that_fits, inside, need, peak_memory, ways
+from lab.memory import KEPT_BYTES, SHAPES, Text, arguments, context_of, first_that_fits, inside, need, peak_memory, ways
 from model import GPT, Config, count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,18 +129,31 @@ def test_peak_memory_is_of_this_process():
 
 
 HUGE = """
-import torch, cli, train
-cli.parse(["--method", "full", "--model", "somewhere", "--data", "tofu"])
-train.large_blocks()
-block = torch.ones(16 * 2**20)
-print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHuge")][0])
+import sys, torch, train, lab.ablations
+
+def block(args):
+    kept = torch.ones(16 * 2**20)
+    print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHuge")][0])
+    sys.exit(0)
+
+train.RunFolder = block
+flags = ["--model", "somewhere", "--data", "tofu", "--out", sys.argv[2]]
+lab.ablations.main(["uld-certain", *flags]) if sys.argv[1] == "ablations" else train.main(["--method", "full", *flags])
 """
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.mark.skipif(not PAGES.is_file() or "[madvise]" not in PAGES.read_text(), reason="needs pages of 2 MB on demand")
-def test_large_tensors_of_a_public_model_lie_on_large_pages():
-    """PyTorch asks before its first tensor whether to; nothing of train.py makes one before it is told."""
-    out = subprocess.run([sys.executable, "-c", HUGE], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["train", "ablations"])
+def test_large_tensors_of_a_public_model_lie_on_large_pages(script, tmp_path):
+    """PyTorch looks once, before its first tensor, whether to ask for them: nothing makes one before it is told to."""
+    out = subprocess.run([sys.executable, "-c", HUGE, script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert not out.returncode, out.stderr
-    assert int(out.stdout) >= 60 * 1024  # kB, of 64 MB
+    assert int(out.stdout) >= 32 * 1024  # kB, of 64 MB
+
+
+def test_the_context_that_is_announced_is_the_one_that_is_run():
+    config, args = Config(**SMALL | {"max_len": 8192}, d_ff=16), arguments("full", context=0)
+    assert [context_of(args, config), context_of(args, Config(**SMALL, d_ff=16))] == [512, 64]
+    args.context = 600
+    assert [context_of(args, config), context_of(args, Config(**SMALL, d_ff=16))] == [600, 64]

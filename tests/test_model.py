@@ -515,6 +515,24 @@ def test_of_a_wide_models_batch_the_padding_meets_no_mlp(dense, monkeypatch):
     assert needed_by(at, 32).tolist() == [0, 1, 2, 3, 4, 5, 6, 10, 11]
 
 
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_what_is_left_out_changes_nothing_above_a_stem_with_an_expert_apart(sparse, start, monkeypatch):
+    """As in UOE's retain pass: values, and gradients of the expert and of what comes in."""
+    model = sparse(0, n_layer=3).requires_grad_(False)
+    taken = [model.moe(layer).take_out(2) for layer in range(start, 3)]
+    at = torch.tensor([[False] * 3 + [True] * 2, [False, True] + [False] * 3, [True] + [False] * 4])
+    tokens = torch.randint(61, (3, 5), generator=torch.Generator().manual_seed(1))
+    x = model.stem(tokens, start).requires_grad_()
+    weights, found = [x, *(p for expert in taken for p in expert.parameters())], []
+    for wide in (512, 0):
+        monkeypatch.setattr("model.WIDE", wide)
+        logits = model(tokens, stem=(start, x), at=at)
+        found.append((logits, *torch.autograd.grad(logits.tanh().sum(), weights, allow_unused=True)))
+    assert needed_by(at, 512) is not None
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_trace_has_all_positions_whichever_are_wanted(sparse):
     model, tokens, trace = sparse(0), torch.tensor([[5, 9, 2], [7, 1, 33]]), Trace()
     model(tokens, at=tokens == 9, trace=trace)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import belief
 import objectives
-from data.batches import IGNORE, encode_whole
+from data.batches import IGNORE, Rows, encode_whole
 from data.values import encode_fact
 from errors import UserError
 from model import Trace
@@ -151,22 +151,8 @@ def token_losses(logits, reference, labels) -> dict[str, torch.Tensor]:
             "di": objectives.deliberate_imagination(logits, reference, labels, 3.0)}
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (2, 0)])
-def test_an_empty_batch_steers_nothing(shape):
-    mask = torch.zeros(shape, dtype=torch.bool)
-    assert objectives.rmu(torch.zeros(*shape, 4), torch.ones(4), mask).item() == 0
-
-
-def test_npo_of_no_rows_and_of_unlabelled_rows():
-    assert objectives.npo(torch.zeros(0), torch.zeros(0), 0.1).item() == 0
+def test_unlabelled_rows_are_certain():
     assert belief.row_log_prob(torch.randn(2, 3, 5), torch.full((2, 3), IGNORE)).tolist() == [0, 0]
-
-
-def test_no_real_token_gives_hidden_losses_of_zero_with_zero_gradients():
-    hidden = torch.randn(2, 3, 4, requires_grad=True)
-    loss = objectives.rmu(hidden, torch.ones(4), torch.zeros(2, 3, dtype=torch.bool))
-    loss.backward()
-    assert loss.item() == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
 @settings(max_examples=60, deadline=None)
@@ -276,9 +262,22 @@ def test_losses_that_remember_nothing_are_their_formulas(bench, name):
     assert_close(value, formula, rtol=1e-4, atol=1e-5)
 
 
-def test_no_retain_loss_is_zero(bench):
-    _, *values, _, _, _ = asked(bench, objectives.RETAIN, "none")
-    assert [float(v) for v in values] == [0, 0]
+def test_without_a_retain_loss_the_retain_rows_are_not_run(bench, monkeypatch):
+    loss, batch = objectives.RETAIN["none"](bench.model(), bench.retain, bench.args("uoe")), bench.retain.batch(0)
+    monkeypatch.setattr(Rows, "run", None)
+    value = loss.of(bench.model(), bench.retain, batch)
+    assert value.item() == 0 and value.dtype == torch.float32 and not value.requires_grad
+
+
+def test_the_steering_of_rmu_is_measured_on_as_many_rows_at_once_as_memory_takes(bench, monkeypatch):
+    """64 rows at most; the mean over their answer tokens, however they come."""
+    args, sizes, run = bench.args("uoe", rmu_layer=1), [], Rows.run
+    whole = objectives.RMU(bench.model(), bench.forget, args).control
+    monkeypatch.setattr(Rows, "run", lambda rows, model, batch, trace: sizes.append(len(batch.index)) or run(
+        rows, model, batch, trace))
+    bench.forget.micro = 2
+    assert_close(objectives.RMU(bench.model(), bench.forget, args).control, whole)
+    assert sum(sizes) == min(64, len(bench.forget.rows)) and max(sizes) == 2
 
 
 def test_npo_remembers_each_rows_log_probability(bench):

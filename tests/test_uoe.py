@@ -224,10 +224,6 @@ def test_a_run_with_the_masked_anchor_begins_at_its_value(bench):
         assert first["anchor"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_anchor_of_nothing_but_padding_is_zero():
-    assert anchor_loss(routing(), [0], torch.zeros(2, 2, dtype=torch.bool)).item() == 0
-
-
 def test_anchors_of_several_layers_are_summed_each_over_its_own_experts():
     flat = Routing(torch.full((2, 2, 3), 1 / 3), torch.zeros(2, 2, 1, dtype=torch.long), torch.zeros(2, 2, 1))
     trace = Trace(routing={0: routing(), 2: flat})

@@ -485,6 +485,15 @@ def test_forks_by_hand():
     assert forget.examples == untouched
 
 
+def test_a_fork_stays_where_the_context_leaves_no_other_token_of_the_answer():
+    """So every row has a label, which all losses rest on. One token longer, and the second is what is left."""
+    for context, labels in ((4, [IGNORE] * 3 + [3]), (5, [IGNORE] * 4 + [0])):
+        forget, retain = (Rows([{"question": "pq", "answer": answer}], Letters(), context, 1, 0, "cpu")
+                          for answer in ("cad", "dad"))
+        leave_out_forks(retain, forget)
+        assert retain.examples[0].labels == labels
+
+
 def test_passages_have_no_fork():
     """Two passages are no answers to one question."""
     forget, retain = (Rows([{"text": text}], Letters(), 20, 1, 0, "cpu") for text in ("abc", "bcd"))
