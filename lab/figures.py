@@ -7,6 +7,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from metrics.tofu import RowScores
@@ -110,7 +111,7 @@ def draw_kinds(kinds: dict[str, list[dict]], folder: Path) -> list[Path]:
             continue  # it was not measured, or the target knows nothing
         x = [said for said, _, _ in points]
         y = [utility / target for _, utility, target in points]
-        middle = (sum(x) / len(x), sum(y) / len(y))
+        middle = (statistics.mean(x), statistics.mean(y))  # never beyond the least or largest, as a rounded sum may be
         axis.errorbar(*middle, xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
                       yerr=[[middle[1] - min(y)], [max(y) - middle[1]]], fmt="os^DvP<X>*"[i // 2 % 10], color="0.2",
                       markerfacecolor="0.2" if i % 2 else "white", ecolor="0.7", capsize=2, markersize=7, label=label)

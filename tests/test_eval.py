@@ -11,7 +11,7 @@ from data.batches import encode_rows, greedy_answers, in_order
 from data.rows import DataSet, Limits
 from errors import UserError
 from lab import tables
-from lab.figures import STYLES, draw
+from lab.figures import STYLES, draw, draw_kinds
 from metrics import score
 from metrics.routing import expert_shares, overlap, routing_overlap
 from metrics.tofu import RowScores
@@ -506,3 +506,12 @@ def test_every_figure_is_drawn_for_as_many_models_as_there_may_be(tmp_path):
     draw(tmp_path, {f"reference-{i}": of for i in range(len(STYLES) + 2)}, shares)
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"training.png", "truth_ratio.png", "expert_share.png",
                                                                   "expert_affinity.png"}
+
+
+def test_runs_that_agree_to_the_digit_are_drawn(tmp_path):
+    """Three times 0.0583... add up to less than that: a bar from the mean to the worst run had a negative length."""
+    pytest.importorskip("matplotlib")
+    said, role = 0.058333333333333334, {"model_utility": 0.7}
+    sets = {"forget": {"value_said": said, "leak_T0": said}}
+    run = {name: role | sets for name in ("target", "reference", "unlearned")}
+    assert [path.name for path in draw_kinds({"uoe": [run] * 3}, tmp_path)] == ["leak.png", "kept.png"]
