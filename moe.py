@@ -102,12 +102,12 @@ class MoE(nn.Module):
     def way(self, tokens: int, dtype: torch.dtype) -> Callable[..., Tensor]:
         """Which of the three functions below computes so many tokens: the same values up to rounding.
 
-        One grouped product per projection where it can be: it wants rows of whole 16 bytes. Forward and backward on one
-        thread of an Intel Xeon with AMX, torch 2.13 (lab.bench.moe_layers), times what the grouped products take:
+        One grouped product per projection where it can be: it wants rows of whole 16 bytes. Forward and backward on two
+        threads of an Intel Xeon with AMX, torch 2.13 (lab.bench.moe_layers), times what the grouped products take:
                                                                        loop   transformers 5.24
-            D 128,  F 64,   16 experts, top 4, float32,   800 tokens   1.19   1.30
-            D 2048, F 1024,  8 experts, top 2, float32,   512 tokens   1.22   1.02
-            D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens   2.04   1.11
+            D 128,  F 64,   16 experts, top 4, float32,   800 tokens   1.36   1.56
+            D 2048, F 1024,  8 experts, top 2, float32,   512 tokens   1.41   1.09
+            D 2048, F 1024, 64 experts, top 8, bfloat16,  512 tokens   2.20   1.01
         Where experts were taken out to train alone, a CPU takes the loop: each runs on just the tokens that chose it.
         On a GPU the loop stalls until Python knows how many those are, and so does a grouped product that is not one
         kernel. Of few tokens it is quicker to run every expert on every token: in results/gpu.md for 64 of OLMoE's
