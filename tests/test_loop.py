@@ -33,7 +33,7 @@ def test_bf16_weights_learn_by_updates_below_their_rounding(tmp_path):
     exact = torch.nn.Parameter(torch.ones(3))
     for weight, name in ((p, "low"), (exact, "full")):
         (tmp_path / name).mkdir()
-        minimise([weight], lambda step, w=weight: {"loss": w.float().sum()}, 1000, 2e-5, tmp_path / name, "x", 0,
+        minimise([weight], lambda step, w=weight: [{"loss": w.float().sum()}], 1000, 2e-5, tmp_path / name, "x", 0,
                  weight_decay=0.0)
     assert p.dtype == torch.bfloat16 and (exact < 0.99).all()
     assert torch.equal(p.detach(), exact.detach().bfloat16())
