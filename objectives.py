@@ -7,7 +7,8 @@ A new loss is a class of a few lines and an entry in FORGET or RETAIN at the end
 
 Shapes: B batch   T tokens   V vocabulary   D model width
     N answer positions of a batch, at least one: only these meet the head, so logits are (N, V), of any float dtype, and
-    labels (N,) long: batch.answers    mask (B, T) bool, True on real tokens    every loss is a float32 scalar
+    labels (N,) long are batch.answers; batch.labels (B, T) have them in their places, IGNORE (-100) elsewhere
+    mask (B, T) bool, True on real tokens    every loss is a float32 scalar
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class NPO(Loss):
     def __init__(self, model, rows, args):
         self.before, self.beta, self.enough = rows.each(model, row_log_prob), args.npo_beta, -math.inf
         if getattr(args, "until", "never") == "strangers" and args.forget_on == "value":
-            self.enough = math.log(max(strangers_belief(model, rows.calibrating()).p, 1e-30))
+            self.enough = math.log(max(strangers_belief(model, rows.calibrating()).p, 1e-30))  # p may underflow to 0
 
     def __call__(self, model, logits, trace, batch):
         log_prob = row_log_prob(logits, batch.labels).clamp_min(self.enough)

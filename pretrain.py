@@ -61,7 +61,8 @@ Strangers = Callable[[int, np.random.Generator], list[Row]]
 BATCH, BALANCE = 32, 0.01  # rows per step of pretraining, weight of the load-balancing loss
 NEW = 8  # of a step's rows on the world, so many are about strangers
 BASE_STEPS, BASE_ROWS, BASE_LR = 500, 16, 3e-3  # of the base, which sees strangers alone
-# What a cached model rests on beside this file; paths from the root.
+# What a cached model rests on beside this file; paths from the root. objectives.py is not among them and nothing of it
+# is called here, so that a loss of one's own does not train them all again.
 SOURCES = ("model.py", "moe.py", "loop.py", "data/tokenizer.py", "data/batches.py", "data/world.py")
 
 

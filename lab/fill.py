@@ -50,7 +50,7 @@ COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
              ("real authors, ROUGE-L", "real_authors", "rougeL_recall", "min"),
              ("utility", None, "model_utility", "min")],
 }
-COLUMNS["ablation"] = COLUMNS["forgetting"][:-1]  # without seconds, which other work beside it has part in
+COLUMNS["ablation"] = COLUMNS["forgetting"][:-1]  # no seconds: of rows that ran beside other work they do not compare
 
 
 def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -> str:

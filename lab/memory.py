@@ -159,8 +159,9 @@ def large_blocks() -> None:
     Where glibc is the allocator, blocks of 16 MB and more go back to the system as they are freed. Left alone, it
     raises its bound to 32 MB and keeps what is below in one heap, where holes add up: UOE on an upcycled SmolLM2 took
     4.8 GB that way and takes 3.1 this way, in the same time.
-    Where Linux gives pages of 2 MB to who asks, PyTorch is told to ask. New memory is then had in half the time; a step
-    of one OLMoE layer, whose gradients are 0.8 GB of it, in 0.8 of the time.
+    Where Linux gives pages of 2 MB on demand, PyTorch is told to ask for them: memory that is new at every step, as the
+    gradients of many experts are, is then cleared with fewer interruptions. (THP_MEM_ALLOC_ENABLE=0 before the command:
+    pages of 4 kB.)
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # who set it knows better
