@@ -4,9 +4,9 @@
 
 The prose is by hand. A page holds, on lines of their own, `<!-- table COLUMNS: KIND=label; KIND:ROLE=label -->` and
 `<!-- end -->`; what lies between is written anew: mean and, in brackets, the worst over the runs of each KIND
-(out/KIND, out/KIND-seed1, ...). `<!-- attacks: ... -->` is of attacks.json (`python eval.py RUN --attack ...`). A kind
-without runs is named on standard error; its row stays as it was, so that a table can grow without every run being at
-hand.
+(out/KIND, out/KIND-seed1, ...; KIND+KIND: of both). `<!-- attacks: ... -->`, or `<!-- attacks HOW: ... -->` of one
+attack, is of attacks.json (`python eval.py RUN --attack HOW ...`). A kind without runs is named on standard error; its
+row stays as it was, so that a table can grow without every run being at hand.
 `<!-- equations -->` and `<!-- book -->` are README's tables of statements and of files, made from the code.
 """
 
@@ -19,26 +19,28 @@ from functools import partial
 from pathlib import Path
 
 from errors import UserError, one_line_errors
-from lab.tables import by_kind, read_metrics, spread
+from lab.tables import by_kind, read_metrics
 
 HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
-# heading, set ("run": of the run; None: of the model), key, and which of several runs is the worst
+# heading, set ("run": of the run; None: of the model), key, and which of several runs is the worst. "key - role": less
+# what the run's own models of that role have on the mean (reference: its four references).
 COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
     "forgetting": [("value said", "forget", "value_said", "max"), ("worst leak@8", "forget", "leak", "max"),
+                   ("leak over references", "forget", "leak - reference", "max"),
                    ("choice", "forget", "choice", "max"), ("cloze at equal retention", None, "kept_cloze", "max"),
                    ("in frame", "forget", "in_frame", "min"),
-                   ("retain", "retain", "value_said", "min"), ("untouched", "untouched", "value_said", "min"),
-                   ("utility", None, "model_utility", "min"), ("D", None, "forget_quality_D", "max"),
+                   ("retain, change", "retain", "value_said - target", "min"),
+                   ("untouched, change", "untouched", "value_said - target", "min"),
+                   ("utility, change", None, "model_utility - target", "min"), ("D", None, "forget_quality_D", "max"),
                    ("runs inside the null", None, "forget_quality_null", "count"),
-                   ("overlap", None, "routing_overlap", "min"), ("steps", "run", "steps", "max"),
-                   ("seconds", "run", "seconds", "max")],
+                   ("overlap", None, "routing_overlap", "min"), ("steps", "run", "steps", "max")],
+    "time": [("steps", "run", "steps", "max"), ("seconds", "run", "seconds", "max")],
     "short": [("value said", "forget", "value_said", "max"), ("leak", "forget", "leak", "max"),
               ("in frame", "forget", "in_frame", "min"), ("retain", "retain", "value_said", "min"),
               ("untouched", "untouched", "value_said", "min"), ("utility", None, "model_utility", "min"),
-              ("D", None, "forget_quality_D", "max"), ("overlap", None, "routing_overlap", "min"),
-              ("seconds", "run", "seconds", "max")],
+              ("D", None, "forget_quality_D", "max"), ("overlap", None, "routing_overlap", "min")],
     "privacy": [("cloze", "forget", "cloze", "max"), ("depth probe", None, "depth", "max"),
                 ("exact answers", "forget", "exact", "max"), ("extraction strength", "forget", "cloze_strength", "max"),
                 ("membership AUC, loss", None, "auc_loss", "max"), ("min-k++", None, "auc_min_k_plus_plus", "max"),
@@ -50,15 +52,29 @@ COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
              ("real authors, ROUGE-L", "real_authors", "rougeL_recall", "min"),
              ("utility", None, "model_utility", "min")],
 }
-COLUMNS["ablation"] = COLUMNS["forgetting"][:-1]  # no seconds: of rows that ran beside other work they do not compare
+COLUMNS["ablation"] = [column for column in COLUMNS["forgetting"] if column[0] not in (
+    "leak over references", "cloze at equal retention", "runs inside the null")]
+
+
+def number_of(run: dict, role: str, where: str | None, key: str) -> float | None:
+    """Of one run, a COLUMNS entry's number; None where the run or the role lacks it."""
+    name, _, other = key.partition(" - ")
+    if where == "run":
+        return run["run"].get(name) if role == "unlearned" else None
+
+    def of(model: str) -> float | None:
+        block = run.get(model, {})
+        return (block.get(where) or {} if where else block).get(name)
+
+    own, beside = of(role), [of(model) for model in run if other and model.startswith(other)]
+    if not other or own is None:
+        return own
+    return own - statistics.mean(beside) if role == "unlearned" and beside and None not in beside else None
 
 
 def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -> str:
     """`0.11 (0.18)`: mean over runs and, in brackets, the worst of them; `-` where a run lacks it."""
-    if where == "run":
-        values = [run["run"].get(key) for run in runs] if role == "unlearned" else [None]
-    else:
-        values = [(run.get(role, {}).get(where) or {} if where else run.get(role, {})).get(key) for run in runs]
+    values = [number_of(run, role, where, key) for run in runs]
     if worst == "count":  # a share of reference pairs that are as far apart: 0 means outside
         measured = [value for value in values if value is not None]
         return f"{sum(value > 0 for value in measured)} of {len(measured)}" if measured else "-"
@@ -66,17 +82,17 @@ def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -
     withheld = sum(bool(run.get(role, {}).get("destroyed")) for run in runs) if key.startswith("forget_quality") else 0
     if len(known) + withheld < len(values) or not values:
         return "-"  # a run lacks it
-    broken = f"{withheld} destroyed" if withheld else ""
-    if not known:
-        return broken
-    mean = short(statistics.mean(known))
-    if len(known) > 1:
-        mean += f" ({short(max(known) if worst == 'max' else min(known))})"
-    return f"{mean}, {broken}" if broken else mean
+    return ", ".join(([told(known, worst)] if known else []) + ([f"{withheld} destroyed"] if withheld else []))
+
+
+def told(values: list[float], worst: str) -> str:
+    """`0.11 (0.18)`; the number alone where there is one run."""
+    return short(statistics.mean(values)) + (f" ({short(max(values) if worst == 'max' else min(values))})"
+                                             if len(values) > 1 else "")
 
 
 def short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def entries(spec: str) -> list[tuple[str, str, str]]:
@@ -93,30 +109,48 @@ def entries(spec: str) -> list[tuple[str, str, str]]:
     return out
 
 
+def folders(kind: str, kinds: dict[str, list[Path]]) -> list[Path]:
+    """The runs of a kind, or of several (uoe+uoe-more); none where one of those has none."""
+    found = [kinds.get(part, []) for part in kind.split("+")]
+    return [folder for of in found for folder in of] if all(found) else []
+
+
 def unlearned_table(columns: str, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
     if columns not in COLUMNS:
         raise UserError(f"table {columns}: these columns are unknown: {', '.join(COLUMNS)}")
     lines: list[Line] = []
     for kind, role, label in entries(spec):
-        runs = [read_metrics(folder) for folder in kinds.get(kind, [])]
+        runs = [read_metrics(folder) for folder in folders(kind, kinds)]
         cells = [cell(runs, role, where, key, worst) for _, where, key, worst in COLUMNS[columns]] if runs else None
         lines.append((kind, label, f"({len(runs)})", cells))
     return ["mean (worst) of runs", *(name for name, *_ in COLUMNS[columns])], lines
 
 
-def attacks_table(spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
-    """Share of forget values said after each attack of attacks.json, and how large a difference by experts is noise."""
+def attacks_table(only: str | None, spec: str, kinds: dict[str, list[Path]]) -> tuple[list[str], list[Line]]:
+    """Share of forget values said after each attack of attacks.json, or one: mean and, in brackets, the worst.
+
+    Beside relearn what it brings back more than to the reference; beside experts how large a difference is noise.
+    """
     found = []
     for kind, role, label in entries(spec):
-        files = [folder / "attacks.json" for folder in kinds.get(kind, []) if (folder / "attacks.json").is_file()]
+        files = [folder / "attacks.json" for folder in folders(kind, kinds) if (folder / "attacks.json").is_file()]
         found.append((kind, role, label, [json.loads(file.read_text())["outcomes"] for file in files]))
-    names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run))
+    names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run
+                               if only in (None, name) or name == "none"))
+    heads = names + [head for name, head in (("relearn", "relearn over reference"), ("experts", "noise of two halves"))
+                     if name in names]
     lines = []
     for kind, role, label, runs in found:
-        asked = [(name, "value_said") for name in names] + [("experts", "unforced"), ("experts", "noise")]
-        cells = [spread([run.get(name, {}).get(role, {}).get(key) for run in runs]) for name, key in asked]
-        lines.append((kind, label, f"({len(runs)})", cells if runs else None))
-    return ["value said (runs)", *names, "experts unforced", "noise of two halves"], lines
+        columns = {name: [run.get(name, {}).get(role, {}).get("value_said") for run in runs] for name in names}
+        if role != "reference" and "relearn" in columns:
+            theirs = [run.get("relearn", {}).get("reference", {}).get("value_said") for run in runs]
+            columns["relearn over reference"] = [None if None in pair else pair[0] - pair[1]
+                                                 for pair in zip(columns["relearn"], theirs, strict=True)]
+        if "experts" in columns:
+            columns["noise of two halves"] = [run.get("experts", {}).get(role, {}).get("noise") for run in runs]
+        cells = {head: "-" if None in values else told(values, "max") for head, values in columns.items() if values}
+        lines.append((kind, label, f"({len(runs)})", [cells.get(head, "-") for head in heads] if runs else None))
+    return ["value said: mean (worst) of runs", *heads], lines
 
 
 def markdown(heads: list[str], lines: list[Line], old: str) -> str:
@@ -195,7 +229,7 @@ def book_table() -> list[str]:
 
 def fill(text: str, kinds: dict[str, list[Path]]) -> str:
     def one(match: re.Match) -> str:
-        heads, lines = (attacks_table(match["spec"], kinds) if match["what"] == "attacks" else
+        heads, lines = (attacks_table(match["argument"], match["spec"], kinds) if match["what"] == "attacks" else
                         unlearned_table(match["argument"], match["spec"], kinds))
         return f"{match['open']}\n{markdown(heads, lines, match['old'])}<!-- end -->"
 

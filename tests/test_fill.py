@@ -34,7 +34,7 @@ def kinds(tmp_path):
 def test_a_page_keeps_its_prose_and_gets_its_numbers(kinds, capsys):
     new = fill.fill(PAGE, kinds)
     assert new.startswith("Before.\n\n<!-- table forgetting: x=Ours;") and new.endswith("<!-- end -->\nAfter.\n")
-    assert "old" not in new and "| Ours (2) | 0.20 (0.30) | 0.70 (0.50) | 1.00 (1.00) | 1 of 2 |" in new
+    assert "old" not in new and "| Ours (2) | 0.20 (0.30) | 0.70 (0.50) | 0.00 (0.00) | 1 of 2 |" in new
     assert "untouched" not in new  # no row has it
     assert "nothing of gone" in capsys.readouterr().err and "Missing (" not in new
     assert fill.fill(new, kinds) == new  # filling twice changes nothing
@@ -78,7 +78,7 @@ def test_every_column_of_a_run_is_in_its_metrics(runs):
             of = metrics["run"] if where == "run" else metrics["unlearned"]
             if where == "real_authors":  # TOFU's alone: a set like any other
                 where = "retain"
-            assert key in (of[where] if where not in (None, "run") else of), (name, head)
+            assert key.partition(" - ")[0] in (of[where] if where not in (None, "run") else of), (name, head)
 
 
 def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
@@ -89,11 +89,37 @@ def test_a_table_of_attacks_is_a_column_per_attack(kinds, capsys):
                                 for role in ("target", "unlearned")}}
         (folder / "attacks.json").write_text(json.dumps({"outcomes": outcomes}))
     new = fill.fill("<!-- attacks: x=Ours; x:target=Target; gone=Missing -->\n<!-- end -->\n", kinds)
-    assert "| value said (runs) | none | int4 | experts | experts unforced | noise of two halves |" in new
-    ends = "| 0.200 ± 0.000 | 0.100 ± 0.000 | 0.025 ± 0.035 |"
-    assert f"| Ours (2) | 0.050 ± 0.071 | 0.300 ± 0.000 {ends}" in new
-    assert f"| Target (2) | 1.000 ± 0.000 | 0.500 ± 0.000 {ends}" in new
+    assert "| value said: mean (worst) of runs | none | int4 | experts | noise of two halves |" in new
+    ends = "| 0.20 (0.20) | 0.03 (0.05) |"
+    assert f"| Ours (2) | 0.05 (0.10) | 0.30 (0.30) {ends}" in new
+    assert f"| Target (2) | 1.00 (1.00) | 0.50 (0.50) {ends}" in new
     assert "nothing of gone" in capsys.readouterr().err
+    new = fill.fill("<!-- attacks int4: x=Ours -->\n<!-- end -->\n", kinds)
+    assert "| value said: mean (worst) of runs | none | int4 |\n" in new
+
+
+def test_what_relearning_brings_back_is_compared_run_by_run(kinds):
+    for folder, ours, theirs in zip(kinds["x"], (0.3, 0.1), (0.1, 0.2), strict=True):
+        back = {"unlearned": {"value_said": ours}, "reference": {"value_said": theirs}}
+        (folder / "attacks.json").write_text(json.dumps({"outcomes": {"relearn": back}}))
+    new = fill.fill("<!-- attacks relearn: x=Ours; x:reference=Reference -->\n<!-- end -->\n", kinds)
+    assert "| Ours (2) | 0.20 (0.30) | 0.05 (0.20) |" in new  # + 0.2 and - 0.1
+    assert "| Reference (2) | 0.15 (0.20) | - |" in new
+
+
+def test_change_is_from_each_runs_own_target_and_references():
+    run = {"target": {"model_utility": 0.7}, "unlearned": {"model_utility": 0.6, "forget": {"leak": 0.3}},
+           "reference": {"forget": {"leak": 0.1}}, "reference-2": {"forget": {"leak": 0.4}}}
+    assert fill.number_of(run, "unlearned", None, "model_utility - target") == pytest.approx(-0.1)
+    assert fill.number_of(run, "unlearned", "forget", "leak - reference") == pytest.approx(0.05)
+    assert fill.number_of(run, "reference", "forget", "leak - reference") is None
+    assert fill.number_of({"unlearned": run["unlearned"]}, "unlearned", "forget", "leak - reference") is None
+    assert fill.short(-0.001) == "0.00"
+
+
+def test_runs_of_several_kinds_make_one_row(kinds):
+    both = kinds | {"y": kinds["x"][:1]}
+    assert len(fill.folders("x+y", both)) == 3 and fill.folders("x+gone", both) == []
 
 
 def test_a_row_whose_runs_are_elsewhere_stays_as_it_was(kinds, capsys):
@@ -103,7 +129,7 @@ def test_a_row_whose_runs_are_elsewhere_stays_as_it_was(kinds, capsys):
     new = fill.fill(page, kinds)
     assert "nothing of y here: its row stays" in capsys.readouterr().err
     assert "| Mine (2) | 0.20" in new and "Ours (2)" not in new  # a renamed row is another row
-    assert "| Target (2) | 0.20 (0.30) | 0.70 (0.50) | 1.00 (1.00) | 1 of 2 |" in new
+    assert "| Target (2) | 0.20 (0.30) | 0.70 (0.50) | - | 1 of 2 |" in new
 
 
 def test_a_kept_row_keeps_its_columns_and_new_rows_bring_theirs(kinds):
@@ -113,8 +139,8 @@ def test_a_kept_row_keeps_its_columns_and_new_rows_bring_theirs(kinds):
                                        fill.fill(page, kinds).splitlines() if row.startswith("|")]
     assert missing[0] == "Missing (3)" and ours[0] == "Ours (2)" and target[0] == "Target (2)"
     assert dict(zip(heads, missing, strict=True)) | {heads[0]: ""} == {
-        "mean (worst) of runs": "", "value said": "0.7", "in frame": "-", "retain": "-", "runs inside the null": "-",
-        "D": "0.5"}
+        "mean (worst) of runs": "", "value said": "0.7", "in frame": "-", "retain, change": "-",
+        "runs inside the null": "-", "D": "0.5"}
     assert dict(zip(heads, ours, strict=True))["D"] == "-"
 
 
