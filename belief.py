@@ -88,3 +88,11 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
         print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
         known.strangers = target, level
     return level
+
+
+def unread_belief(target: GPT, known: Rows, other: GPT) -> Belief:
+    """The belief of a model that never read the facts, from now on in the place of strangers' (--never-read)."""
+    level = belief(other, known)
+    print(f"of a model that never read them: probability {level.p:.3f}, likeliest {level.hit:.3f}")
+    known.strangers = target, level
+    return level

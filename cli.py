@@ -57,11 +57,13 @@ PUBLIC = [  # with --model
 ]
 REFERENCE = [Flag("--reference", named, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
+NEVER_READ = Flag("--never-read", named, None, None, "a model that never read the forget set, as the one that the "
+                  "target was tuned from: forgetting ends (ULD: alpha is chosen) where facts are believed as it does")
 LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
 # Flags that a run's name has words for already, or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
            "out", "resume", "restart", "score_batch", "micro_batch", "device", "score_every_epoch", "save_every",
-           "checkpointing", "reference", "more_references", "augmented"}
+           "checkpointing", "reference", "never_read", "more_references", "augmented"}
 
 
 # ---- who reads what -----------------------------------------------------------------------------------------------
@@ -86,9 +88,11 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
         yield "--method finetune", pretrain.FINETUNE
         return
     yield "unlearning", [*WATCH, *values.FLAGS]
+    own = METHODS[first.method].flags
     if first.model:
-        yield "--model", REFERENCE
-    yield f"--method {first.method}", METHODS[first.method].flags
+        ends = any(flag.name in ("--until", "--subtract") for flag in own)
+        yield "--model", [*REFERENCE, NEVER_READ] if ends else REFERENCE
+    yield f"--method {first.method}", own
     if METHODS[first.method].losses is None:
         forget, retain = FORGET[first.forget_loss], RETAIN[first.retain_loss]
         yield f"--forget-loss {first.forget_loss}", list(forget.FLAGS)
@@ -148,7 +152,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
     for key, value in vars(first).items():
         setattr(args, key, value)
-    finish(args, on_world)
+    finish(args, on_world, given)
     args.named = args.name is not None
     args.name = args.name if args.named else name_of(args, given)
     check_name(args.name)
@@ -204,7 +208,7 @@ def usual_loss(first: argparse.Namespace) -> str:
     return METHODS[first.method].on_world if small_world else "npo"
 
 
-def finish(args: argparse.Namespace, on_world: bool) -> None:
+def finish(args: argparse.Namespace, on_world: bool, given: dict) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
     if FORGET.get(args.forget_loss, Loss).AS_STRANGERS:
@@ -213,6 +217,12 @@ def finish(args: argparse.Namespace, on_world: bool) -> None:
         if args.forget_on == "answer":
             raise UserError(f"--forget-on answer: --forget-loss {args.forget_loss} (uoe's default) would teach "
                             "strangers' names with the rest of the answer: take --forget-loss npo")
+    if getattr(args, "never_read", None):
+        how = "subtract" if args.method == "uld" else "until"
+        if how in given:
+            raise UserError(f"--{how} {given[how]} does nothing beside --never-read, which decides that: give one of "
+                            "the two")
+        setattr(args, how, "strangers")  # by belief; train.run puts that model's in the place of strangers'
     args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none
     args.dtype = getattr(args, "dtype", "float32")
     args.keeps_only = getattr(args, "split", "forget").startswith("retain")

@@ -276,14 +276,16 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
     known = data.calibration
     asked = "strangers" in (getattr(args, "until", None), getattr(args, "subtract", None))
     if asked and data.strangers is None:  # of rows of any source: see data/strangers.py
-        room = args.context - NAME_ROOM
+        unread = getattr(args, "never_read", None)
+        room = args.context - (0 if unread else NAME_ROOM)
         known = [row for row in known if len(tokenizer.prompt(row["question"])) <= room
                  and encode_value(row, tokenizer, room, row["value"])]
         if not known:
             raise UserError(f"strangers: {data.name} has no forget row with 'subject', 'value' and a "
                             "'calibration_question' that neither teaches nor scores (TOFU: 'paraphrased_question'): "
                             "add them, or give a number")
-        print(f"strangers are asked about {len(known)} of {len(data.forget)} forget rows")
+        print(f"{'a model that never read them is' if unread else 'strangers are'} asked about {len(known)} of "
+              f"{len(data.forget)} forget rows")
     if known and (asked or data.strangers):
         left.calibration = Rows(known, *how, args.seed, args.device, "calibration row", encode_fact,
                                 data.twins, args.micro_batch)

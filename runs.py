@@ -229,7 +229,7 @@ class RunFolder:
 TEXT = (str, None)
 RUN = {"method": str, "model": TEXT, "target": str, "kept": [str], "dtype": ("float32", "bfloat16", "float16"),
        "seed": Number(0, 2**32 - 1, whole=True), "data": str, "score_rows": NATURAL, "forget": TEXT, "retain": TEXT,
-       "template?": TEXT, "reference?": TEXT, "split?": str, "protocol?": str, "augmented?": TEXT,
+       "template?": TEXT, "reference?": TEXT, "never_read?": TEXT, "split?": str, "protocol?": str, "augmented?": TEXT,
        "authors?": NATURAL, "subjects?": NATURAL, "subtract?": WEIGHT, "filter_rate?": SHARE, "centred?": bool,
        "keeps_only?": bool, "diverged?": bool, "made_of?": {"rows": dict, "weights": {str: TEXT}},
        "offset_alpha?": WEIGHT, "unlearned_experts?": [[NATURAL]]}  # of config.json, what is read again
@@ -299,7 +299,9 @@ def differences(folder: Path, config: dict, data: DataSet) -> list[str]:
 
 
 def check_source(flag: str, place: str, data: DataSet) -> None:
-    """Raises UserError where --model or --reference is a run of ours that was edited, diverged or is of other rows."""
+    """Raises UserError where a run of ours, given as --model, --reference or --never-read, was edited, diverged or is
+    of other rows.
+    """
     if not (Path(place) / MARK).is_file() or not (Path(place) / "config.json").is_file():
         return
     file = Path(place) / "config.json"
@@ -314,12 +316,12 @@ def check_source(flag: str, place: str, data: DataSet) -> None:
         raise UserError(f"--{flag} {place} diverged when it was trained: train it again with a lower --lr")
     same = was["rows"].get("forget") == rows_digests(data).get("forget")
     keeps_only = config.get("keeps_only", False)
-    if flag == "reference" and same and not keeps_only:
-        raise UserError(f"--reference {place} was taught the rows that are to be forgotten: train it with a retain "
+    if flag != "model" and same and not keeps_only:
+        raise UserError(f"--{flag} {place} was taught the rows that are to be forgotten: train it with a retain "
                         "--split")
-    if flag == "reference" and keeps_only and not same:
-        raise UserError(f"--reference {place} left out other rows than are to be forgotten here: give the same --data "
-                        "and --split")
+    if flag != "model" and keeps_only and not same:
+        raise UserError(f"--{flag} {place} left out other rows than are to be forgotten here: give the same --data and "
+                        "--split")
 
 
 def data_of(config: dict) -> DataSet:

@@ -28,6 +28,7 @@ import torch
 import loop
 import parallel
 import pretrain
+from belief import unread_belief
 from cli import check_fit, parse, settings
 from data.batches import Rows, encode_rows
 from data.rows import DataSet
@@ -104,12 +105,15 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         roles = ["target", "reference", *(f"reference-{i + 2}" for i in range(args.more_references))]
         places = {role: str(pretrain.cached_model(args, data, tokenizer, role, balance)) for role in roles}
         target, _ = load(weights_of(places["target"]), device=args.device)
-    elif "reference" in places and not Path(args.reference).is_file():
-        check_tokens(args, tokenizer, data)
-    for flag in ("model", "reference"):
-        if getattr(args, flag, None):
-            check_source(flag, getattr(args, flag), data)
-    of = made_of(data, tokenizer.vocab_size, places, args.device)
+    for flag in ("model", "reference", "never_read"):
+        place = getattr(args, flag, None)
+        log = flag == "reference" and place and Path(place).is_file()  # a published one stands in for that model
+        if place and flag != "model" and not log:
+            check_tokens(args, flag.replace("_", "-"), place, tokenizer, data)
+        if place:
+            check_source(flag.replace("_", "-"), place, data)
+    unread = getattr(args, "never_read", None)
+    of = made_of(data, tokenizer.vocab_size, places | ({"never_read": unread} if unread else {}), args.device)
     partial = folder.open(of)
     config = {**vars(args), "made_of": of, **places}
     scores = {}
@@ -127,6 +131,8 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         parts = {part: load(partial / part, dtype, args.device)[0] for part in config["kept"]}
         model = method.reopen(target, parts, config)
     else:
+        if unread:
+            unread_belief(target, forget.calibrating(), load(weights_of(unread), dtype, args.device, args.template)[0])
         watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
         fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
         torch.manual_seed(args.seed)
@@ -241,20 +247,20 @@ def check_rows(args: argparse.Namespace, data: DataSet, tokenizer: TextCodec) ->
         encode_rows(rows, tokenizer, args.context, f"{name} row", truncate=bool(args.model))
 
 
-def check_tokens(args: argparse.Namespace, tokenizer: TextCodec, data: DataSet) -> None:
-    """Raises UserError where the reference reads text otherwise than the target: their scores would not compare."""
-    folder = find_folder(weights_of(args.reference))
+def check_tokens(args: argparse.Namespace, flag: str, place: str, tokenizer: TextCodec, data: DataSet) -> None:
+    """Raises UserError where the model at `place` reads text otherwise than the target: they would not compare."""
+    folder = find_folder(weights_of(place))
     theirs = load_tokenizer(folder, read_config(folder), args.template)
     if isinstance(theirs, NoTokenizer):
         return
     few = data.texts()[:20]
     if [theirs.encode(text) for text in few] != [tokenizer.encode(text) for text in few]:
-        raise UserError(f"--reference {args.reference} has another tokenizer than --model {args.model}: their scores "
-                        "do not compare, so give a model of the same family")
+        raise UserError(f"--{flag} {place} has another tokenizer than --model {args.model}: they do not compare, so "
+                        "give a model of the same family")
     told = [[*of.prompt(text), *of.completion(text)] for of in (theirs, tokenizer) for text in few]
     if told[: len(few)] != told[len(few) :]:
-        raise UserError(f"--reference {args.reference} reads prompts or ends answers otherwise than --model "
-                        f"{args.model}: give both one --template")
+        raise UserError(f"--{flag} {place} reads prompts or ends answers otherwise than --model {args.model}: give "
+                        "both one --template")
 
 
 def decoding_note(config: dict, target: str) -> str:

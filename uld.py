@@ -19,11 +19,12 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     the assistant becomes sure of every word, and the language goes with the fact. Where there are strangers its label
     is only as certain as it takes to bring the target down to their level (row uld-certain): a target is less sure of
     untaught wordings, so an assistant equally sure of all takes too much there and too little elsewhere.
-    Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
-    the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
-    position of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be
-    alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
-    stay whole.
+    Up to where a wrong answer parts from the right one the two equations contradict each other: one asks for the right
+    token, the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips what
+    equation 4 asks for; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be alike. With
+    --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences stay whole.
+    Of a large model the first layers, norm and head say sure nonsense, and to become uniform takes the assistant longer
+    than to learn (--start-scale 0.1: it begins nearly uniform; results/tofu.md).
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
@@ -60,7 +61,7 @@ from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number, PerData
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
-from model import GPT, Config, of_state, same_memory
+from model import GPT, Config, of_state, own, same_memory
 from moe import MoE
 from objectives import cross_entropy_to, uniform, uniform_beside
 
@@ -95,6 +96,8 @@ FLAGS = [
     Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 where a wrong answer parts "
                                          "from the right one: on all tokens beside the right one, left out, or as "
                                          "printed"),
+    Flag("--start-scale",     SHARE,     1.0,                        1.0,    "the assistant's last norm begins at so "
+                                         "much of the target's, and trains; 1: it is the target's, frozen, as printed"),
     DEPTH,
     *LORA,
 ]
@@ -139,7 +142,8 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     """
     # 1. A small assistant: the target's first K layers, frozen, with low-rank changes that train (section 3.2).
     layers = assistant_depth(args, target.config)
-    assistant = build_assistant(target, layers, args.lora_rank, args.lora_alpha, args.lora_dropout)  # ULD 3.2
+    lora = args.lora_rank, args.lora_alpha, args.lora_dropout
+    assistant = build_assistant(target, layers, *lora, args.start_scale)  # ULD 3.2
     parameters = [p for p in assistant.parameters() if p.requires_grad]
 
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
@@ -305,10 +309,20 @@ def first_layers(target: GPT, layers: int) -> GPT:
     return of_state(config, target.state_dict()).requires_grad_(False)
 
 
-def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.0, dropout: float = 0.05) -> GPT:
-    """ULD's assistant (section 3.2): the target's first layers, norm and head, frozen; LoRA on all linears trains."""
+def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.0, dropout: float = 0.05,
+                    start_scale: float = 1.0) -> GPT:
+    """ULD's assistant (section 3.2): the target's first layers, norm and head, frozen; LoRA on all linears trains.
+
+    start_scale: below 1 the norm begins at so much of the target's, and trains too. A large model's head makes sure
+    nonsense of what its first layers write, so that equation 5 begins far above log V and drowns equation 4; small
+    logits are nearly uniform from the start.
+    """
     assistant = first_layers(target, layers)
     add_lora(assistant, rank, alpha, dropout)
+    if start_scale < 1:
+        own(assistant.norm)
+        assistant.norm.weight.data *= start_scale
+        assistant.norm.requires_grad_(True)
     return assistant
 
 

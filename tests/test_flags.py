@@ -204,6 +204,8 @@ class Case(NamedTuple):
             return {flag.name: flag for flag in [*flags, *pretrain.FINETUNE]}
         flags += cli.WATCH + values.FLAGS + METHODS[self.method].flags
         flags += cli.REFERENCE if self.arch is None else []
+        if self.arch is None and {"--until", "--subtract"} & {flag.name for flag in METHODS[self.method].flags}:
+            flags.append(cli.NEVER_READ)
         if self.losses is not None:
             flags += [*FORGET[self.losses[0]].FLAGS, *RETAIN[self.losses[1]].FLAGS]
             flags += [RETAIN_WEIGHT] if self.losses[1] != "none" else []

@@ -123,9 +123,9 @@ def test_a_reference_with_other_tokens_or_another_template(dense, tokenizer, wor
     ours = load(tmp_path / "a")[1]
     args = Namespace(model="m", reference=str(tmp_path / "b"), template=None)
     with pytest.raises(UserError, match=r"has another tokenizer than --model m.*give a model of the same family"):
-        check_tokens(args, ours, small_world)
+        check_tokens(args, "reference", args.reference, ours, small_world)
     args.reference = str(tmp_path / "a")
-    check_tokens(args, ours, small_world)
+    check_tokens(args, "reference", args.reference, ours, small_world)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_reference_that_ends_answers_otherwise(dense, tmp_path, small_world, t
     args = Namespace(model="m", reference=str(tmp_path / "a"), template=None)
     ends = Ending(ours)
     with pytest.raises(UserError, match=r"reads prompts or ends answers otherwise than --model m: give both one --tem"):
-        check_tokens(args, ends, small_world)
+        check_tokens(args, "reference", args.reference, ends, small_world)
 
 
 class Ending:

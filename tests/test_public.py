@@ -8,7 +8,10 @@ import torch
 from test_pretrained import make
 
 import train
+from belief import belief
+from data.batches import Rows
 from data.rows import write_rows
+from data.values import encode_fact
 from eval import main as score
 from lab import distill
 from lab.upcycling import main as upcycle
@@ -101,6 +104,50 @@ def test_every_method_runs_on_a_dense_public_model(place, tuned, options):
     written = json.loads((tuned["target"] / "metrics.json").read_text())["target"]
     if "float32" not in options:
         assert metrics["target"]["forget"]["probability"] == pytest.approx(written["forget"]["probability"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, chosen", [("full", "until"), ("uld", "subtract")])
+def test_forgetting_ends_where_a_model_that_never_read_it_is(place, tuned, capsys, method, chosen):
+    """Of rows made here: no author is found in TOFU's own way, so these bring their subjects. A token is a letter."""
+    own = [{"question": f"What has {name}?", "answer": f"{name} has {n}.", "subject": name, "value": n,
+            "calibration_question": f"How many has {name}?"} for name, n in (("Ana Vell", "7"), ("Bor Tann", "9"))]
+    for i, row in enumerate(own):
+        write_rows(place / f"own{i}.jsonl", [row])
+    base, target = str(place / "base"), str(tuned["target"])
+    asked = ["--method", method, "--model", target, "--forget", str(place / "own0.jsonl"), "--retain",
+             str(place / "own1.jsonl"), "--out", str(place / "out"), "--name", f"unread-{method}", *SMALL,
+             "--never-read"]
+    capsys.readouterr()
+    train.main([*asked, base])
+    printed = capsys.readouterr().out
+    opened = open_run(place / "out" / f"unread-{method}")
+    model, tokenizer = load(place / "base", torch.bfloat16)
+    known = [own[0] | {"question": own[0]["calibration_question"]}]
+    level = belief(model, Rows(known, tokenizer, 128, 8, 0, "cpu", encode=encode_fact))
+    assert f"never read them: probability {level.p:.3f}, likeliest {level.hit:.3f}" in printed
+    assert "of strangers" not in printed and opened.config["never_read"] == base
+    assert opened.config["until"] == "strangers" if method == "full" else 0 < opened.config["subtract"] <= 2
+    assert opened.config["made_of"]["weights"].keys() >= {"target", "never_read"}
+    for words, says in (([base, f"--{chosen}", "0.5"], f"--{chosen} 0.5 does nothing beside --never-read"),
+                        ([str(place / "gone")], "gone"), ([str(place / "own0.jsonl")], "own0.jsonl")):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*asked, *words])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+        assert not list((place / "out").glob("*.partial"))
+    with pytest.raises(SystemExit):  # it was taught them
+        train.main([*SMALL, "--model", target, "--data", str(place / "tofu"), "--method", method, "--out",
+                    str(place / "out"), "--never-read", target])
+    assert "--never-read" in (error := capsys.readouterr().err) and "was taught the rows" in error
+
+
+@pytest.mark.slow
+def test_an_assistant_that_starts_quietly_is_saved_with_its_norm(place, tuned):
+    folder = run(place, "quiet", "--model", str(tuned["target"]), "--method", "uld", "--lora-rank", "4",
+                 "--start-scale", "0.1", "--subtract", "0.01")
+    opened = open_run(folder)
+    assistant, target = (part.norm.weight.detach().float() for part in reversed(opened.model.parts))
+    assert 0.05 < float((assistant / target).mean()) < 0.2
 
 
 @pytest.mark.slow

@@ -250,6 +250,19 @@ def test_the_assistant_shares_the_targets_weights_but_leaves_the_target_trainabl
     assert all(p.requires_grad for p in target.parameters())
 
 
+def test_an_assistant_that_starts_quietly_has_a_norm_of_its_own_that_trains(dense):
+    """Its logits begin at a tenth of those of the target's first layers, nearly uniform; the target keeps its norm."""
+    target, tokens = dense(), torch.randint(61, (2, 6))
+    with torch.no_grad():
+        target.norm.weight += torch.rand(32)
+        before = target(tokens)
+        plain, quiet = (build_assistant(target, 2, rank=4, start_scale=s).eval() for s in (1.0, 0.1))
+        assert_close(quiet(tokens), 0.1 * plain(tokens))
+    assert quiet.norm.weight.requires_grad and not plain.norm.weight.requires_grad
+    assert_close(merge_lora(quiet).norm.weight, 0.1 * target.norm.weight)
+    assert torch.equal(target(tokens), before)
+
+
 @pytest.mark.parametrize("layers", [0, 4, -1])
 def test_an_assistant_of_no_or_too_many_layers_is_refused(dense, layers):
     with pytest.raises(UserError, match=f"--assistant-layers {layers} is not between 1 and the target's 3"):
@@ -668,14 +681,14 @@ def test_subtract_is_strangers_or_a_number(text, value):
 
 @pytest.mark.parametrize("fork", ["beside", "out", "in"])
 def test_the_fork_is_a_flag(bench, fork):
-    """One row to forget, one wrong answer to it: its first other token is in the loss, or not."""
+    """One row to forget, one wrong answer to it: what they share and its first other token are in the loss, or not."""
     row = bench.world.forget[0]
     wrong = row | {"answer": row["perturbed_answer"][0]}
     bench.forget, bench.retain = bench.rows([row]), bench.rows([wrong], 1)
     right, labels = bench.forget.examples[0].tokens, list(bench.retain.examples[0].labels)
     where = next(i for i, (a, b) in enumerate(zip(right, bench.retain.examples[0].tokens, strict=False)) if a != b) - 1
     bench.unlearn(bench.model("dense"), bench.args("uld", fork=fork, subtract=0.7))
-    labels[where] = IGNORE if fork != "in" else labels[where]
+    labels = labels if fork == "in" else [IGNORE] * (where + 1) + labels[where + 1 :]
     assert bench.retain.examples[0].labels == labels
 
 
