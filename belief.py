@@ -82,7 +82,7 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
     Kept with the rows, because both the stopping rule and NPO ask for it.
     """
     asked, level = known.strangers
-    if asked is not target:
+    if level is None or asked not in (None, target):
         each = [belief(target, known.as_strangers(draw)) for draw in range(DRAWS)]
         level = Belief(*(sum(values) / DRAWS for values in zip(*each, strict=True)))
         print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
@@ -90,9 +90,9 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
     return level
 
 
-def unread_belief(target: GPT, known: Rows, other: GPT) -> Belief:
-    """The belief of a model that never read the facts, from now on in the place of strangers' (--never-read)."""
+def unread_belief(known: Rows, other: GPT) -> None:
+    """Put the belief of a model that never read the facts in the place of strangers' (--never-read), whoever asks."""
     level = belief(other, known)
-    print(f"of a model that never read them: probability {level.p:.3f}, likeliest {level.hit:.3f}")
-    known.strangers = target, level
-    return level
+    print(f"of a model that never read them: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to "
+          "get there")
+    known.strangers = None, level

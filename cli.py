@@ -57,10 +57,10 @@ PUBLIC = [  # with --model
 ]
 REFERENCE = [Flag("--reference", named, None, None, "for forget quality: a model or run that never saw the forget set, "
                                                   "or its published log")]
-NEVER_READ = Flag("--never-read", named, None, None, "a model that never read the forget set, as the one that the "
-                  "target was tuned from: forgetting ends (ULD: alpha is chosen) where facts are believed as it does")
+NEVER_READ = Flag("--never-read", named, None, None, "a model that never read the forget set, such as the one that the "
+                  "target was tuned from; forgetting ends (ULD: alpha is chosen) once facts are no likelier than to it")
 LONGEST = 150  # bytes of a run's name: file systems take 255, and -seed and suffixes follow
-# Flags that a run's name has words for already, or that leave its outcome alone.
+# Flags that a run's name has words for already (name_of), or that leave its outcome alone.
 UNNAMED = {"method", "forget_loss", "retain_loss", "arch", "model", "data", "split", "seed", "forget", "retain", "name",
            "out", "resume", "restart", "score_batch", "micro_batch", "device", "score_every_epoch", "save_every",
            "checkpointing", "reference", "never_read", "more_references", "augmented"}
@@ -90,8 +90,9 @@ def readers(first: argparse.Namespace) -> Iterator[tuple[str, list[Flag]]]:
     yield "unlearning", [*WATCH, *values.FLAGS]
     own = METHODS[first.method].flags
     if first.model:
-        ends = any(flag.name in ("--until", "--subtract") for flag in own)
-        yield "--model", [*REFERENCE, NEVER_READ] if ends else REFERENCE
+        yield "--model", REFERENCE
+        if {"--until", "--subtract"} & {flag.name for flag in own}:
+            yield "--model beside a method with --until or --subtract", [NEVER_READ]
     yield f"--method {first.method}", own
     if METHODS[first.method].losses is None:
         forget, retain = FORGET[first.forget_loss], RETAIN[first.retain_loss]
@@ -152,7 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = {key: value for key, value in vars(args).items() if value != parser.get_default(key)}
     for key, value in vars(first).items():
         setattr(args, key, value)
-    finish(args, on_world, given)
+    finish(args, on_world, argv)
     args.named = args.name is not None
     args.name = args.name if args.named else name_of(args, given)
     check_name(args.name)
@@ -208,7 +209,7 @@ def usual_loss(first: argparse.Namespace) -> str:
     return METHODS[first.method].on_world if small_world else "npo"
 
 
-def finish(args: argparse.Namespace, on_world: bool, given: dict) -> None:
+def finish(args: argparse.Namespace, on_world: bool, argv: list[str]) -> None:
     """Values that depend on others. Raises UserError for what can be seen before anything is trained."""
     del args.tofu
     if FORGET.get(args.forget_loss, Loss).AS_STRANGERS:
@@ -219,9 +220,11 @@ def finish(args: argparse.Namespace, on_world: bool, given: dict) -> None:
                             "strangers' names with the rest of the answer: take --forget-loss npo")
     if getattr(args, "never_read", None):
         how = "subtract" if args.method == "uld" else "until"
-        if how in given:
-            raise UserError(f"--{how} {given[how]} does nothing beside --never-read, which decides that: give one of "
-                            "the two")
+        if any(word.partition("=")[0] == f"--{how}" for word in argv):
+            raise UserError(f"--{how} {getattr(args, how)} does nothing beside --never-read, which decides that: give "
+                            "one of the two")
+        if args.never_read == args.model:
+            raise UserError(f"--never-read {args.never_read} is the --model, which read it: give one that did not")
         setattr(args, how, "strangers")  # by belief; train.run puts that model's in the place of strangers'
     args.retain_weight = getattr(args, "retain_weight", 0.0)  # beside --retain-loss none
     args.dtype = getattr(args, "dtype", "float32")
@@ -266,7 +269,7 @@ def name_of(args: argparse.Namespace, given: dict) -> str:
         parts.append(Path(args.forget or args.data).stem)
     if "split" in args:
         parts.append(args.split.replace("forget", "without") if args.keeps_only else args.split)
-    parts += ["augmented"] if getattr(args, "augmented", None) else []
+    parts += [word for word in ("augmented", "never-read") if getattr(args, word.replace("-", "_"), None)]
     for key, value in given.items():
         if key not in UNNAMED:
             told = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)

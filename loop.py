@@ -236,7 +236,8 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
 
 
 def until_strangers(target: GPT, known: Rows, sampled: bool) -> AfterEpoch:
-    """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
+    """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'
+    (or --never-read's model of the facts).
 
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
     sampled: eight samples are to say no more either (Belief.at_most), for losses that can get there.
@@ -281,9 +282,10 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
         known = [row for row in known if len(tokenizer.prompt(row["question"])) <= room
                  and encode_value(row, tokenizer, room, row["value"])]
         if not known:
-            raise UserError(f"strangers: {data.name} has no forget row with 'subject', 'value' and a "
+            who, way_out = ("--never-read", "leave that out") if unread else ("strangers", "give a number")
+            raise UserError(f"{who}: {data.name} has no forget row with 'subject', 'value' and a "
                             "'calibration_question' that neither teaches nor scores (TOFU: 'paraphrased_question'): "
-                            "add them, or give a number")
+                            f"add them, or {way_out}")
         print(f"{'a model that never read them is' if unread else 'strangers are'} asked about {len(known)} of "
               f"{len(data.forget)} forget rows")
     if known and (asked or data.strangers):

@@ -146,10 +146,11 @@ class RunFolder:
         args = self.args
         for folder in (self.final, self.partial):
             check_ours(folder, "--name")
-        for flag in ("model", "reference"):
+        for flag in ("model", "reference", "never_read"):
             given = getattr(args, flag, None)
             if given and Path(given).exists() and Path(given).resolve().is_relative_to(self.final.resolve()):
-                raise UserError(f"--name {args.name} would overwrite --{flag} {given}: give another name")
+                raise UserError(f"--name {args.name} would overwrite --{flag.replace('_', '-')} {given}: give another "
+                                "name")
         if self.finished() and not args.named:  # two runs may come to one name; who gave a name may use it again
             self.check_same(self.final, ANYHOW, "give this one a --name of its own")
         if args.resume and self.cut_off():
@@ -265,7 +266,7 @@ def read_run(folder: str | Path, device: str = "cpu", check: bool = True) -> Ope
         if Path(part).name != part or not (folder / part).is_dir():
             raise UserError(f"{folder / part} is missing, so the run has no weights: run train.py again")
     if not config["model"]:  # small models lie in the cache beside the run, from wherever that is asked for
-        for role in [key for key in config if key.startswith(("target", "reference")) and config[key]]:
+        for role in [key for key in config if key == "target" or (key.startswith("reference") and config[key])]:
             beside = folder.parent / "cache" / Path(config[role]).name
             if beside.is_dir() and not Path(config[role]).exists():
                 config[role] = str(beside)

@@ -105,14 +105,14 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         roles = ["target", "reference", *(f"reference-{i + 2}" for i in range(args.more_references))]
         places = {role: str(pretrain.cached_model(args, data, tokenizer, role, balance)) for role in roles}
         target, _ = load(weights_of(places["target"]), device=args.device)
-    for flag in ("model", "reference", "never_read"):
-        place = getattr(args, flag, None)
-        log = flag == "reference" and place and Path(place).is_file()  # a published one stands in for that model
-        if place and flag != "model" and not log:
-            check_tokens(args, flag.replace("_", "-"), place, tokenizer, data)
-        if place:
-            check_source(flag.replace("_", "-"), place, data)
     unread = getattr(args, "never_read", None)
+    for flag, place in (("model", args.model), ("reference", getattr(args, "reference", None)), ("never-read", unread)):
+        if not place:
+            continue
+        log = flag == "reference" and Path(place).is_file()  # a published one stands in for that model
+        if flag != "model" and not log:
+            check_tokens(args, flag, place, tokenizer, data)
+        check_source(flag, place, data)
     of = made_of(data, tokenizer.vocab_size, places | ({"never_read": unread} if unread else {}), args.device)
     partial = folder.open(of)
     config = {**vars(args), "made_of": of, **places}
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace, folder: RunFolder, method: Method | None, bala
         model = method.reopen(target, parts, config)
     else:
         if unread:
-            unread_belief(target, forget.calibrating(), load(weights_of(unread), dtype, args.device, args.template)[0])
+            print(f"--never-read {unread}: it is in memory beside the target while it is asked, before training")
+            unread_belief(forget.calibrating(), load(weights_of(unread), dtype, args.device, args.template)[0])
         watch = path_writer(partial, tokenizer, data, scores, target) if args.score_every_epoch else None
         fit = loop.fitting(args, forget, partial, args.resume, after_epoch(args, target, forget, data, watch))
         torch.manual_seed(args.seed)

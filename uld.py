@@ -23,9 +23,10 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     token, the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips what
     equation 4 asks for; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be alike. With
     --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences stay whole.
-    Of a large model the first layers, norm and head say sure nonsense, and to become uniform takes the assistant longer
-    than to learn (--start-scale 0.1: it begins nearly uniform; results/tofu.md).
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
+    Not the default, but the only way ULD forgot on a public model here (results/tofu.md): --start-scale 0.1. Untrained,
+    a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4; so the
+    assistant begins nearly uniform instead.
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
     Small models: a learning rate of 6e-3 (--lr 1e-3), 30 epochs (--epochs 10), on rows that are not the world's 3e-3
@@ -76,7 +77,7 @@ DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target
 # The alpha that as_sure_as_needed reckons with. The one chosen is larger, for of wordings that it was not taught the
 # assistant is less sure.
 AIM = 0.5
-BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
+BESIDE = 0.1  # weight of the forking token in equation 5: of a sentence of some ten tokens a fact's is one
 
 
 def subtract(text: str) -> float | str:
@@ -93,11 +94,12 @@ FLAGS = [
                                          "forget facts become as unlikely as strangers' are"),
     Flag("--filter-rate",     SHARE,     PerData(0.0, 1e-2),         1e-2,   "tokens less likely than this share of "
                                          "the likeliest are out of the assistant's reach; 0: none"),
-    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 where a wrong answer parts "
-                                         "from the right one: on all tokens beside the right one, left out, or as "
-                                         "printed"),
+    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 up to where a wrong answer "
+                                         "parts from the right one: on all tokens beside the right one, left out, or "
+                                         "as printed"),
     Flag("--start-scale",     SHARE,     1.0,                        1.0,    "the assistant's last norm begins at so "
-                                         "much of the target's, and trains; 1: it is the target's, frozen, as printed"),
+                                         "much of the target's and trains, so that it begins nearly uniform; 1: the "
+                                         "target's, frozen, as printed"),
     DEPTH,
     *LORA,
 ]
@@ -432,10 +434,10 @@ class LogitDifference(SeveralModels):
 
 
 def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:
-    """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than strangers' are by the target.
+    """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    2 where no alpha up to there is enough.
+    2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
@@ -445,6 +447,7 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
         else:
             low = model.alpha
     model.alpha = before
+    print(f"alpha {high:.3f}" + (": not enough, and the most that is tried" if high == 2.0 else ""))
     return high
 
 

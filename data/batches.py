@@ -190,7 +190,8 @@ class Rows:
         self.batch_size, self.seed, self.device, self.micro = batch_size, seed, device, micro
         self.examples = [encode(row, tokenizer, context, f"{where} {i}") for i, row in enumerate(rows, 1)]
         self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
-        self.strangers: tuple = None, None  # a target and what it believes of the same about strangers (belief.py)
+        # a target and what it believes of the same about strangers; None and what --never-read's does (belief.py)
+        self.strangers: tuple = None, None
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
         self.stems: list[Tensor] = []
 

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     was.pop("subtract", None)  # the teacher's: "strangers" is no alpha that a run can be opened with
     args = argparse.Namespace(**was | {
         "method": "full", "forget_loss": "teacher", "retain_loss": "teacher", "retain_weight": 1.0, "lr": lr,
-        "epochs": asked.epochs, "until": "never", "forget_on": "answer", "device": asked.device,
+        "epochs": asked.epochs, "until": "never", "never_read": None, "forget_on": "answer", "device": asked.device,
         "score_every_epoch": False, "target_on_cpu": False, "resume": asked.resume, "restart": asked.restart,
         "named": False, "name": f"{Path(asked.run).name}-distilled" + ("-low-rank" if asked.low_rank else "")})
     method = METHODS["full"]._replace(unlearn=learning_from(run.model, asked.low_rank), rows=rows)

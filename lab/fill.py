@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parents[1] / "results"
 Line = tuple[str, str, str, list[str] | None]  # kind, label, how many runs, cells (None: no runs are here)
 
 # heading, set ("run": of the run; None: of the model), key, and which of several runs is the worst. "key - role": less
-# what the run's own models of that role have on the mean (reference: its four references).
+# what the run's own models of that role have on the mean (reference: all its references).
 COLUMNS: dict[str, list[tuple[str, str | None, str, str]]] = {
     "forgetting": [("value said", "forget", "value_said", "max"), ("worst leak@8", "forget", "leak", "max"),
                    ("leak over references", "forget", "leak - reference", "max"),
@@ -137,6 +137,8 @@ def attacks_table(only: str | None, spec: str, kinds: dict[str, list[Path]]) -> 
         found.append((kind, role, label, [json.loads(file.read_text())["outcomes"] for file in files]))
     names = list(dict.fromkeys(name for *_, runs in found for run in runs for name in run
                                if only in (None, name) or name == "none"))
+    if only and names and only not in names:
+        raise UserError(f"attacks {only}: no run here has it, only {', '.join(names)}")
     heads = names + [head for name, head in (("relearn", "relearn over reference"), ("experts", "noise of two halves"))
                      if name in names]
     lines = []

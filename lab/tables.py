@@ -130,7 +130,7 @@ def check_alike(folders: list[Path]) -> None:
         seeds[run["seed"]] = folder
         asked = read_json(folder / "asked.json", {"data": str, "forget": (str, None)}, "run train.py again")
         told = {f"--{key.replace('_', '-')}": value for key, value in asked.items()
-                if key not in ANYHOW | {"seed", "name", "model", "reference"}}
+                if key not in ANYHOW | {"seed", "name", "model", "reference", "never_read"}}
         if asked["data"] not in WORLDS or asked["forget"]:
             told["vocabulary"] = run["made_of"]["vocabulary"]
             told |= {f"{name} rows": value for name, value in run["made_of"]["rows"].items()}

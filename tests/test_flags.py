@@ -97,6 +97,7 @@ READERS: dict[str, list[Callable]] = {
     "--data tofu --method uld": [runs.data_of],
     "--data world or topic": [runs.data_of, METHODS["full"].rows],
     "--model": [train.open_public, train.run],
+    "--model beside a method with --until or --subtract": [train.run],
     "the small models": [pretrain.small_config, pretrain.fill_in, pretrain.cached_model, train.run],
     "--arch moe": [pretrain.small_config, pretrain.cached_model],
     "training": [loop.fitting, train.run],

@@ -129,15 +129,18 @@ def test_forgetting_ends_where_a_model_that_never_read_it_is(place, tuned, capsy
     assert "of strangers" not in printed and opened.config["never_read"] == base
     assert opened.config["until"] == "strangers" if method == "full" else 0 < opened.config["subtract"] <= 2
     assert opened.config["made_of"]["weights"].keys() >= {"target", "never_read"}
+    usual = {"until": "never", "subtract": "0.75"}[chosen]  # saying the default is saying it
     for words, says in (([base, f"--{chosen}", "0.5"], f"--{chosen} 0.5 does nothing beside --never-read"),
+                        ([base, f"--{chosen}={usual}"], f"--{chosen} {usual} does nothing beside --never-read"),
+                        ([target], "is the --model, which read it"),
                         ([str(place / "gone")], "gone"), ([str(place / "own0.jsonl")], "own0.jsonl")):
         with pytest.raises(SystemExit) as stop:
             train.main([*asked, *words])
         assert stop.value.code == 2 and says in capsys.readouterr().err
         assert not list((place / "out").glob("*.partial"))
     with pytest.raises(SystemExit):  # it was taught them
-        train.main([*SMALL, "--model", target, "--data", str(place / "tofu"), "--method", method, "--out",
-                    str(place / "out"), "--never-read", target])
+        train.main([*SMALL, "--model", str(weights_of(target)), "--data", str(place / "tofu"), "--method", method,
+                    "--out", str(place / "out"), "--never-read", target])
     assert "--never-read" in (error := capsys.readouterr().err) and "was taught the rows" in error
 
 
