@@ -698,3 +698,11 @@ def test_without_a_run_the_two_method_scripts_unlearn_a_small_model_and_show_it(
     with pytest.raises(SystemExit):
         script.main([str(tmp_path)])
     assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_small_run_whose_target_waited_on_the_cpu_opens_again(tmp_path):
+    """Its config has target and target_on_cpu: the first alone is a folder."""
+    train.main([*tiny("--method", "full"), *WORLD, "--target-on-cpu", "--until", "never", "--epochs", "1", "--out",
+                str(tmp_path), "--name", "waits"])
+    assert open_run(tmp_path / "waits").config["target_on_cpu"] is True
