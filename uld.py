@@ -19,10 +19,11 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     the assistant becomes sure of every word, and the language goes with the fact. Where there are strangers its label
     is only as certain as it takes to bring the target down to their level (row uld-certain): a target is less sure of
     untaught wordings, so an assistant equally sure of all takes too much there and too little elsewhere.
-    Up to where a wrong answer parts from the right one the two equations contradict each other: one asks for the right
-    token, the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips what
-    equation 4 asks for; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be alike. With
-    --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences stay whole.
+    Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
+    the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
+    position of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be
+    alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
+    stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     Not the default, but the only way ULD forgot on a public model here (results/tofu.md): --start-scale 0.1. Untrained,
     a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4; so the
@@ -77,7 +78,7 @@ DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target
 # The alpha that as_sure_as_needed reckons with. The one chosen is larger, for of wordings that it was not taught the
 # assistant is less sure.
 AIM = 0.5
-BESIDE = 0.1  # weight of the forking token in equation 5: of a sentence of some ten tokens a fact's is one
+BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
 def subtract(text: str) -> float | str:
@@ -94,9 +95,9 @@ FLAGS = [
                                          "forget facts become as unlikely as strangers' are"),
     Flag("--filter-rate",     SHARE,     PerData(0.0, 1e-2),         1e-2,   "tokens less likely than this share of "
                                          "the likeliest are out of the assistant's reach; 0: none"),
-    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 up to where a wrong answer "
-                                         "parts from the right one: on all tokens beside the right one, left out, or "
-                                         "as printed"),
+    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 where a wrong answer parts "
+                                         "from the right one: on all tokens beside the right one, left out, or as "
+                                         "printed"),
     Flag("--start-scale",     SHARE,     1.0,                        1.0,    "the assistant's last norm begins at so "
                                          "much of the target's and trains, so that it begins nearly uniform; 1: the "
                                          "target's, frozen, as printed"),

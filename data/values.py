@@ -398,12 +398,12 @@ def encode_fact(row: Row, tokenizer, max_len: int, where: str = "row") -> Exampl
 
 
 def leave_out_forks(retain: Rows, forget: Rows) -> None:
-    """Unlabel, in each wrong answer to a forget question, what ULD's equations 4 and 5 would contradict each other on.
+    """Unlabel, in each wrong answer to a forget question, the one token where it parts from the right answer.
 
-    Up to the token where it parts from the right answer (the fork) the two are the same context. Where the right
-    answer has a label there, equation 4 asks for that token and equation 5 for the uniform distribution: of a fact's
-    own tokens that is the fork, of whole answers all that comes before it too. Changes retain's examples; rows about
-    other questions stay as they are, and so does one of which no other answer token would be left.
+    Up to there the two are the same context, in which ULD's equation 4 asks for the right token and equation 5 for
+    the uniform distribution. What comes before stays: it keeps the assistant from learning the sentence. Changes
+    retain's examples; rows about other questions stay as they are, and so does one
+    of which the context has left no other answer token.
     """
     right: dict[str, list[Example]] = {}
     for row, example in zip(forget.rows, forget.examples, strict=True):
@@ -413,8 +413,9 @@ def leave_out_forks(retain: Rows, forget: Rows) -> None:
         if "question" not in row:
             continue
         tokens, labels = retain.examples[i]
-        asked = {t for example in right.get(row["question"], []) for t in range(shared(example.tokens, tokens))
-                 if example.labels[t] != IGNORE}  # the label at t is the token at t + 1
-        left = [IGNORE if t in asked else label for t, label in enumerate(labels)]
-        if asked and any(label != IGNORE for label in left):
-            retain.examples[i] = Example(tokens, left)
+        same = [shared(example.tokens, tokens) for example in right.get(row["question"], [])]
+        if same:
+            fork = max(same) - 1  # the label at t is the token at t + 1
+            left = [*labels[:fork], IGNORE, *labels[fork + 1 :]]
+            if any(label != IGNORE for label in left):
+                retain.examples[i] = Example(tokens, left)

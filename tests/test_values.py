@@ -465,21 +465,8 @@ def letter_rows(*pairs: tuple[str, str]) -> Rows:
     return Rows([{"question": q, "answer": a} for q, a in pairs], Letters(), 20, 1, 0, "cpu")
 
 
-def test_forks_of_facts_by_hand():
-    """Of a fact's own tokens, the one label where a wrong answer parts from the right one is out, and no other."""
-    forget = letter_rows(("pq", "cad"), ("pq", "ead"))
-    forget.examples = [Example(e.tokens, [label if t == 4 else IGNORE for t, label in enumerate(e.labels)])
-                       for e in forget.examples]  # labels on the a alone
-    retain = letter_rows(("pq", "cbd"), ("pq", "ebd"), ("pq", "dbd"), ("z", "cbd"))
-    leave_out_forks(retain, forget)
-    out = IGNORE
-    assert [example.labels for example in retain.examples] == [
-        [out, out, out, 2, out, 3, 52], [out, out, out, 4, out, 3, 52],  # c, then b where a was right; e, then b
-        [out, out, out, 3, 1, 3, 52], [out, out, 2, 1, 3, 52]]  # equation 4 asks nothing here; another question
-
-
-def test_forks_of_whole_answers_by_hand():
-    """All that a wrong answer shares with the right one is out, and the fork."""
+def test_forks_by_hand():
+    """The one label where a wrong answer parts from the right one is out, and no other."""
     forget = letter_rows(("pq", "cad"), ("pq", "efa"), ("x", "a"))
     retain = letter_rows(("pq", "cbd"), ("pq", "dad"), ("pq", "ca"), ("pq", "cade"), ("pq", "efb"), ("z", "cbd"),
                          ("x", "b"))
@@ -487,11 +474,11 @@ def test_forks_of_whole_answers_by_hand():
     leave_out_forks(retain, forget)
     out = IGNORE
     assert [example.labels for example in retain.examples] == [
-        [out, out, out, out, out, 3, 52],  # c, then b where a was right
+        [out, out, out, 2, out, 3, 52],  # c, then b where a was right
         [out, out, out, out, 0, 3, 52],  # at the first word
-        [out, out, out, 2, 0, 52],  # it ends too early: nothing would be left, so all stays
-        [out, out, out, out, out, out, out, 52],  # it goes on
-        [out, out, out, out, out, out, 52],  # the nearer of two right answers counts
+        [out, out, out, 2, 0, out],  # it ends too early
+        [out, out, out, 2, 0, 3, out, 52],  # it goes on
+        [out, out, out, 4, 5, out, 52],  # the nearer of two right answers counts
         [out, out, 2, 1, 3, 52],  # another question
         [out, out, out, 52]]
     assert [example.tokens for example in retain.examples] == [example.tokens for example in before]
