@@ -66,10 +66,12 @@ def number_of(run: dict, role: str, where: str | None, key: str) -> float | None
         block = run.get(model, {})
         return (block.get(where) or {} if where else block).get(name)
 
-    own, beside = of(role), [of(model) for model in run if other and model.startswith(other)]
+    own = of(role)
     if not other or own is None:
         return own
-    return own - statistics.mean(beside) if role == "unlearned" and beside and None not in beside else None
+    beside = [of(model) for model in run if model.startswith(other)]
+    known = [number for number in beside if number is not None]
+    return own - statistics.mean(known) if role == "unlearned" and known and len(known) == len(beside) else None
 
 
 def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -> str:
