@@ -236,9 +236,9 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
 
 
 def until_strangers(target: GPT, known: Rows, sampled: bool) -> AfterEpoch:
-    """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'
-    (or --never-read's model of the facts).
+    """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
+    With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
     sampled: eight samples are to say no more either (Belief.at_most), for losses that can get there.
     """

@@ -300,8 +300,9 @@ def differences(folder: Path, config: dict, data: DataSet) -> list[str]:
 
 
 def check_source(flag: str, place: str, data: DataSet) -> None:
-    """Raises UserError where a run of ours, given as --model, --reference or --never-read, was edited, diverged or is
-    of other rows.
+    """Raises UserError for a run of ours, given by such a flag, that was edited, diverged or is of other rows.
+
+    flag: model, reference or never-read.
     """
     if not (Path(place) / MARK).is_file() or not (Path(place) / "config.json").is_file():
         return

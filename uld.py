@@ -25,8 +25,8 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
     stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
-    Not the default, but the only way ULD forgot on a public model here (results/tofu.md): --start-scale 0.1. Untrained,
-    a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4; so the
+    Not the default: --start-scale 0.1, with which ULD forgets more of a public model (results/tofu.md). Untrained, a
+    large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4; so the
     assistant begins nearly uniform instead.
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
@@ -316,9 +316,9 @@ def build_assistant(target: GPT, layers: int, rank: int = 32, alpha: float = 32.
                     start_scale: float = 1.0) -> GPT:
     """ULD's assistant (section 3.2): the target's first layers, norm and head, frozen; LoRA on all linears trains.
 
-    start_scale: below 1 the norm begins at so much of the target's, and trains too. A large model's head makes sure
-    nonsense of what its first layers write, so that equation 5 begins far above log V and drowns equation 4; small
-    logits are nearly uniform from the start.
+    start_scale: below 1 the norm begins at so much of the target's, and trains too. What a large model's first layers
+    write makes its head sure of wrong tokens, so that equation 5 begins far above log V, its least, and drowns equation
+    4; from a small norm come small logits, which are nearly uniform.
     """
     assistant = first_layers(target, layers)
     add_lora(assistant, rank, alpha, dropout)

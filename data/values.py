@@ -402,8 +402,8 @@ def leave_out_forks(retain: Rows, forget: Rows) -> None:
 
     Up to there the two are the same context, in which ULD's equation 4 asks for the right token and equation 5 for
     the uniform distribution. What comes before stays: it keeps the assistant from learning the sentence. Changes
-    retain's examples; rows about other questions stay as they are, and so does one
-    of which the context has left no other answer token.
+    retain's examples; rows about other questions stay as they are, and so does one of which the context has left no
+    other answer token.
     """
     right: dict[str, list[Example]] = {}
     for row, example in zip(forget.rows, forget.examples, strict=True):

@@ -84,13 +84,15 @@ def cell(runs: list[dict], role: str, where: str | None, key: str, worst: str) -
     withheld = sum(bool(run.get(role, {}).get("destroyed")) for run in runs) if key.startswith("forget_quality") else 0
     if len(known) + withheld < len(values) or not values:
         return "-"  # a run lacks it
-    return ", ".join(([told(known, worst)] if known else []) + ([f"{withheld} destroyed"] if withheld else []))
+    parts = [told(known, worst)] if known else []
+    parts += [f"{withheld} destroyed"] if withheld else []
+    return ", ".join(parts)
 
 
 def told(values: list[float], worst: str) -> str:
     """`0.11 (0.18)`; the number alone where there is one run."""
-    return short(statistics.mean(values)) + (f" ({short(max(values) if worst == 'max' else min(values))})"
-                                             if len(values) > 1 else "")
+    mean, furthest = short(statistics.mean(values)), short(max(values) if worst == "max" else min(values))
+    return f"{mean} ({furthest})" if len(values) > 1 else mean
 
 
 def short(value: float) -> str:
