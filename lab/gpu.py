@@ -3,9 +3,10 @@
     python -m lab.gpu                          # writes results/gpu.md and results/gpu.json
     python -m lab.gpu --out /tmp --tiny        # the same at toy sizes, on a CPU too: does every part run?
 
-What is measured: the card's own rates; the MoE layer against `transformers`; UOE on OLMoE-1B-7B's shape and ULD on
-Llama-2-7B's, each as train.py runs it (uoe.py, uld.py, loop.py), with decoding and peak memory. Speed does not ask what
-the weights say, so random ones do. A part that fails prints its traceback and the next one runs.
+What is measured: the card's own rates; whether recorded decoding says what decoding says; the MoE layer against
+`transformers`; UOE on OLMoE-1B-7B's shape and ULD on Llama-2-7B's, each as train.py runs it (uoe.py, uld.py, loop.py),
+with decoding and peak memory; decoding of Llama-3.1-8B's shape. Speed does not ask what the weights say, so random ones
+do. A part that fails prints its traceback and the next one runs.
 
 Shapes: N tokens   D model width   E experts   K experts per token   F width of an expert
 """
@@ -51,9 +52,10 @@ Shape = dict[str, Any]
 OLMOE = dict(vocab_size=50_304, n_layer=16, n_head=16, n_kv_head=16, d_model=2048, d_ff=1024, max_len=4096,
              qk_norm="full", n_expert=64, top_k=8)
 LLAMA = dict(vocab_size=32_000, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=11_008, max_len=4096)
+LLAMA3 = LLAMA | dict(vocab_size=128_256, n_kv_head=8, d_ff=14_336)
 TINY = dict(vocab_size=128, n_layer=4, n_head=2, n_kv_head=2, d_model=32, d_ff=16)
 PROMPT, ANSWER, ROWS = 32, 64, 128  # tokens of a question and of an answer, and rows of the forget set
-DECODED, AT_ONCE = 200, 8  # tokens of each answer, and answers side by side
+DECODED, AT_ONCE, MANY = 200, 8, 256  # tokens of each answer, and answers side by side, few and many
 BATCHES = 32, 128  # forget rows of a step, and as many retain rows
 
 
@@ -65,6 +67,7 @@ class Here:
         self.rounds = 1 if tiny else 5
         self.olmoe: Shape = OLMOE | (TINY | dict(n_expert=8, top_k=2) if tiny else {})
         self.llama: Shape = LLAMA | (TINY if tiny else {})
+        self.llama3: Shape = LLAMA3 | (TINY | dict(n_head=4) if tiny else {})
         self.decoded = 4 if tiny else DECODED
 
     def seconds(self, work: Callable[[], object], rounds: int = 0) -> float:
@@ -72,10 +75,10 @@ class Here:
         work()
         return statistics.median(timed(work, self.device) for _ in range(rounds or self.rounds))
 
-    def model(self, shape: Shape) -> GPT:
-        """Random bf16 weights, made on the device."""
+    def model(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> GPT:
+        """Random weights, made on the device."""
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         try:
             with self.device:
                 return GPT(Config(**shape)).eval()
@@ -130,6 +133,29 @@ def card(here: Here) -> dict[str, float]:
     much = torch.empty(2**20 if here.tiny else 2**31, dtype=torch.uint8, device=here.device)
     return {"bf16_flops": 2 * n**3 / here.seconds(lambda: a @ b, 4 * here.rounds),
             "bytes_per_second": 2 * much.numel() / here.seconds(lambda: much.clone(), 4 * here.rounds)}
+
+
+def recorded(here: Here) -> dict[str, float]:
+    """Share of tokens alike, of answers decoded from recordings made anew every five tokens and kernel by kernel."""
+    shape: Shape = dict(vocab_size=64, n_layer=3, n_head=4, n_kv_head=2, d_model=64, d_ff=48, max_len=64)
+    kinds: dict[str, Shape] = {
+        "grouped queries": shape, "a head each": shape | dict(n_kv_head=4), "a window": shape | dict(window=7),
+        "experts": shape | dict(n_expert=8, top_k=2, qk_norm="full"),
+        "latent attention": shape | dict(n_kv_head=4, d_head=8, kv_rank=16, d_nope=8, d_value=16)}
+    tokens = torch.randint(1, 64, (5, 9), device=here.device)
+    given: dict[str, Any] = dict(pad=torch.tensor([0, 3, 8, 1, 0], device=here.device), end=[5],
+                                 of=torch.tensor([0, 0, 1, 2, 3, 4], device=here.device))
+    out = {}
+    for name, one in kinds.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            model = here.model(one, dtype)
+            for p in model.parameters():
+                p.data.mul_(8 if p.dim() > 1 else 1)  # so sure of itself that no rounding decides
+            with mock.patch.multiple(Replay, ROOM=0, LEAST=5):
+                said = model.generate(tokens, 40, **given)
+            alike = said == KernelByKernel(model).generate(tokens, 40, **given)
+            out[f"{name}, {str(dtype).removeprefix('torch.')}"] = float(alike.float().mean())
+    return out
 
 
 def loop_over_stack(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -249,9 +275,9 @@ def announced_text() -> Text:
     return Text(PROMPT + ANSWER, ANSWER, 2 * ROWS * (PROMPT + ANSWER))
 
 
-def decoding(here: Here, models: dict[str, Any]) -> dict[str, float]:
-    """Seconds per greedy token of AT_ONCE answers side by side, prompt included, each model by turns."""
-    tokens = torch.randint(1, 100, (AT_ONCE, PROMPT), device=here.device)
+def decoding(here: Here, models: dict[str, Any], rows: int = AT_ONCE) -> dict[str, float]:
+    """Seconds per greedy token of so many answers side by side, prompt included, each model by turns."""
+    tokens = torch.randint(1, 100, (rows, PROMPT), device=here.device)
     works = {name: lambda model=model: timed(lambda: model.generate(tokens, here.decoded), here.device)
              for name, model in models.items()}
     return {name: statistics.median(each) / here.decoded for name, each in in_turn(works, 2, "decoding").items()}
@@ -263,9 +289,9 @@ class KernelByKernel:
     def __init__(self, model: GPT):
         self.model = model
 
-    def generate(self, tokens: Tensor, new: int) -> Tensor:
+    def generate(self, tokens: Tensor, new: int, **given: Any) -> Tensor:
         with mock.patch.object(Replay, "works", return_value=False):
-            return self.model.generate(tokens, new)
+            return self.model.generate(tokens, new, **given)
 
 
 class Theirs:
@@ -290,11 +316,22 @@ class Theirs:
                                    min_new_tokens=new, do_sample=False, **self.more)
 
 
-def with_theirs(here: Here, shape: Shape) -> dict[str, float]:
-    """decoding of transformers' model of this shape; {} where it is not installed."""
-    if transformers is None:
-        return {}
-    return decoding(here, {"transformers": Theirs(here, shape)})
+def few_and_many(here: Here, models: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """decoding of AT_ONCE answers, and of MANY but for kernel by kernel, by how many."""
+    quick = {name: model for name, model in models.items() if not isinstance(model, KernelByKernel)}
+    return {str(rows): attempt(partial(decoding, here, some, rows), {})
+            for rows, some in ((AT_ONCE, models), (MANY, quick))}
+
+
+def decoded(here: Here, shape: Shape, models: dict[str, Any]) -> dict[str, Any]:
+    """few_and_many of these models and, once they are let go of, of transformers'; bytes of weights a step reads."""
+    found = few_and_many(here, models)
+    models.clear()
+    here.forget_peak()
+    if transformers is not None:
+        theirs = few_and_many(here, {"transformers": Theirs(here, shape)})
+        found = {rows: each | theirs[rows] for rows, each in found.items()}
+    return {"decoding": found, "decoding_bytes": {rows: 2 * weights_met(Config(**shape), int(rows)) for rows in found}}
 
 
 def steps(here: Here, target: GPT, active: float, *flags: str) -> tuple[Any, dict[str, Any]]:
@@ -318,12 +355,9 @@ def uoe(here: Here) -> dict[str, Any]:
     out |= found
     del target
     here.forget_peak()
-    out["decoding"] = attempt(partial(decoding, here, {"here": model, "kernel by kernel": KernelByKernel(model)}), {})
-    out["decoding_bytes"] = 2 * weights_met(model.config, AT_ONCE)
+    models = {"here": model, "kernel by kernel": KernelByKernel(model)}
     del model
-    here.forget_peak()
-    out["decoding"] |= attempt(partial(with_theirs, here, here.olmoe), {})
-    return out
+    return out | decoded(here, here.olmoe, models)
 
 
 def uld(here: Here) -> dict[str, Any]:
@@ -335,13 +369,18 @@ def uld(here: Here) -> dict[str, Any]:
     model, found = steps(here, target, weights_met(config), "--method", "uld")
     out |= found
     here.forget_peak()
-    asked = {"target": target, "target, kernel by kernel": KernelByKernel(target), "ULD": model}
-    out["decoding"] = attempt(partial(decoding, here, asked), {})
-    out["decoding_bytes"] = 2 * weights_met(target.config, AT_ONCE)
-    del target, model, asked
-    here.forget_peak()
-    out["decoding"] |= attempt(partial(with_theirs, here, here.llama), {})
-    return out
+    models = {"target": target, "target, kernel by kernel": KernelByKernel(target), "ULD": model}
+    del target, model
+    return out | decoded(here, here.llama, models)
+
+
+def grouped(here: Here) -> dict[str, Any]:
+    """Decoding of Llama-3.1-8B's shape: four queries share a key and a value, and the head is of 128,256 tokens."""
+    target = here.model(here.llama3)
+    out: dict[str, Any] = {"parameters": count_parameters(target)}
+    models = {"here": target, "kernel by kernel": KernelByKernel(target)}
+    del target
+    return out | decoded(here, here.llama3, models)
 
 
 def compiled(here: Here) -> dict[str, float]:
@@ -362,19 +401,21 @@ def gigabytes(n: float | None) -> str:
 
 def method_lines(title: str, found: dict[str, Any], rates: dict[str, float]) -> list[str]:
     """What one method's part found, a line each."""
-    lines = [f"## {title}", "", f"{found['parameters'] / 1e9:.2f} billion parameters, "
-             f"{found['steps'][str(BATCHES[0])]['trained']:,} train.", ""]
-    for batch, step in found["steps"].items():
+    train = f", {found['steps'][str(BATCHES[0])]['trained']:,} train" if "steps" in found else ""
+    lines = [f"## {title}", "", f"{found['parameters'] / 1e9:.2f} billion parameters{train}.", ""]
+    for batch, step in found.get("steps", {}).items():
         share = step["step_flops"] / step["step_seconds"] / rates["bf16_flops"]
         lines.append(f"- a training step of {batch} + {batch} rows, {step['tokens_per_step']} tokens: "
                      f"{1e3 * step['step_seconds']:.0f} ms, {100 * share:.0f}% of the card's measured bf16 rate (4 x "
                      f"{found['active'] / 1e9:.2f} billion parameters x tokens); peak memory of unlearning "
                      f"{gigabytes(step['peak_bytes'])}, of which {gigabytes(step['held_before'])} were there before; "
                      f"a run announces {gigabytes(step['announced_bytes'])}")
-    bound = found["decoding_bytes"] / rates["bytes_per_second"]
-    for name, seconds in found["decoding"].items():
-        lines.append(f"- greedy decoding, {AT_ONCE} rows, {name}: {AT_ONCE / seconds:.0f} tokens/s, "
-                     f"{1e3 * seconds:.1f} ms a step; reading the target's weights once takes {1e3 * bound:.1f}")
+    for rows, each in found["decoding"].items():
+        bound = found["decoding_bytes"][rows] / rates["bytes_per_second"]
+        said = (f"{name} {int(rows) / seconds:,.0f} tokens/s ({1e3 * seconds:.1f} ms a step)"
+                for name, seconds in each.items())
+        lines.append(f"- greedy decoding, {rows} rows: {', '.join(said)}; reading the target's weights once takes "
+                     f"{1e3 * bound:.1f} ms")
     return lines
 
 
@@ -389,7 +430,7 @@ def page(results: dict[str, Any]) -> str:
         lines += [f"Measured in the same run: {rates['bf16_flops'] / 1e12:.0f} TFLOP/s in bf16 (a square product), "
                   f"{rates['bytes_per_second'] / 1e12:.2f} TB/s (a copy, read and written).", ""]
     for name, title in (("uoe", "UOE, OLMoE-1B-7B's shape, an expert of the lowest layer"),
-                        ("uld", "ULD, Llama-2-7B's shape")):
+                        ("uld", "ULD, Llama-2-7B's shape"), ("grouped", "Llama-3.1-8B's shape, as it is")):
         if "error" in results.get(name, {"error": ""}) or "error" in rates:
             lines += [f"## {title}", "", f"Not measured: {results.get(name, {}).get('error', 'no time left')}", ""]
         else:
@@ -399,6 +440,10 @@ def page(results: dict[str, Any]) -> str:
                 lines[-1:] = ["- greedy decoding, 8 rows, transformers with a static cache and torch.compile: "
                               f"{AT_ONCE / peer['seconds']:.0f} tokens/s, {1e3 * peer['seconds']:.1f} ms a step; its "
                               f"first answers took {peer['first_seconds']:.0f} s", ""]
+    alike = results.get("recorded", {"error": ""})
+    if "error" not in alike:
+        lines += ["Share of tokens alike, small random models decoding recorded anew every five tokens and kernel by "
+                  "kernel: " + ", ".join(f"{name} {share:.3f}" for name, share in alike.items()) + ".", ""]
     lines += ["## One layer's experts, forward and backward", ""]
     table = results.get("experts", {"error": "no time left"})
     if "error" in table:
@@ -411,7 +456,8 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"card": card, "experts": experts, "uoe": uoe, "uld": uld, "compiled": compiled}
+PARTS = {"card": card, "recorded": recorded, "experts": experts, "uoe": uoe, "uld": uld, "grouped": grouped,
+         "compiled": compiled}
 
 
 @one_line_errors
