@@ -100,7 +100,8 @@ def check_ours(folder: Path, flag: str) -> None:
     """Raises UserError where `folder` is there, and is a link, a file or a folder that this program did not make."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, which is not written through: remove it, or give another {flag}")
-    if folder.is_dir() and not (folder / MARK).is_file() and any(folder.iterdir()):
+    held = list(folder.iterdir()) if folder.is_dir() and not (folder / MARK).is_file() else []
+    if not all(path.match(f".{MARK}.*.tmp") for path in held):  # a mark that was being written when we were killed
         raise UserError(f"{folder} exists and is no run or model that this program wrote (it has no {MARK}): move "
                         f"it away, or give another {flag}")
     if folder.exists() and not folder.is_dir():

@@ -25,9 +25,9 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
     stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
-    Not the default: --start-scale 0.1, with which ULD forgets more of a public model (results/tofu.md). Untrained, a
-    large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4; so the
-    assistant begins nearly uniform instead.
+    Not the default: --start-scale 0.1, with which an assistant of a public model learns more (results/tofu.md).
+    Untrained, a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4;
+    so the assistant begins nearly uniform instead.
     alpha is chosen by strangers, not by the test (--subtract 0.75: the paper's). No filter on the embedded world
     (--filter-rate 0.01: the paper's). On other rows the paper's alpha and filter.
     Small models: a learning rate of 6e-3 (--lr 1e-3), 30 epochs (--epochs 10), on rows that are not the world's 3e-3

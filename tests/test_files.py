@@ -87,12 +87,17 @@ def test_only_what_this_program_wrote_may_be_replaced(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / f".{MARK}.17.tmp").write_text("{")  # before its mark was whole
     for name, says in (("checkpoint", "is no run or model that this program wrote"), ("file", "is a file"),
                        ("link", "is a link"), ("dangling", "is a link")):
         with pytest.raises(UserError, match=f"{name} .*{says}.* another --name"):
             check_ours(tmp_path / name, "--name")
-    for name in ("mine", "empty", "absent"):
+    for name in ("mine", "empty", "absent", "killed"):
         check_ours(tmp_path / name, "--name")
+    (tmp_path / "killed" / "a.txt").write_text("somebody's")
+    with pytest.raises(UserError, match="killed exists and is no run or model"):
+        check_ours(tmp_path / "killed", "--name")
 
 
 @pytest.mark.parametrize("killed", [False, True])

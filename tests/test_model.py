@@ -351,6 +351,17 @@ def test_sampled_frequencies_follow_the_softmax(dense, temperature):
     assert chisquare(count.numpy(), 6000 * (p / p.sum()).numpy()).pvalue > 1e-3
 
 
+def test_a_large_vocabulary_is_drawn_as_weighted():
+    """Chi-square over 6,000 draws where one random number a row decides; what weighs nothing is never drawn."""
+    weights = torch.zeros(6000, 2**14)
+    places, shares = torch.tensor([1, 77, 8000, 2**14 - 1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    weights[:, places] = shares
+    drawn = decoding.draw(weights, torch.Generator().manual_seed(0))
+    count = torch.stack([(drawn == place).sum() for place in places])
+    assert int(count.sum()) == 6000
+    assert chisquare(count.numpy(), 6000 * shares.double().numpy() / float(shares.double().sum())).pvalue > 1e-3
+
+
 def test_generating_no_token_gives_none(dense):
     assert dense().generate(torch.tensor([[1, 2], [3, 4]]), 0).shape == (2, 0)
 
