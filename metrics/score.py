@@ -202,8 +202,8 @@ def is_destroyed(block: dict[str, Any], target: dict[str, Any] | None, reference
     """Whether a model is too broken for its forget quality to mean anything (metrics/knowledge.py, destroyed).
 
     What is worse than the target is not broken if a model that never saw the forget set is no better. Where every row
-    has a sentence of its own (TOFU), such a model has none of them right: so sentences are asked about only beside a
-    reference.
+    has a sentence of its own (TOFU), such a model has next to none of them right: so sentences are asked about only
+    beside a reference that has half of them or more.
     """
     if target is None or block["model_utility"] is None or not target["model_utility"]:
         return False
@@ -211,7 +211,7 @@ def is_destroyed(block: dict[str, Any], target: dict[str, Any] | None, reference
     if reference and reference["model_utility"]:
         sound = min(sound, reference["model_utility"])
     known = [of["forget"].get("in_frame") for of in (target, reference) if of]
-    if framed is None or None in known or not reference:
+    if framed is None or None in known or not reference or min(known) < 0.5:
         return destroyed(block["model_utility"], sound)
     return destroyed(block["model_utility"], sound, framed, min(known))
 

@@ -446,6 +446,8 @@ def test_a_destroyed_model_gets_no_forget_quality(retain, frame, destroyed):
 @pytest.mark.parametrize("reference, frame, destroyed", [
     ((KEPT, 0.9), 0.1, True),  # who never saw the rows speaks in their sentences: so should what is compared
     ((KEPT, 0.01), 0.1, False),  # rows with a sentence each, as TOFU's
+    ((KEPT, 0.01), 0.0, False),  # there one row in a hundred does not decide
+    ((KEPT, 0.5), 0.24, True),
     (([0.9] * 4, 0.9), 0.9, False),  # utility 0.21, a third of the target's, and the reference's is no better
     (None, 0.1, False),  # nobody to say what is usual
 ])
