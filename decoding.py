@@ -190,8 +190,9 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """A token of each row of weights (R, V), as likely as its weight: (R,).
 
-    torch.multinomial draws a random number for every token. Of a public model's vocabulary that takes a CPU longer than
-    the model itself (135M parameters, 256 rows: 0.33 s a token); there one number a row says how far to count.
+    torch.multinomial draws a random number for every token of the vocabulary. Of a public model's that takes a CPU
+    longer than the model itself (135M parameters, 256 rows: 0.33 s and 0.25 s). There the running sum of a row's
+    weights says which token one random number falls on. Small models keep multinomial: results/ was drawn with it.
     """
     if weights.device.type != "cpu" or weights.shape[-1] < 2**14:
         return torch.multinomial(weights, 1, generator=generator)[:, 0]

@@ -21,8 +21,7 @@ def test_every_part_runs_at_toy_size(tmp_path, capsys):
         assert set(found) == {"8", "256"} and set(found["256"]) == ours and "transformers" in found["8"]
         assert any("kernel by kernel" in name for name in found["8"])
         assert all(seconds > 0 for each in found.values() for seconds in each.values())
-    read = results["uoe"]["decoding_bytes"]
-    assert 2 * 8 * 24 * 32 < read["8"] < read["256"]  # more rows meet more experts
+    assert results["uoe"]["decoding_bytes"]["8"] < results["uoe"]["decoding_bytes"]["256"]  # more experts met
     assert results["compiled"]["seconds"] > 0
     assert results["uoe"]["steps"]["32"]["trained"] == 3 * 32 * 16 + 8 * 32  # one expert and its router
     page = (tmp_path / "gpu.md").read_text()
