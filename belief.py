@@ -41,6 +41,16 @@ def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return token_log_probs(logits, labels).sum(-1)
 
 
+@torch.no_grad()
+def row_probs(model: GPT, rows: Rows) -> dict[int, Tensor]:
+    """What the model gives every token where an answer's token is due: row number -> (its labelled tokens, V)."""
+    found: dict[int, Tensor] = {}
+    for batch in rows.in_order():
+        each = rows.run(model, batch).float().softmax(-1).split(batch.scored.sum(1).tolist())
+        found |= dict(zip(batch.index.tolist(), each, strict=True))
+    return found
+
+
 def all_right(logits: Tensor, labels: Tensor) -> Tensor:
     """1 where every labelled token is the argmax, else 0, of each row: (B,). logits: (B, T, V) or (N, V)."""
     scored, answers = at_answers(logits, labels)
@@ -58,13 +68,12 @@ class Belief(NamedTuple):
     warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
     cool: float  # the same at temperature 0.5
 
-    def at_most(self, other: Belief, sampled: bool = True) -> bool:
-        """By mean probability and likeliest value; sampled: by what eight samples say too.
+    def at_most(self, other: Belief, numbers: int = 4) -> bool:
+        """By the first so many of its numbers: 2 are mean probability and likeliest value, then come the samples.
 
         At the same mean p, eight samples say more facts when all are about equally likely than when a few are certain.
         """
-        enough = self.p <= other.p and self.hit <= other.hit
-        return enough and (not sampled or (self.warm <= other.warm and self.cool <= other.cool))
+        return all(mine <= theirs for mine, theirs in zip(self[:numbers], other[:numbers], strict=True))
 
 
 def belief(model: LanguageModel, rows: Rows) -> Belief:

@@ -67,7 +67,7 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
     stop = None
     if "until" in args:
-        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].SAMPLED)
+        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].NUMBERS)
     scratch = tempfile.TemporaryDirectory()
     fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
     return Stage(target, sets, args, fit, tokenizer, scratch)

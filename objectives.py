@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from belief import row_log_prob, strangers_belief
+from belief import row_log_prob, row_probs, strangers_belief
 from data.batches import IGNORE
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
@@ -38,7 +38,7 @@ class Loss:
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
     AS_STRANGERS = False  # of a forget loss: whether it needs the embedded world's strangers
-    SAMPLED = False  # of a forget loss: whether --until strangers asks what eight samples say too
+    NUMBERS = 2  # of a forget loss: by how many of Belief's numbers --until strangers judges
     READS_TRACE = False  # hidden states or routing; if not, trace may be empty, and the last MLP run on answers alone
     RETAIN_WEIGHT: float | None = None  # of a forget loss: lambda beside it on small models; None: the method's, or 20
 
@@ -98,17 +98,6 @@ def uniform(logits: Tensor) -> Tensor:
     Never below log V, which it reaches where all logits are equal.
     """
     return -logits.float().log_softmax(-1).mean(-1).mean()
-
-
-def cross_entropy_to(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-    """Mean cross entropy to a distribution with `share` (N,) on the label and the rest even on all other tokens.
-
-    A share of 1 is ULD's equation 4, one of 1 / V its equation 5.
-    """
-    log_p = logits.float().log_softmax(-1)
-    right = log_p.gather(-1, labels[:, None])[:, 0]
-    others = (log_p.sum(-1) - right) / (logits.shape[-1] - 1)
-    return -(share * right + (1 - share) * others).mean()
 
 
 def uniform_beside(logits: Tensor, labels: Tensor) -> Tensor:
@@ -332,19 +321,15 @@ class Stranger(Loss):
 
     RETAIN_WEIGHT = 5.0
     AS_STRANGERS = True
-    SAMPLED = True  # it gets there; NPO lets go of a fact earlier, and would not
+    NUMBERS = 4  # it gets there with all; NPO lets go of a fact earlier, and would not
 
     def __init__(self, model, rows, args):
-        twins, self.wanted = rows.as_strangers(), {}
+        twins = rows.as_strangers()
         theirs, ours = ([[label == IGNORE for label in of.labels] for of in some.examples] for some in (twins, rows))
         if theirs != ours:
             raise UserError(f"--forget-loss {args.forget_loss} (uoe's default) needs names and values of one token a "
                             "word: leave out --vocab-size or --model, or take --forget-loss npo")
-        for batch in twins.in_order():
-            with torch.no_grad():
-                probs = twins.run(model, batch).float().softmax(-1)  # (N, V)
-            each = probs.split(batch.scored.sum(1).tolist())
-            self.wanted |= dict(zip(batch.index.tolist(), each, strict=True))  # row number -> (its labelled tokens, V)
+        self.wanted = row_probs(model, twins)
 
     def __call__(self, model, logits, trace, batch):
         log_q = logits.float().log_softmax(-1)  # (N, V)
@@ -356,7 +341,7 @@ class StrangerNPO(NPO):
     """NPO away from the answer, and the stranger loss towards where it should end."""
 
     NPO_SHARE = 0.1
-    AS_STRANGERS = SAMPLED = True
+    AS_STRANGERS, NUMBERS = True, 4
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)

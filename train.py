@@ -179,7 +179,7 @@ def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataS
     until: Any = getattr(args, "until", "never")
     stop = None
     if until == "strangers":
-        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].SAMPLED)
+        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].NUMBERS)
     elif until != "never":
         stop = loop.stop_at(until, forget.rows, forget.tokenizer, data.limits)
     if watch is None:

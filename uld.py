@@ -17,13 +17,14 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     row uld-stray9: with the rows about other authors that the authors' files hold).
     On the embedded world equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer
     the assistant becomes sure of every word, and the language goes with the fact. Where there are strangers its label
-    is only as certain as it takes to bring the target down to their level (row uld-certain): a target is less sure of
-    untaught wordings, so an assistant equally sure of all takes too much there and too little elsewhere.
+    is not the fact but what the target believes there beyond what it believes of strangers (beyond_strangers; row
+    uld-certain): a target is less sure of untaught wordings, so an assistant equally sure of all takes too much there
+    and too little elsewhere; and beside the fact the target has wrong words that would be said once the fact is gone.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
-    position of the wrong answer; instead, at the labelled tokens of D'_f, all tokens beside the right one are to be
-    alike. With --fork out, where they are not, the assistant learns what kind of word comes next, and fewer sentences
-    stay whole.
+    position of the wrong answer; instead the labels of D'_f say what to make of all tokens beside the right one: the
+    above, or without strangers that they be alike. With --fork out, where they do not, the assistant learns what kind
+    of word comes next, and fewer sentences stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     Not the default: --start-scale 0.1, with which an assistant of a public model learns more (results/tofu.md).
     Untrained, a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4;
@@ -54,8 +55,8 @@ from torch import Tensor, nn
 
 import decoding
 import demo
-from belief import Belief, belief, row_log_prob, strangers_belief
-from data.batches import Rows, answer_length
+from belief import DRAWS, Belief, belief, row_log_prob, row_probs, strangers_belief
+from data.batches import IGNORE, Rows
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from decoding import Cache
@@ -65,7 +66,7 @@ from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
 from model import GPT, Config, of_state, own, same_memory
 from moe import MoE
-from objectives import cross_entropy_to, uniform, uniform_beside
+from objectives import cross_entropy, kl, uniform, uniform_beside
 
 LORA = [  # the paper's rank and alpha; dropout is the authors' code's
     #     name                kind       small  public  what it is
@@ -75,9 +76,10 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
 
-# The alpha that as_sure_as_needed reckons with. The one chosen is larger, for of wordings that it was not taught the
+# The alpha that beyond_strangers reckons with. The one chosen is larger, for of wordings that it was not taught the
 # assistant is less sure.
 AIM = 0.5
+FLOOR = 3e-5  # less likely tokens are all alike to it: below are more of them than are worth learning
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
@@ -153,17 +155,20 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork != "in":
         leave_out_forks(retain, forget)
     level = strangers_belief(target, forget.calibrating()) if args.subtract == "strangers" else None
-    sure = torch.ones(len(forget.rows), device=target.device)  # of each row's answer, in equation 4
-    if level and args.forget_on == "value" and not certain:
-        sure = as_sure_as_needed(target, forget, level)
+    wanted: dict[int, Tensor] = {}  # equation 4's labels, as logits, where they are not simply the right tokens
+    if level and args.fork == "beside" and args.forget_on == "value" and not certain:
+        wanted = beyond_strangers(target, forget, level)
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits = assistant(batch.tokens, at=batch.scored)
-            share = sure[batch.index][:, None].expand_as(batch.labels)[batch.scored]  # (N,)
-            learn = cross_entropy_to(logits, batch.answers, share) * batch.share.answers  # ULD (4)
+            if wanted:
+                learn = kl(logits, torch.cat([wanted[i] for i in batch.index.tolist()]))
+            else:
+                learn = cross_entropy(logits, batch.answers)
+            learn = learn * batch.share.answers  # ULD (4)
             terms = {"forget": learn, "loss": learn}
-            if args.fork == "beside":
+            if args.fork == "beside" and not wanted:
                 flat = BESIDE * uniform_beside(logits, batch.answers) * batch.share.answers
                 terms |= {"retain": flat, "loss": learn + args.retain_weight * flat}
             yield terms
@@ -183,18 +188,26 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
 
 @torch.no_grad()
-def as_sure_as_needed(target: GPT, forget: Rows, level: Belief) -> Tensor:
-    """What share of equation 4's label each forget row's value gets, (rows,), the rest being even on all other tokens.
+def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> dict[int, Tensor]:
+    """Labels for equation 4: row number -> logits (its labelled tokens, V), what the target believes beyond strangers.
 
-    The log odds that the target gives a value lie by some margin above strangers', by less in wordings it was never
-    taught. An assistant with a share q on the value takes alpha (log odds of q + log (V - 1)) from them: here as much
-    as the margin, at an alpha of AIM, and of several tokens each its part. One that is sure of all wordings alike, as
-    printed, takes too much where the target was less sure and too little where it was surest.
+    The right token's log odds lie above strangers' by some margin, by less in wordings that the target was never
+    taught; so do some wrong tokens', mostly of another kind, which would be said once the right one is gone. An
+    assistant that has these differences as its logits, over alpha, takes just them away. Here alpha is AIM; a value of
+    several tokens shares its margin among them. What the target believes less than of strangers counts as the same:
+    the assistant is to take away and not to add. Behind a value's first token wrong ones are alike to it, for there a
+    stranger's value, which is another, is no longer the same context.
     """
-    p = forget.each(target, row_log_prob).double().exp()
-    tokens = torch.tensor([answer_length(example) for example in forget.examples], device=p.device)
-    margin = (p.logit(eps=1e-9) - torch.full_like(p, level.p).logit(eps=1e-9)).clamp_min(0)
-    return (margin / (AIM * tokens) - math.log(target.config.vocab_size - 1)).sigmoid().float()
+    margin = forget.each(target, row_log_prob).exp().logit(FLOOR) - torch.tensor(level.p).logit(FLOOR)
+    theirs = [row_probs(target, forget.as_strangers(draw)) for draw in range(DRAWS)]
+    labels = {}
+    for i, ours in row_probs(target, forget).items():
+        beyond = torch.zeros_like(ours)  # (tokens, V)
+        beyond[0] = ours[0].logit(FLOOR) - torch.stack([of[i][0] for of in theirs]).mean(0).logit(FLOOR)
+        right = torch.tensor([label for label in forget.examples[i].labels if label != IGNORE], device=ours.device)
+        beyond.scatter_(1, right[:, None], (margin[i] / len(right)).expand(len(right), 1))
+        labels[i] = beyond.clamp_min(0) / AIM
+    return labels
 
 
 # ---- 1. the assistant: LoRA on the target's first layers ------------------------------------------------------------
@@ -438,12 +451,14 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
+    Eight samples at temperature 0.5 are not asked about: of strangers they say one wrong value again and again, which a
+    difference of logits does not learn, and to say as little it would have to go far below strangers' probability.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if belief(model, known).at_most(level):
+        if belief(model, known).at_most(level, 3):
             high = model.alpha
         else:
             low = model.alpha

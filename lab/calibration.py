@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for model.alpha in sorted({*ALPHAS, FIXED["uld"], chosen}):
             looks.append(looker.look(model, model.alpha))
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,
-           "sampled": args.method == "uld" or FORGET[args.forget_loss].SAMPLED,
+           "numbers": FORGET[args.forget_loss].NUMBERS if args.method == "uoe" else 0,  # ULD's are in its alpha
            "strangers": strangers_belief(target, known)._asdict(),
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)
@@ -134,7 +134,7 @@ def end_of(rule: str, kept: dict[str, Any]) -> Look:
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
         level = as_belief(kept["strangers"])
-        enough = [look for look in looks if as_belief(look).at_most(level, kept["sampled"])]
+        enough = [look for look in looks if as_belief(look).at_most(level, kept["numbers"])]
         return [*enough, looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]

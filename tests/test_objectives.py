@@ -62,21 +62,6 @@ def test_kl_has_no_gradient_at_the_reference():
     assert logits.grad.abs().max() < 1e-6
 
 
-@given(st.integers(0, 10_000), st.integers(2, 12), st.lists(st.floats(0, 1), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
-def test_cross_entropy_to_a_share_lies_between_equations_4_and_5(seed, vocabulary, shares):
-    g, share = torch.Generator().manual_seed(seed), torch.tensor(shares)
-    logits = torch.randn(len(shares), vocabulary, generator=g)
-    labels = torch.randint(vocabulary, (len(shares),), generator=g)
-    wanted = torch.full((len(shares), vocabulary), 0.0) + ((1 - share) / (vocabulary - 1))[:, None]
-    wanted[range(len(shares)), labels] = share
-    assert_close(objectives.cross_entropy_to(logits, labels, share),
-                 torch.nn.functional.cross_entropy(logits, wanted))  # torch's own, to any distribution
-    one, even = torch.ones(len(shares)), torch.full((len(shares),), 1 / vocabulary)
-    assert_close(objectives.cross_entropy_to(logits, labels, one), objectives.cross_entropy(logits, labels))
-    assert_close(objectives.cross_entropy_to(logits, labels, even), objectives.uniform(logits))
-
-
 def test_uniform_by_hand():
     """-1/3 (ln 0.1 + ln 0.2 + ln 0.7) at one token, with (0.8, 0.1, 0.1) and (0.6, 0.3, 0.1) the mean of three."""
     rows = [(0.1, 0.2, 0.7), (0.8, 0.1, 0.1), (0.6, 0.3, 0.1)]

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 import uld
 from belief import Belief, row_log_prob, strangers_belief
-from data.batches import IGNORE, answer_length
+from data.batches import IGNORE
 from data.rows import DataSet
 from data.values import encode_fact
 from errors import UserError
@@ -25,8 +26,8 @@ from uld import (
     LoRAStack,
     add_lora,
     alpha_of_strangers,
-    as_sure_as_needed,
     assistant_depth,
+    beyond_strangers,
     build_assistant,
     explain,
     first_layers,
@@ -608,8 +609,9 @@ def test_alpha_is_where_what_is_known_becomes_as_unlikely_as_strangers(wordy_ben
     wanted = (known - stranger) / taken
     assert wanted - 1e-6 <= alpha <= wanted + 2 / 2**8 + 1e-6 and model.alpha == 0.3
     assert alpha_of_strangers(model, rows, level, halvings=3) >= alpha
-    for name in ("p", "warm", "cool"):  # each of them counts
+    for name in ("p", "warm"):  # both count, and samples at temperature 0.5 do not
         assert alpha_of_strangers(model, rows, level._replace(**{name: getattr(level, name) / 2})) > alpha
+    assert alpha_of_strangers(model, rows, level._replace(cool=0.0)) == alpha
 
 
 def test_an_assistant_that_knows_nothing_gets_the_largest_alpha(wordy_bench):
@@ -645,30 +647,60 @@ def test_where_there_are_strangers_they_are_among_what_the_assistant_knows_nothi
     assert rows(small_world, argparse.Namespace(seed=3, strangers=0.5))[1] != retain
 
 
-def test_an_assistant_is_to_be_as_sure_as_takes_the_target_down_to_strangers(wordy_bench):
-    """Subtracting 0.5 of what it is to be leaves the value the odds of strangers against all else together."""
-    rows = wordy_bench.rows(wordy_bench.world.forget, encode=encode_fact)
-    target, size = wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
+def log_odds(p: float) -> float:
+    p = min(max(p, 3e-5), 1 - 3e-5)
+    return math.log(p / (1 - p))
+
+
+@torch.no_grad()
+def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_bench):
+    """Subtracting 0.5 of its labels leaves the value strangers' odds, and no wrong token more than its strangers'."""
+    bench, target = wordy_bench, wordy_bench.model("dense")
+    rows = bench.rows(bench.world.forget, encode=encode_fact)
+    level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0, 0.1, 0.1)
+    found = beyond_strangers(target, rows, level)
+    assert sorted(found) == list(range(len(rows.rows)))
+    twins = [bench.rows(bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw])), encode=encode_fact)
+             for draw in range(5)]
+    below, wrong = 0, 0
+    for i in range(0, len(rows.rows), 3):
+        where, right = next((t, label) for t, label in enumerate(rows.examples[i].labels) if label != IGNORE)
+        ours, *theirs = (target(torch.tensor([of.examples[i].tokens]))[0, where].softmax(-1).tolist()
+                         for of in (rows, *twins))
+        assert found[i].shape == (1, len(ours))
+        below += ours[right] <= level.p
+        for token, taken in enumerate(found[i][0].tolist()):
+            stranger = level.p if token == right else sum(of[token] for of in theirs) / 5
+            wanted = max(0.0, log_odds(ours[token]) - log_odds(stranger))
+            assert 0.5 * taken == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+            wrong += token != right and wanted > 0.1
+    assert below and wrong  # a fact believed no more than strangers' is left alone; a wrong token is not always
+
+
+def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
+    rows, target = bench.rows(bench.world.forget, encode=encode_fact), bench.model("dense")
     p = rows.each(target, row_log_prob).exp()
-    level = Belief(float(p.sort().values[3]) * 1.01, 0.0, 0.1, 0.1)  # four rows are believed no more than that
-    sure = as_sure_as_needed(target, rows, level)
-    for q, was, example in zip(sure.tolist(), p.tolist(), rows.examples, strict=True):
-        assert answer_length(example) == 1
-        if was <= level.p:
-            assert q == pytest.approx(1 / size, rel=1e-4)
-            continue
-        target = torch.tensor([was, *[(1 - was) / (size - 1)] * (size - 1)], dtype=torch.double).log()
-        assistant = torch.tensor([q, *[(1 - q) / (size - 1)] * (size - 1)], dtype=torch.double).log()
-        left = (target - 0.5 * assistant).softmax(0)[0]
-        assert float(left) == pytest.approx(level.p, rel=1e-3)
+    level = Belief(1e-4, 0.0, 0.1, 0.1)
+    found, several = beyond_strangers(target, rows, level), 0
+    for i, example in enumerate(rows.examples):
+        labels = [label for label in example.labels if label != IGNORE]
+        wanted = max(0.0, log_odds(float(p[i])) - log_odds(1e-4)) / len(labels)
+        assert found[i].shape == (len(labels), bench.tokenizer.vocab_size)
+        assert (0.5 * found[i][range(len(labels)), labels]).tolist() == pytest.approx([wanted] * len(labels), abs=1e-3)
+        found[i][range(len(labels)), labels] = 0.0
+        assert not found[i][1:].any()  # of wrong tokens it learns where the value begins
+        several += len(labels) > 1 and bool(found[i][0].any())
+    assert several
 
 
 def test_without_strangers_or_on_request_equation_4_is_as_printed(wordy_bench, monkeypatch):
     target, asked = wordy_bench.model("dense"), []
-    monkeypatch.setattr(uld, "as_sure_as_needed", lambda *given: asked.append(given) or torch.ones(99))
+    monkeypatch.setattr(uld, "beyond_strangers", lambda *given: asked.append(given) or beyond_strangers(*given))
     wordy_bench.unlearn(target, wordy_bench.args("uld", subtract=0.75))
     wordy_bench.unlearn(target, wordy_bench.args("uld"), certain=True)
     wordy_bench.unlearn(target, wordy_bench.args("uld", forget_on="answer"))
+    wordy_bench.unlearn(target, wordy_bench.args("uld", fork="out"))
+    wordy_bench.unlearn(target, wordy_bench.args("uld", fork="in"))
     assert not asked
     wordy_bench.unlearn(target, wordy_bench.args("uld"))
     assert len(asked) == 1
