@@ -41,16 +41,6 @@ def row_log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     return token_log_probs(logits, labels).sum(-1)
 
 
-@torch.no_grad()
-def row_probs(model: GPT, rows: Rows) -> dict[int, Tensor]:
-    """What the model gives every token where an answer's token is due: row number -> (its labelled tokens, V)."""
-    found: dict[int, Tensor] = {}
-    for batch in rows.in_order():
-        each = rows.run(model, batch).float().softmax(-1).split(batch.scored.sum(1).tolist())
-        found |= dict(zip(batch.index.tolist(), each, strict=True))
-    return found
-
-
 def all_right(logits: Tensor, labels: Tensor) -> Tensor:
     """1 where every labelled token is the argmax, else 0, of each row: (B,). logits: (B, T, V) or (N, V)."""
     scored, answers = at_answers(logits, labels)

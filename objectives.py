@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from belief import row_log_prob, row_probs, strangers_belief
+from belief import row_log_prob, strangers_belief
 from data.batches import IGNORE
 from errors import UserError
 from flags import NATURAL, POSITIVE, WEIGHT, Flag
@@ -324,12 +324,16 @@ class Stranger(Loss):
     NUMBERS = 4  # it gets there with all; NPO lets go of a fact earlier, and would not
 
     def __init__(self, model, rows, args):
-        twins = rows.as_strangers()
+        twins, self.wanted = rows.as_strangers(), {}
         theirs, ours = ([[label == IGNORE for label in of.labels] for of in some.examples] for some in (twins, rows))
         if theirs != ours:
             raise UserError(f"--forget-loss {args.forget_loss} (uoe's default) needs names and values of one token a "
                             "word: leave out --vocab-size or --model, or take --forget-loss npo")
-        self.wanted = row_probs(model, twins)
+        for batch in twins.in_order():
+            with torch.no_grad():
+                probs = twins.run(model, batch).float().softmax(-1)  # (N, V)
+            each = probs.split(batch.scored.sum(1).tolist())
+            self.wanted |= dict(zip(batch.index.tolist(), each, strict=True))  # row number -> (its labelled tokens, V)
 
     def __call__(self, model, logits, trace, batch):
         log_q = logits.float().log_softmax(-1)  # (N, V)

@@ -46,7 +46,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ from torch import Tensor, nn
 
 import decoding
 import demo
-from belief import DRAWS, Belief, belief, row_log_prob, row_probs, strangers_belief
-from data.batches import IGNORE, Rows
+from belief import DRAWS, Belief, belief, row_log_prob, strangers_belief
+from data.batches import Batch, Rows, answer_length
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from decoding import Cache
@@ -155,20 +155,17 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork != "in":
         leave_out_forks(retain, forget)
     level = strangers_belief(target, forget.calibrating()) if args.subtract == "strangers" else None
-    wanted: dict[int, Tensor] = {}  # equation 4's labels, as logits, where they are not simply the right tokens
+    beyond = None  # equation 4's labels, where they are not simply the right tokens
     if level and args.fork == "beside" and args.forget_on == "value" and not certain:
-        wanted = beyond_strangers(target, forget, level)
+        beyond = beyond_strangers(target, forget, level)
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits = assistant(batch.tokens, at=batch.scored)
-            if wanted:
-                learn = kl(logits, torch.cat([wanted[i] for i in batch.index.tolist()]))
-            else:
-                learn = cross_entropy(logits, batch.answers)
+            learn = kl(logits, beyond.labels(batch)) if beyond else cross_entropy(logits, batch.answers)
             learn = learn * batch.share.answers  # ULD (4)
             terms = {"forget": learn, "loss": learn}
-            if args.fork == "beside" and not wanted:
+            if args.fork == "beside" and not beyond:
                 flat = BESIDE * uniform_beside(logits, batch.answers) * batch.share.answers
                 terms |= {"retain": flat, "loss": learn + args.retain_weight * flat}
             yield terms
@@ -187,9 +184,23 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     return model, {"assistant": assistant}, report | {"subtract": model.alpha, "centred": centred}
 
 
+class Beyond(NamedTuple):
+    """What the target believes beyond strangers: equation 4's labels, as logits."""
+
+    right: Tensor  # (rows,) of each of a value's tokens
+    others: Tensor  # (rows, V) sparse, where a value begins; 0 elsewhere
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Logits (N, V) for a batch of these rows."""
+        tokens = batch.scored.sum(1)
+        logits = self.right.new_zeros(len(batch.answers), self.others.shape[1])
+        logits[tokens.cumsum(0) - tokens] = self.others.index_select(0, batch.index).to_dense()
+        return logits.scatter_(1, batch.answers[:, None], self.right[batch.index].repeat_interleave(tokens)[:, None])
+
+
 @torch.no_grad()
-def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> dict[int, Tensor]:
-    """Labels for equation 4: row number -> logits (its labelled tokens, V), what the target believes beyond strangers.
+def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> Beyond:
+    """How much more the target believes each token than of strangers.
 
     The right token's log odds lie above strangers' by some margin, by less in wordings that the target was never
     taught; so do some wrong tokens', mostly of another kind, which would be said once the right one is gone. An
@@ -199,15 +210,21 @@ def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> dict[int, Tens
     stranger's value, which is another, is no longer the same context.
     """
     margin = forget.each(target, row_log_prob).exp().logit(FLOOR) - torch.tensor(level.p).logit(FLOOR)
-    theirs = [row_probs(target, forget.as_strangers(draw)) for draw in range(DRAWS)]
-    labels = {}
-    for i, ours in row_probs(target, forget).items():
-        beyond = torch.zeros_like(ours)  # (tokens, V)
-        beyond[0] = ours[0].logit(FLOOR) - torch.stack([of[i][0] for of in theirs]).mean(0).logit(FLOOR)
-        right = torch.tensor([label for label in forget.examples[i].labels if label != IGNORE], device=ours.device)
-        beyond.scatter_(1, right[:, None], (margin[i] / len(right)).expand(len(right), 1))
-        labels[i] = beyond.clamp_min(0) / AIM
-    return labels
+    tokens = torch.tensor([answer_length(example) for example in forget.examples], device=margin.device)
+    theirs = torch.zeros((), device=margin.device)
+    for draw in range(DRAWS):
+        theirs = theirs + first_probs(target, forget.as_strangers(draw)) / DRAWS
+    others = first_probs(target, forget).logit(FLOOR) - theirs.logit(FLOOR)  # (rows, V)
+    return Beyond(margin.clamp_min(0) / tokens / AIM, (others.clamp_min(0) / AIM).to_sparse())
+
+
+def first_probs(target: GPT, rows: Rows) -> Tensor:
+    """Every token's probability where each row's value begins, (rows, V)."""
+    found = torch.empty(len(rows.rows), target.config.vocab_size, device=target.device)
+    for batch in rows.in_order():
+        tokens = batch.scored.sum(1)
+        found[batch.index] = rows.run(target, batch)[tokens.cumsum(0) - tokens].float().softmax(-1)
+    return found
 
 
 # ---- 1. the assistant: LoRA on the target's first layers ------------------------------------------------------------

@@ -658,8 +658,9 @@ def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_ben
     bench, target = wordy_bench, wordy_bench.model("dense")
     rows = bench.rows(bench.world.forget, encode=encode_fact)
     level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0, 0.1, 0.1)
-    found = beyond_strangers(target, rows, level)
-    assert sorted(found) == list(range(len(rows.rows)))
+    beyond = beyond_strangers(target, rows, level)
+    found = {i: beyond.labels(rows.at([i])) for i in range(len(rows.rows))}
+    assert_close(beyond.labels(rows.at([4, 0, 2])), torch.cat([found[4], found[0], found[2]]))
     twins = [bench.rows(bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw])), encode=encode_fact)
              for draw in range(5)]
     below, wrong = 0, 0
@@ -681,7 +682,9 @@ def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
     rows, target = bench.rows(bench.world.forget, encode=encode_fact), bench.model("dense")
     p = rows.each(target, row_log_prob).exp()
     level = Belief(1e-4, 0.0, 0.1, 0.1)
-    found, several = beyond_strangers(target, rows, level), 0
+    beyond, several = beyond_strangers(target, rows, level), 0
+    found = {i: beyond.labels(rows.at([i])) for i in range(len(rows.rows))}
+    assert_close(beyond.labels(rows.at([4, 0, 2])), torch.cat([found[4], found[0], found[2]]))
     for i, example in enumerate(rows.examples):
         labels = [label for label in example.labels if label != IGNORE]
         wanted = max(0.0, log_odds(float(p[i])) - log_odds(1e-4)) / len(labels)
