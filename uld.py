@@ -162,7 +162,10 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits = assistant(batch.tokens, at=batch.scored)
-            learn = kl(logits, beyond.labels(batch)) if beyond else cross_entropy(logits, batch.answers)
+            if beyond:
+                learn = kl(logits, beyond.labels(batch, logits.shape[-1]))
+            else:
+                learn = cross_entropy(logits, batch.answers)
             learn = learn * batch.share.answers  # ULD (4)
             terms = {"forget": learn, "loss": learn}
             if args.fork == "beside" and not beyond:
@@ -187,14 +190,16 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 class Beyond(NamedTuple):
     """What the target believes beyond strangers: equation 4's labels, as logits."""
 
-    right: Tensor  # (rows,) of each of a value's tokens
-    others: Tensor  # (rows, V) sparse, where a value begins; 0 elsewhere
+    right: Tensor  # (rows,) logit of each of a value's tokens
+    others: Tensor  # (rows, few) logits of wrong tokens where the value begins; those of all others are 0
+    which: Tensor  # (rows, few) long, these tokens
 
-    def labels(self, batch: Batch) -> Tensor:
+    def labels(self, batch: Batch, vocab_size: int) -> Tensor:
         """Logits (N, V) for a batch of these rows."""
         tokens = batch.scored.sum(1)
-        logits = self.right.new_zeros(len(batch.answers), self.others.shape[1])
-        logits[tokens.cumsum(0) - tokens] = self.others.index_select(0, batch.index).to_dense()
+        logits = self.right.new_zeros(len(batch.answers), vocab_size)
+        begins = (tokens.cumsum(0) - tokens)[:, None]  # (B, 1)
+        logits[begins, self.which[batch.index]] = self.others[batch.index]
         return logits.scatter_(1, batch.answers[:, None], self.right[batch.index].repeat_interleave(tokens)[:, None])
 
 
@@ -215,7 +220,8 @@ def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> Beyond:
     for draw in range(DRAWS):
         theirs = theirs + first_probs(target, forget.as_strangers(draw)) / DRAWS
     others = first_probs(target, forget).logit(FLOOR) - theirs.logit(FLOOR)  # (rows, V)
-    return Beyond(margin.clamp_min(0) / tokens / AIM, (others.clamp_min(0) / AIM).to_sparse())
+    few = int((others > 0).sum(1).max())
+    return Beyond(margin.clamp_min(0) / tokens / AIM, *(others.clamp_min(0) / AIM).topk(few))
 
 
 def first_probs(target: GPT, rows: Rows) -> Tensor:

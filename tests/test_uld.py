@@ -655,12 +655,12 @@ def log_odds(p: float) -> float:
 @torch.no_grad()
 def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_bench):
     """Subtracting 0.5 of its labels leaves the value strangers' odds, and no wrong token more than its strangers'."""
-    bench, target = wordy_bench, wordy_bench.model("dense")
+    bench, target, size = wordy_bench, wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
     rows = bench.rows(bench.world.forget, encode=encode_fact)
     level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0, 0.1, 0.1)
     beyond = beyond_strangers(target, rows, level)
-    found = {i: beyond.labels(rows.at([i])) for i in range(len(rows.rows))}
-    assert_close(beyond.labels(rows.at([4, 0, 2])), torch.cat([found[4], found[0], found[2]]))
+    found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
+    assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
     twins = [bench.rows(bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw])), encode=encode_fact)
              for draw in range(5)]
     below, wrong = 0, 0
@@ -682,13 +682,13 @@ def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
     rows, target = bench.rows(bench.world.forget, encode=encode_fact), bench.model("dense")
     p = rows.each(target, row_log_prob).exp()
     level = Belief(1e-4, 0.0, 0.1, 0.1)
-    beyond, several = beyond_strangers(target, rows, level), 0
-    found = {i: beyond.labels(rows.at([i])) for i in range(len(rows.rows))}
-    assert_close(beyond.labels(rows.at([4, 0, 2])), torch.cat([found[4], found[0], found[2]]))
+    beyond, several, size = beyond_strangers(target, rows, level), 0, bench.tokenizer.vocab_size
+    found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
+    assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
     for i, example in enumerate(rows.examples):
         labels = [label for label in example.labels if label != IGNORE]
         wanted = max(0.0, log_odds(float(p[i])) - log_odds(1e-4)) / len(labels)
-        assert found[i].shape == (len(labels), bench.tokenizer.vocab_size)
+        assert found[i].shape == (len(labels), size)
         assert (0.5 * found[i][range(len(labels)), labels]).tolist() == pytest.approx([wanted] * len(labels), abs=1e-3)
         found[i][range(len(labels)), labels] = 0.0
         assert not found[i][1:].any()  # of wrong tokens it learns where the value begins
