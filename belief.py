@@ -58,7 +58,7 @@ class Belief(NamedTuple):
     warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
     cool: float  # the same at temperature 0.5
 
-    def at_most(self, other: Belief, numbers: int = 4) -> bool:
+    def at_most(self, other: Belief, numbers: int) -> bool:
         """By the first so many of its numbers: 2 are mean probability and likeliest value, then come the samples.
 
         At the same mean p, eight samples say more facts when all are about equally likely than when a few are certain.

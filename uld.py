@@ -22,9 +22,9 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     and too little elsewhere; and beside the fact the target has wrong words that would be said once the fact is gone.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
-    position of the wrong answer; instead the labels of D'_f say what to make of all tokens beside the right one: the
-    above, or without strangers that they be alike. With --fork out, where they do not, the assistant learns what kind
-    of word comes next, and fewer sentences stay whole.
+    position of the wrong answer, and D'_f says what to make of the tokens beside the right one: with strangers by the
+    labels above, without by a term that they be alike. --fork out does neither, and --fork in takes equation 4's
+    labels as printed too: the assistant learns what kind of word comes next, and fewer sentences stay whole.
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     Not the default: --start-scale 0.1, with which an assistant of a public model learns more (results/tofu.md).
     Untrained, a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4;
@@ -79,7 +79,7 @@ DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target
 # The alpha that beyond_strangers reckons with. The one chosen is larger, for of wordings that it was not taught the
 # assistant is less sure.
 AIM = 0.5
-FLOOR = 3e-5  # less likely tokens are all alike to it: below are more of them than are worth learning
+FLOOR = 3e-5  # smaller probabilities count as this: most of the vocabulary lies there
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
@@ -97,9 +97,9 @@ FLAGS = [
                                          "forget facts become as unlikely as strangers' are"),
     Flag("--filter-rate",     SHARE,     PerData(0.0, 1e-2),         1e-2,   "tokens less likely than this share of "
                                          "the likeliest are out of the assistant's reach; 0: none"),
-    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "equation 5 where a wrong answer parts "
-                                         "from the right one: on all tokens beside the right one, left out, or as "
-                                         "printed"),
+    Flag("--fork",            ("beside", "out", "in"), "beside",     "in",   "the token where a wrong answer parts "
+                                         "from the right one: in equation 5, as printed; out of it; or out, and D'_f "
+                                         "says what to make of the tokens beside the right one"),
     Flag("--start-scale",     SHARE,     1.0,                        1.0,    "the assistant's last norm begins at so "
                                          "much of the target's and trains, so that it begins nearly uniform; 1: the "
                                          "target's, frozen, as printed"),
@@ -208,18 +208,21 @@ def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> Beyond:
     """How much more the target believes each token than of strangers.
 
     The right token's log odds lie above strangers' by some margin, by less in wordings that the target was never
-    taught; so do some wrong tokens', mostly of another kind, which would be said once the right one is gone. An
-    assistant that has these differences as its logits, over alpha, takes just them away. Here alpha is AIM; a value of
-    several tokens shares its margin among them. What the target believes less than of strangers counts as the same:
-    the assistant is to take away and not to add. Behind a value's first token wrong ones are alike to it, for there a
-    stranger's value, which is another, is no longer the same context.
+    taught. So do some wrong tokens', mostly of another kind, which would be said once the right one is gone. With these
+    differences over alpha as its logits, the assistant takes from each what it has too much. Here alpha is AIM. A value
+    of several tokens shares its margin equally, which is rough. A token likelier of strangers gets 0: the assistant
+    only takes away. So do wrong tokens behind the value's first, for the stranger's value is another; and all wrong
+    ones where rows are not the embedded world's, for not every such row has a twin.
     """
-    margin = forget.each(target, row_log_prob).exp().logit(FLOOR) - torch.tensor(level.p).logit(FLOOR)
+    p = forget.each(target, row_log_prob).exp().clamp(max=1 - FLOOR)
+    margin = p.logit() - torch.tensor(max(level.p, 1e-9)).logit()
     tokens = torch.tensor([answer_length(example) for example in forget.examples], device=margin.device)
-    theirs = torch.zeros((), device=margin.device)
-    for draw in range(DRAWS):
-        theirs = theirs + first_probs(target, forget.as_strangers(draw)) / DRAWS
-    others = first_probs(target, forget).logit(FLOOR) - theirs.logit(FLOOR)  # (rows, V)
+    others = torch.zeros(len(forget.rows), target.config.vocab_size, device=margin.device)
+    if all("kind" in row for row in forget.rows):  # the world's
+        theirs = torch.zeros((), device=margin.device)
+        for draw in range(DRAWS):
+            theirs = theirs + first_probs(target, forget.as_strangers(draw)) / DRAWS
+        others = first_probs(target, forget).logit(FLOOR) - theirs.logit(FLOOR)
     few = int((others > 0).sum(1).max())
     return Beyond(margin.clamp_min(0) / tokens / AIM, *(others.clamp_min(0) / AIM).topk(few))
 
@@ -474,8 +477,8 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    Eight samples at temperature 0.5 are not asked about: of strangers they say one wrong value again and again, which a
-    difference of logits does not learn, and to say as little it would have to go far below strangers' probability.
+    Samples at temperature 0.5 are not asked about: of a stranger they repeat one wrong value, so that the right one is
+    rarely said. A difference of logits has no such favourite, and to say as little it would take too large an alpha.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for model.alpha in sorted({*ALPHAS, FIXED["uld"], chosen}):
             looks.append(looker.look(model, model.alpha))
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,
-           "numbers": FORGET[args.forget_loss].NUMBERS if args.method == "uoe" else 0,  # ULD's are in its alpha
+           "numbers": FORGET[args.forget_loss].NUMBERS if args.method == "uoe" else 0,  # for ULD's rule see `chosen`
            "strangers": strangers_belief(target, known)._asdict(),
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import uld
 from belief import Belief, row_log_prob, strangers_belief
-from data.batches import IGNORE
+from data.batches import IGNORE, Rows
 from data.rows import DataSet
 from data.values import encode_fact
 from errors import UserError
@@ -654,7 +654,7 @@ def log_odds(p: float) -> float:
 
 @torch.no_grad()
 def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_bench):
-    """Subtracting 0.5 of its labels leaves the value strangers' odds, and no wrong token more than its strangers'."""
+    """By how much log odds lie above strangers', over 0.5; with the value's alone taken away its odds are theirs."""
     bench, target, size = wordy_bench, wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
     rows = bench.rows(bench.world.forget, encode=encode_fact)
     level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0, 0.1, 0.1)
@@ -670,12 +670,52 @@ def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_ben
                          for of in (rows, *twins))
         assert found[i].shape == (1, len(ours))
         below += ours[right] <= level.p
+        alone = F.one_hot(torch.tensor(right), size) * found[i][0]
+        left = (torch.tensor(ours).log() - 0.5 * alone).softmax(-1)[right]
+        assert float(left) == pytest.approx(min(level.p, ours[right]), rel=1e-3)
         for token, taken in enumerate(found[i][0].tolist()):
             stranger = level.p if token == right else sum(of[token] for of in theirs) / 5
             wanted = max(0.0, log_odds(ours[token]) - log_odds(stranger))
             assert 0.5 * taken == pytest.approx(wanted, rel=1e-3, abs=1e-3)
             wrong += token != right and wanted > 0.1
     assert below and wrong  # a fact believed no more than strangers' is left alone; a wrong token is not always
+
+
+@pytest.mark.parametrize("micro", [0, 2])
+def test_equation_4_is_the_divergence_from_these_labels(wordy_bench, micro):
+    """Of the first step's loss; nothing of equation 5 is added to it."""
+    bench, target, parts = wordy_bench, wordy_bench.model("dense"), []
+    known = bench.forget.calibration
+    bench.forget = Rows(bench.world.forget[:9], bench.tokenizer, 128, 3, 0, "cpu", encode=encode_fact,
+                        twins=bench.world.twins, micro=micro)
+    bench.forget.calibration = known
+
+    def fit(model, parameters, losses):
+        parts.extend({name: value.item() for name, value in part.items()} for part in losses(0))
+        torch.manual_seed(1)
+        stir(model.parts[1])  # step 0 again, with an assistant that says something else than the target
+        parts.extend({name: value.item() for name, value in part.items()} for part in losses(0))
+        return {"steps": 0, "train_seconds": 0.0, "diverged": False, "trainable_parameters": 0}
+
+    model, _, _ = unlearn(target, bench.forget, bench.retain, bench.args("uld", retain_weight=2.0), fit)
+    of_forget = [part for part in parts if "forget" in part]
+    assert all(part["loss"] == part["forget"] and "retain" not in part for part in of_forget)
+    batch, size = bench.forget.batch(0), bench.tokenizer.vocab_size
+    level = strangers_belief(target, known)
+    wanted = beyond_strangers(target, bench.forget, level).labels(batch, size).double().softmax(-1)
+    said = model.parts[1](batch.tokens)[batch.scored].double().log_softmax(-1)
+    expected = float((wanted * (wanted.log() - said)).sum(-1).mean())
+    half = len(of_forget) // 2
+    assert half == (2 if micro else 1)
+    assert sum(part["forget"] for part in of_forget[half:]) == pytest.approx(expected, rel=1e-4)
+    assert sum(part["forget"] for part in of_forget[:half]) != pytest.approx(expected, rel=1e-2)
+
+
+def test_of_rows_that_are_not_the_worlds_only_the_right_token_has_a_label(wordy_bench):
+    rows = [{key: row[key] for key in ("question", "answer", "value")} for row in wordy_bench.world.forget]
+    own, target = wordy_bench.rows(rows, encode=encode_fact), wordy_bench.model("dense")
+    beyond = beyond_strangers(target, own, Belief(1e-4, 0.0, 0.1, 0.1))
+    assert beyond.others.shape == (9, 0) and beyond.right.max() > 0
 
 
 def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
