@@ -235,15 +235,14 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
                and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
-def until_strangers(target: GPT, known: Rows, numbers: int) -> AfterEpoch:
+def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
     With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
-    numbers: by how many of Belief's, a loss's NUMBERS.
     """
     level = strangers_belief(target, known)
-    return lambda model, *_: belief(model, known).at_most(level, numbers)
+    return lambda model, *_: belief(model, known).at_most(level)
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:

@@ -38,7 +38,6 @@ class Loss:
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
     AS_STRANGERS = False  # of a forget loss: whether it needs the embedded world's strangers
-    NUMBERS = 2  # of a forget loss: by how many of Belief's numbers --until strangers judges
     READS_TRACE = False  # hidden states or routing; if not, trace may be empty, and the last MLP run on answers alone
     RETAIN_WEIGHT: float | None = None  # of a forget loss: lambda beside it on small models; None: the method's, or 20
 
@@ -321,7 +320,6 @@ class Stranger(Loss):
 
     RETAIN_WEIGHT = 5.0
     AS_STRANGERS = True
-    NUMBERS = 4  # it gets there with all; NPO lets go of a fact earlier, and would not
 
     def __init__(self, model, rows, args):
         twins, self.wanted = rows.as_strangers(), {}
@@ -345,7 +343,7 @@ class StrangerNPO(NPO):
     """NPO away from the answer, and the stranger loss towards where it should end."""
 
     NPO_SHARE = 0.1
-    AS_STRANGERS, NUMBERS = True, 4
+    AS_STRANGERS = True
 
     def __init__(self, model, rows, args):
         super().__init__(model, rows, args)

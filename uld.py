@@ -477,14 +477,14 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    Samples at temperature 0.5 are not asked about: of a stranger they repeat one wrong value, so that the right one is
-    rarely said. A difference of logits has no such favourite, and to say as little it would take too large an alpha.
+    By what eight samples say too: at mean p and likeliest value alone they may say more than of strangers.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if belief(model, known).at_most(level, 3):
+        now = belief(model, known)
+        if now.at_most(level) and now.warm <= level.warm:
             high = model.alpha
         else:
             low = model.alpha

@@ -42,7 +42,6 @@ from lab.trial import write_page
 from methods import METHODS
 from metrics.score import evaluate
 from metrics.tofu import RowScores, forget_quality
-from objectives import FORGET
 from pretrained import load
 from runs import data_of
 from uld import LogitDifference
@@ -57,7 +56,7 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-Look = dict[str, float]  # at: epoch or alpha; p, hit, warm, cool: belief.Belief's; value_said, in_frame; quality, D
+Look = dict[str, float]  # at: epoch or alpha; p, hit, warm: belief.Belief's; value_said, in_frame; quality, D
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------
@@ -112,8 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         chosen = model.alpha
         for model.alpha in sorted({*ALPHAS, FIXED["uld"], chosen}):
             looks.append(looker.look(model, model.alpha))
-    out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,
-           "numbers": FORGET[args.forget_loss].NUMBERS if args.method == "uoe" else 0,  # for ULD's rule see `chosen`
+    out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,  # alpha, of ULD
            "strangers": strangers_belief(target, known)._asdict(),
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)
@@ -134,7 +132,7 @@ def end_of(rule: str, kept: dict[str, Any]) -> Look:
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
         level = as_belief(kept["strangers"])
-        enough = [look for look in looks if as_belief(look).at_most(level, kept["numbers"])]
+        enough = [look for look in looks if as_belief(look).at_most(level)]
         return [*enough, looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]

@@ -10,7 +10,7 @@ from lab.calibration import end_of, models_table, rules_table
 SHAPE = ("--subjects 2 --depth 2 --width 32 --context 128 --pretrain-steps 2 --epochs 2 "
          "--batch-size 16").split()
 
-SAMPLES = {"warm": 0.0, "cool": 0.0}  # of a Belief: enough at every look
+SAMPLES = {"warm": 0.0}  # of a Belief: no part of the rule
 
 
 def look(at: float, p: float, hit: float, said: float, quality: float) -> dict:
@@ -21,7 +21,7 @@ def look(at: float, p: float, hit: float, said: float, quality: float) -> dict:
 def made_up(method: str, chosen: float | None = None) -> dict:
     looks = [look(1, 0.5, 0.5, 0.6, 0.0), look(2, 0.09, 0.3, 0.3, 0.2), look(3, 0.08, 0.1, 0.1, 0.1),
              look(4, 0.01, 0.0, 0.0, 0.6), look(6, 0.0, 0.0, 0.0, 0.4)]
-    return {"method": method, "seed": 3, "looks": looks, "chosen": chosen, "numbers": 4,
+    return {"method": method, "seed": 3, "looks": looks, "chosen": chosen,
             "strangers": {"p": 0.1, "hit": 0.2, **SAMPLES}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
 
 
@@ -30,9 +30,9 @@ def test_each_rule_ends_where_it_says():
     assert [end_of(rule, kept)["at"] for rule in calibration.RULES] == [3, 6, 4]  # 3: both p and hit; 6: none at 5
     difference = made_up("uld", 2)
     assert [end_of(rule, difference)["at"] for rule in calibration.RULES] == [2, 1, 4]  # 0.75 is not looked at here
-    for never in ({"p": 0.0, "hit": -1.0, **SAMPLES}, {"p": 0.1, "hit": 0.2, "warm": -1.0, "cool": 0.0}):
-        assert end_of("strangers", kept | {"strangers": never})["at"] == 6  # the last
-    assert end_of("strangers", kept | {"strangers": never, "numbers": 2})["at"] == 3
+    never, fewer = {"p": 0.0, "hit": -1.0, **SAMPLES}, {"p": 0.1, "hit": 0.2, "warm": -1.0}
+    assert end_of("strangers", kept | {"strangers": never})["at"] == 6  # the last
+    assert end_of("strangers", kept | {"strangers": fewer})["at"] == 3
 
 
 def test_the_tables_give_mean_and_worst_and_the_distances():
