@@ -477,7 +477,7 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    By what eight samples say too: at mean p and likeliest value alone they may say more than of strangers.
+    By eight samples too: what a difference of logits leaves is much alike for all facts, so that they say more of them.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
