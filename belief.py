@@ -57,13 +57,12 @@ class Belief(NamedTuple):
     hit: float  # share whose value is the likeliest continuation
     warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
 
-    def at_most(self, other: Belief) -> bool:
-        """By mean probability and likeliest value; eight samples may say more.
+    def at_most(self, other: Belief, samples: bool) -> bool:
+        """By mean probability and likeliest value, and where `samples` by what eight samples say.
 
-        At the same mean p they do, the more alike facts are in p. Of a stranger a target is surer, of a wrong value,
-        than a model that never read the topic is of its facts: to be asked for as few samples is to overshoot.
+        At the same mean p these say more facts when all are about equally likely than when a few are certain.
         """
-        return self.p <= other.p and self.hit <= other.hit
+        return self.p <= other.p and self.hit <= other.hit and (not samples or self.warm <= other.warm)
 
 
 def belief(model: LanguageModel, rows: Rows) -> Belief:

@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from flags import Flag, Parser, defaults
 from interfaces import Method, TextCodec
 from model import GPT
+from objectives import FORGET
 from pretrained import load
 from runs import DEVICE, Opened, check_device, read_run
 
@@ -66,7 +67,7 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
     stop = None
     if "until" in args:
-        stop = loop.until_strangers(target, forget.calibrating())
+        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].AS_STRANGERS)
     scratch = tempfile.TemporaryDirectory()
     fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
     return Stage(target, sets, args, fit, tokenizer, scratch)

@@ -235,14 +235,15 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
                and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
-def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
+def until_strangers(target: GPT, known: Rows, samples: bool) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
     With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
+    samples: whether also by what eight samples say. NPO lets go of each fact at strangers' mean p, and would not end.
     """
     level = strangers_belief(target, known)
-    return lambda model, *_: belief(model, known).at_most(level)
+    return lambda model, *_: belief(model, known).at_most(level, samples)
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:

@@ -477,14 +477,12 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    By eight samples too: what a difference of logits leaves is much alike for all facts, so that they say more of them.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        now = belief(model, known)
-        if now.at_most(level) and now.warm <= level.warm:
+        if belief(model, known).at_most(level, samples=True):
             high = model.alpha
         else:
             low = model.alpha

@@ -132,7 +132,7 @@ def end_of(rule: str, kept: dict[str, Any]) -> Look:
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
         level = as_belief(kept["strangers"])
-        enough = [look for look in looks if as_belief(look).at_most(level)]
+        enough = [look for look in looks if as_belief(look).at_most(level, samples=True)]
         return [*enough, looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]

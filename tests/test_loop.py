@@ -281,10 +281,11 @@ def test_belief_is_a_mean_over_rows_of_probabilities_and_of_hits(wordy_bench):
 
 
 @pytest.mark.parametrize("ours, enough", [
-    ((0.2, 0.3, 0.5), True), ((0.1, 0.0, 0.1), True), ((0.1, 0.0, 0.6), True),
-    ((0.1, 0.4, 0.1), False), ((0.3, 0.0, 0.1), False)])
-def test_belief_is_at_most_anothers_by_mean_probability_and_likeliest_value(ours, enough):
-    assert Belief(*ours).at_most(Belief(0.2, 0.3, 0.5)) is enough
+    ((0.2, 0.3, 0.5), [True, True]), ((0.1, 0.0, 0.1), [True, True]), ((0.1, 0.0, 0.6), [True, False]),
+    ((0.1, 0.4, 0.1), [False, False]), ((0.3, 0.0, 0.1), [False, False])])
+def test_belief_is_at_most_anothers_where_its_numbers_are(ours, enough):
+    """By the first two numbers, and by samples too."""
+    assert [Belief(*ours).at_most(Belief(0.2, 0.3, 0.5), samples) for samples in (False, True)] == enough
 
 
 def test_the_belief_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):
@@ -314,10 +315,11 @@ def test_rows_without_calibration_say_so(wordy_bench):
         wordy_bench.retain.calibrating()
 
 
-def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_more(knowing, wordy_bench):
+@pytest.mark.parametrize("samples", [False, True])
+def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_more(knowing, wordy_bench, samples):
     bench, rows, path = wordy_bench, wordy_bench.forget.calibration, []
     model, level = copy.deepcopy(knowing), strangers_belief(knowing, rows)
-    stop = until_strangers(knowing, rows)
+    stop = until_strangers(knowing, rows, samples)
 
     def look(watched, epoch, steps, seconds):
         path.append(belief(watched, rows))
@@ -330,7 +332,7 @@ def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_m
     args = bench.args("full", epochs=40, lr=5e-4)
     report = fitting(args, bench.forget, bench.folder, after_epoch=look)(model, list(model.parameters()), losses)
     assert 1 < len(path) < 40 and report["steps"] == 3 * len(path)
-    enough = [found.at_most(level) for found in path]
+    enough = [found.at_most(level, samples) for found in path]
     assert enough == [False] * (len(path) - 1) + [True]
     assert stop(model, 1, 1, 0.0) and not stop(knowing, 1, 1, 0.0)  # by what the model is, not by when it is asked
 
