@@ -496,7 +496,8 @@ KINDS = {"dense": dict(), "moe": dict(n_expert=7, top_k=3, d_ff=16), "window": d
 @settings(max_examples=10, deadline=None)
 @given(wanted=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_wanted_positions_alone_have_the_values_and_gradients_of_a_whole_pass(dense, kind, checkpointing, wide, wanted):
-    model = dense(0, **KINDS[kind]).train()
+    exact = kind != "moe"  # grouped products take no float64
+    model = dense(0, **KINDS[kind]).train().to(torch.float64 if exact else torch.float32)
     model.checkpointing = checkpointing
     at = torch.tensor(wanted)
     tokens = torch.randint(61, at.shape, generator=torch.Generator().manual_seed(1))
@@ -506,8 +507,9 @@ def test_wanted_positions_alone_have_the_values_and_gradients_of_a_whole_pass(de
     for logits in (alone, model(tokens)[at], model(tokens, at=at, trace=Trace())):
         gradients = torch.autograd.grad(logits.tanh().sum(), list(model.parameters()))
         found.append((logits, *gradients))
+    largest = max(float(gradient.abs().max()) for gradient in gradients)  # rounding is a share of that
     for other in found[1:]:
-        assert_close(found[0], other, rtol=1e-4, atol=1e-4)
+        assert_close(found[0], other, rtol=0, atol=(1e-11 if exact else 2e-5) * max(1, largest))
 
 
 def test_of_a_wide_models_batch_the_padding_meets_no_mlp(dense, monkeypatch):
