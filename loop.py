@@ -240,7 +240,8 @@ def until_strangers(target: GPT, known: Rows, samples: bool) -> AfterEpoch:
 
     With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
-    samples: whether also by what eight samples say. NPO lets go of each fact at strangers' mean p, and would not end.
+    samples: also by what eight samples say. Not for NPO: it lets go of each fact at strangers' mean p, so that all are
+    about equally likely, and samples would stay above strangers'.
     """
     level = strangers_belief(target, known)
     return lambda model, *_: belief(model, known).at_most(level, samples)
