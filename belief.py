@@ -57,8 +57,8 @@ class Belief(NamedTuple):
     hit: float  # share whose value is the likeliest continuation
     warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
 
-    def at_most(self, other: Belief, samples: bool) -> bool:
-        """By mean probability and likeliest value, and where `samples` by what eight samples say.
+    def at_most(self, other: Belief, samples: bool = False) -> bool:
+        """By mean probability and likeliest value, and where `samples` (ULD's alpha) by what eight samples say.
 
         At the same mean p these say more facts when all are about equally likely than when a few are certain.
         """

@@ -18,7 +18,6 @@ from data.tokenizer import Tokenizer
 from flags import Flag, Parser, defaults
 from interfaces import Method, TextCodec
 from model import GPT
-from objectives import FORGET
 from pretrained import load
 from runs import DEVICE, Opened, check_device, read_run
 
@@ -67,7 +66,7 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
     stop = None
     if "until" in args:
-        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].AS_STRANGERS)
+        stop = loop.until_strangers(target, forget.calibrating())
     scratch = tempfile.TemporaryDirectory()
     fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
     return Stage(target, sets, args, fit, tokenizer, scratch)

@@ -235,16 +235,14 @@ def is_of(state: dict, weights: list[Tensor], optimizer: torch.optim.Optimizer) 
                and bool(torch.isfinite(found).all()) for found, w in pairs)
 
 
-def until_strangers(target: GPT, known: Rows, samples: bool) -> AfterEpoch:
+def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
     """--until strangers: it is enough once the model believes no more of forget facts than the target of strangers'.
 
     With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
-    samples: also by what eight samples say. Not for NPO: it lets go of each fact at strangers' mean p, so that all are
-    about equally likely, and samples would stay above strangers'.
     """
     level = strangers_belief(target, known)
-    return lambda model, *_: belief(model, known).at_most(level, samples)
+    return lambda model, *_: belief(model, known).at_most(level)
 
 
 def stop_at(share: float, rows: list[Row], tokenizer: TextCodec, limits: Limits = NO_LIMITS) -> AfterEpoch:
@@ -297,14 +295,14 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
 
 def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool = False,
             after_epoch: AfterEpoch | None = None) -> Fit:
-    """The `fit(model, parameters, losses, slow, slow_factor)` that a method's `unlearn` calls.
+    """The `fit(model, parameters, losses, slow, slow_factor, deep)` that a method's `unlearn` calls.
 
     args: the flags of this file, and lr, epochs, seed, method. An epoch is a pass over the forget rows.
     after_epoch: looks at the model as it would be scored then (ULD's at alpha 0.75, before one is chosen); training
-    ends where it returns True.
+    ends where it returns True and `deep`, a method's own condition on the model where it has one, does too.
     """
     def fit(model: LanguageModel, parameters: list[Tensor], losses: Losses, slow: tuple[Tensor, ...] = (),
-            slow_factor: float = 1.0) -> dict:
+            slow_factor: float = 1.0, deep: Callable[..., bool] | None = None) -> dict:
         size = sum(p.numel() for p in parameters)
         print(f"training {size:,} parameters")
         for part in model.modules():
@@ -315,7 +313,7 @@ def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool =
             if after_epoch is None or done % forget.per_epoch:
                 return False
             model.eval()
-            stop = after_epoch(model, done // forget.per_epoch, done, spent)
+            stop = after_epoch(model, done // forget.per_epoch, done, spent) and (deep is None or deep(model))
             model.train()
             return stop
 

@@ -37,7 +37,7 @@ class Loss:
 
     FLAGS: tuple[Flag, ...] = ()  # read by this loss alone
     OVER = "answers"  # what it is a mean over, a field of data.batches.Share
-    AS_STRANGERS = False  # of a forget loss: becomes like the world's strangers; --until strangers asks samples too
+    AS_STRANGERS = False  # of a forget loss: becomes like the world's strangers
     READS_TRACE = False  # hidden states or routing; if not, trace may be empty, and the last MLP run on answers alone
     RETAIN_WEIGHT: float | None = None  # of a forget loss: lambda beside it on small models; None: the method's, or 20
 

@@ -44,7 +44,6 @@ from lab.tables import compare
 from methods import METHODS
 from metrics.score import Scores, as_read, evaluate, kept_scores, path_writer, scores_of
 from model import GPT, count_parameters
-from objectives import FORGET
 from pretrained import load, save
 from runs import ANYHOW, RunFolder, check_source, data_of, made_of, weights_of
 
@@ -179,7 +178,7 @@ def after_epoch(args: argparse.Namespace, target: GPT, forget: Rows, data: DataS
     until: Any = getattr(args, "until", "never")
     stop = None
     if until == "strangers":
-        stop = loop.until_strangers(target, forget.calibrating(), FORGET[args.forget_loss].AS_STRANGERS)
+        stop = loop.until_strangers(target, forget.calibrating())
     elif until != "never":
         stop = loop.stop_at(until, forget.rows, forget.tokenizer, data.limits)
     if watch is None:

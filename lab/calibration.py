@@ -7,8 +7,8 @@ epoch, ULD's one assistant at every alpha of a grid. Each look asks what the mod
 calibration wordings, what it says in scored ones, and how far its truth ratios are from the reference's (D, p). So
 three rules can be read off one run:
 
-    strangers   where forget facts are believed no more than strangers' are by the target (loop.until_strangers,
-                uld.alpha_of_strangers): no reference, no scored row
+    strangers   where forget facts are believed no more than strangers' are by the target (loop.until_strangers and
+                uoe.deep_as_strangers; uld.alpha_of_strangers): no reference, no scored row
     fixed       the paper's number: 5 epochs, alpha 0.75
     best test   the look of the highest forget quality: takes the reference, and is chosen by what it then reports
 
@@ -30,7 +30,7 @@ import torch
 import cli
 import loop
 import pretrain
-from belief import Belief, belief, strangers_belief
+from belief import belief, strangers_belief
 from data.batches import Rows
 from data.rows import DataSet
 from data.tokenizer import Tokenizer
@@ -56,7 +56,8 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-Look = dict[str, float]  # at: epoch or alpha; p, hit, warm: belief.Belief's; value_said, in_frame; quality, D
+# at: epoch or alpha; p, hit, warm: belief.Belief's; value_said, in_frame; quality, D; of UOE enough: would it stop?
+Look = dict[str, float]
 
 
 # ---- one run ----------------------------------------------------------------------------------------------------
@@ -98,13 +99,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     known = forget.calibrating()
     looker, looks = Looker(data, known, reference), []
 
-    def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
-        if args.method == "uoe":
-            looks.append(looker.look(model, epoch))
-        return False
+    def fit(*what, deep=None, **how) -> dict:
+        stop = loop.until_strangers(target, known)
+
+        def after_epoch(model: LanguageModel, epoch: int, steps: int, seconds: float) -> bool:
+            if args.method == "uoe":
+                enough = stop(model, epoch, steps, seconds) and (deep is None or deep(model))
+                looks.append(looker.look(model, epoch) | {"enough": enough})
+            return False
+
+        return loop.fitting(args, forget, folder, after_epoch=after_epoch)(*what, **how)
 
     torch.manual_seed(args.seed)
-    fit = loop.fitting(args, forget, folder, after_epoch=after_epoch)
     model, _, _ = method.unlearn(target, forget, retain, args, fit)
     chosen = None
     if isinstance(model, LogitDifference):
@@ -120,20 +126,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 # ---- where each rule ends ---------------------------------------------------------------------------------------
 
-def as_belief(look: Look) -> Belief:
-    """What was believed at a look, which is kept as JSON."""
-    return Belief(*(look[name] for name in Belief._fields))
-
-
 def end_of(rule: str, kept: dict[str, Any]) -> Look:
     """The look at which a rule stops; the last one where it never does, as in training."""
     looks = kept["looks"]
     if rule == "best test":
         return max(looks, key=lambda look: look["quality"])
     if rule == "strangers" and kept["chosen"] is None:
-        level = as_belief(kept["strangers"])
-        enough = [look for look in looks if as_belief(look).at_most(level, samples=True)]
-        return [*enough, looks[-1]][0]
+        return [*(look for look in looks if look["enough"]), looks[-1]][0]
     at = kept["chosen"] if rule == "strangers" else FIXED[kept["method"]]
     return [*(look for look in looks if look["at"] >= at), looks[-1]][0]
 

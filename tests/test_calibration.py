@@ -10,32 +10,31 @@ from lab.calibration import end_of, models_table, rules_table
 SHAPE = ("--subjects 2 --depth 2 --width 32 --context 128 --pretrain-steps 2 --epochs 2 "
          "--batch-size 16").split()
 
-SAMPLES = {"warm": 0.0}  # of a Belief: enough at every look
-
 
 def look(at: float, p: float, hit: float, said: float, quality: float) -> dict:
-    return {"at": at, "p": p, "hit": hit, **SAMPLES, "value_said": said, "in_frame": 1 - at / 10, "quality": quality,
-            "D": 1 - quality}
+    return {"at": at, "p": p, "hit": hit, "value_said": said, "in_frame": 1 - at / 10, "quality": quality,
+            "D": 1 - quality, "enough": 2 < at < 6}
 
 
 def made_up(method: str, chosen: float | None = None) -> dict:
     looks = [look(1, 0.5, 0.5, 0.6, 0.0), look(2, 0.09, 0.3, 0.3, 0.2), look(3, 0.08, 0.1, 0.1, 0.1),
              look(4, 0.01, 0.0, 0.0, 0.6), look(6, 0.0, 0.0, 0.0, 0.4)]
     return {"method": method, "seed": 3, "looks": looks, "chosen": chosen,
-            "strangers": {"p": 0.1, "hit": 0.2, **SAMPLES}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
+            "strangers": {"p": 0.1, "hit": 0.2}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
 
 
 def test_each_rule_ends_where_it_says():
     kept = made_up("uoe")
-    assert [end_of(rule, kept)["at"] for rule in calibration.RULES] == [3, 6, 4]  # 3: both p and hit; 6: none at 5
+    assert [end_of(rule, kept)["at"] for rule in calibration.RULES] == [3, 6, 4]  # none is looked at at 5
     difference = made_up("uld", 2)
     assert [end_of(rule, difference)["at"] for rule in calibration.RULES] == [2, 1, 4]  # 0.75 is not looked at here
-    for never in ({"p": 0.0, "hit": -1.0, **SAMPLES}, {"p": 0.1, "hit": 0.2, "warm": -1.0}):
-        assert end_of("strangers", kept | {"strangers": never})["at"] == 6  # the last
+    never = [one | {"enough": False} for one in kept["looks"]]
+    assert end_of("strangers", kept | {"looks": never})["at"] == 6  # the last
 
 
 def test_the_tables_give_mean_and_worst_and_the_distances():
-    runs = [made_up("uoe"), made_up("uoe") | {"strangers": {"p": 1.0, "hit": 1.0, **SAMPLES}}]
+    runs = [made_up("uoe"), made_up("uoe") | {"strangers": {"p": 1.0, "hit": 1.0}}]
+    runs[1]["looks"] = [one | {"enough": True} for one in runs[1]["looks"]]
     row = rules_table(runs).splitlines()[2]
     assert row == "| uoe, strangers | 2 | 2, 1 - 3 | 0.25 (0.45) | 0.95 (1.00) | 0.80 (0.70) |"
     *_, second, apart = models_table(runs).splitlines()

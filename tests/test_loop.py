@@ -315,11 +315,10 @@ def test_rows_without_calibration_say_so(wordy_bench):
         wordy_bench.retain.calibrating()
 
 
-@pytest.mark.parametrize("samples", [False, True])
-def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_more(knowing, wordy_bench, samples):
+def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_more(knowing, wordy_bench):
     bench, rows, path = wordy_bench, wordy_bench.forget.calibration, []
     model, level = copy.deepcopy(knowing), strangers_belief(knowing, rows)
-    stop = until_strangers(knowing, rows, samples)
+    stop = until_strangers(knowing, rows)
 
     def look(watched, epoch, steps, seconds):
         path.append(belief(watched, rows))
@@ -332,9 +331,29 @@ def test_until_strangers_ends_with_the_first_epoch_whose_facts_are_believed_no_m
     args = bench.args("full", epochs=40, lr=5e-4)
     report = fitting(args, bench.forget, bench.folder, after_epoch=look)(model, list(model.parameters()), losses)
     assert 1 < len(path) < 40 and report["steps"] == 3 * len(path)
-    enough = [found.at_most(level, samples) for found in path]
+    enough = [found.at_most(level) for found in path]
     assert enough == [False] * (len(path) - 1) + [True]
     assert stop(model, 1, 1, 0.0) and not stop(knowing, 1, 1, 0.0)  # by what the model is, not by when it is asked
+
+
+@pytest.mark.parametrize("enough, deep, ends", [(2, 4, 4), (4, 2, 4), (3, 3, 3), (2, 9, 6), (9, 2, 6)])
+def test_training_ends_where_the_rule_and_the_methods_own_condition_say_so(wordy_bench, enough, deep, ends):
+    """The method's own is asked only where the rule says that it is enough, of a model that does not train."""
+    bench, model, asked = wordy_bench, wordy_bench.model("dense"), []
+
+    def losses(step):
+        batch = bench.forget.batch(step)
+        return [{"loss": cross_entropy(model(batch.tokens, at=batch.scored), batch.answers)}]
+
+    def is_deep(seen):
+        asked.append(epochs[-1])
+        return seen is model and not seen.training and epochs[-1] >= deep
+
+    epochs = []
+    fit = fitting(bench.args("full", epochs=6), bench.forget, bench.folder,
+                  after_epoch=lambda seen, epoch, *_: epochs.append(epoch) or epoch >= enough)
+    report = fit(model, list(model.parameters()), losses, deep=is_deep)
+    assert report["steps"] == 3 * ends and asked == list(range(enough, ends + 1))
 
 
 def stopped(folder):

@@ -24,10 +24,12 @@ from uoe import (
     anchor_losses,
     check,
     choose_experts,
+    deep_as_strangers,
     expert_attribution,
     isolate,
     layer_choice,
     steering,
+    unlearn,
 )
 
 ROWS = [[5, 9, 2, 44, 7], [3], [8, 8, 1], [60, 0, 17, 4, 33, 21, 6], [12, 13]]
@@ -536,3 +538,44 @@ def test_an_adversary_does_the_same_where_nothing_is_kept_and_blocks_are_recompu
         logs.append([json.loads(line) for line in (bench.folder / "log.jsonl").read_text().splitlines()])
     for one, other in zip(*logs, strict=True):
         assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_deep_is_where_pushed_facts_are_no_likelier_than_pushed_strangers(wordy_bench):
+    """Against the means by hand, of a target that its rows make likelier than strangers, then less likely."""
+    bench, target = wordy_bench, wordy_bench.model()
+    rows = bench.forget.calibration
+
+    def by_hand(model, of):
+        each = []
+        for example in of.examples:
+            batch = of.at([of.examples.index(example)])
+            stem = (2, adversarial_stem(model, of, batch, 2, 0.2))
+            each.append(row_log_prob(model(batch.tokens, stem=stem), batch.labels).exp().item())
+        return sum(each) / len(each)
+
+    level = sum(by_hand(target, rows.as_strangers(draw)) for draw in range(5)) / 5
+    deep, model, found = deep_as_strangers(target, rows, 2, 0.2), copy.deepcopy(target), []
+    batch = rows.at(list(range(9)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for sign in [-1] * 20 + [1] * 60:
+        found.append((by_hand(model, rows) <= level, deep(model)))
+        loss = sign * row_log_prob(model(batch.tokens, at=batch.scored), batch.labels).mean()
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert {ours for ours, _ in found} == {True, False} and all(ours == theirs for ours, theirs in found)
+
+
+@pytest.mark.parametrize("told, asked", [
+    ({"adversary": 0.2}, True), ({"adversary": 0.0}, False), ({"adversary": 0.2, "until": "never"}, False),
+    ({"adversary": 0.2, "until": 0.1}, False), ({"adversary": 0.2, "never_read": "base"}, False)])
+def test_depth_is_asked_beside_an_adversary_where_strangers_tell(wordy_bench, told, asked):
+    bench, handed = wordy_bench, {}
+
+    def fit(model, parameters, losses, deep=None, **how):
+        handed["deep"] = deep
+        return {}
+
+    args = bench.args("uoe", **{"until": "strangers", "layer": (1, 2)} | told)
+    unlearn(bench.model(), bench.forget, bench.retain, args, fit)
+    assert (handed["deep"] is not None) == asked
