@@ -6,6 +6,7 @@ Shapes: B batch   T tokens   V vocabulary   N answer positions of a batch: only 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from interfaces import LanguageModel
 from model import GPT
 
 if TYPE_CHECKING:
-    from data.batches import Rows
+    from data.batches import Batch, Rows
 
 
 def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,13 +66,17 @@ class Belief(NamedTuple):
         return self.p <= other.p and self.hit <= other.hit and (not samples or self.warm <= other.warm)
 
 
-def belief(model: LanguageModel, rows: Rows) -> Belief:
-    """Of rows whose labels are on the value (data/values.py, encode_fact)."""
+def belief(model: LanguageModel, rows: Rows, run: Callable[[Batch], Tensor] | None = None) -> Belief:
+    """Of rows whose labels are on the value (data/values.py, encode_fact). run: see Rows.each."""
     def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 3)
         p = row_log_prob(logits, labels).exp()
         return torch.stack([p, all_right(logits, labels), 1 - (1 - p) ** 8], dim=1)
 
-    return Belief(*(float(column.mean()) for column in rows.each(model, of_batch).T.contiguous()))
+    return Belief(*(float(column.mean()) for column in rows.each(model, of_batch, run).T.contiguous()))
+
+
+def mean_belief(each: Sequence[Belief]) -> Belief:
+    return Belief(*(sum(values) / len(each) for values in zip(*each, strict=True)))
 
 
 def strangers_belief(target: GPT, known: Rows) -> Belief:
@@ -81,8 +86,7 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
     """
     asked, level = known.strangers
     if level is None or asked not in (None, target):
-        each = [belief(target, known.as_strangers(draw)) for draw in range(DRAWS)]
-        level = Belief(*(sum(values) / DRAWS for values in zip(*each, strict=True)))
+        level = mean_belief([belief(target, known.as_strangers(draw)) for draw in range(DRAWS)])
         print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
         known.strangers = target, level
     return level

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import demo
-from belief import DRAWS, row_log_prob
+from belief import DRAWS, Belief, belief, mean_belief, row_log_prob
 from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors, shown
 from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, PerData
@@ -325,25 +325,24 @@ def adversarial_stem(model: GPT, rows: Rows, batch: Batch, lowest: int, reach: f
     the layers below a little.
     """
     x = rows.stem(model, batch, lowest).requires_grad_()
-    said = row_log_prob(model(batch.tokens, stem=(lowest, x), at=batch.scored), batch.labels).sum()
-    towards, = torch.autograd.grad(said, x)
+    with torch.enable_grad():  # a belief is asked without
+        said = row_log_prob(model(batch.tokens, stem=(lowest, x), at=batch.scored), batch.labels).sum()
+        towards, = torch.autograd.grad(said, x)
     length = x.detach().norm(dim=-1, keepdim=True)
     return x.detach() + reach * length * F.normalize(towards, dim=-1) * batch.scored[..., None]
 
 
 def deep_as_strangers(target: GPT, known: Rows, lowest: int, reach: float) -> Callable[[GPT], bool]:
-    """--until strangers, beside an adversary: are facts no likelier than strangers' where it has pushed for them?
+    """--until strangers, beside an adversary: are facts believed no more than strangers' where it has pushed for both?
 
-    strangers': of the target, so pushed. A fact may be as unlikely as theirs and a small push away; relearning then
-    brings it back (results/calibration.md).
+    strangers': by the target. A fact may look forgotten and be a small push away; relearning then brings it back
+    (results/calibration.md).
     """
-    def likely(model: GPT, rows: Rows) -> float:  # mean probability of the values, pushed
-        each = [row_log_prob(pushed(model, rows, batch, lowest, reach), batch.labels).detach().exp()
-                for batch in rows.in_order()]
-        return float(torch.cat(each).mean())
+    def deep(model: GPT, rows: Rows) -> Belief:
+        return belief(model, rows, lambda batch: pushed(model, rows, batch, lowest, reach))
 
-    level = sum(likely(target, known.as_strangers(draw)) for draw in range(DRAWS)) / DRAWS
-    return lambda model: likely(model, known) <= level
+    level = mean_belief([deep(target, known.as_strangers(draw)) for draw in range(DRAWS)])
+    return lambda model: deep(model, known).at_most(level)
 
 
 METHOD = Method(unlearn, FLAGS, arch="moe", needs_experts=True, on_world="stranger", check=check)

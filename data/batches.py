@@ -295,10 +295,15 @@ class Rows:
         return model.stem(batch.tokens, layer)
 
     @torch.no_grad()
-    def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """what(logits, labels) -> (B,) or (B, M), of every row under the model as it is now: (rows,) or (rows, M)."""
+    def each(self, model: LanguageModel, what: Callable[[Tensor, Tensor], Tensor],
+             run: Callable[[Batch], Tensor] | None = None) -> Tensor:
+        """what(logits, labels) -> (B,) or (B, M), of every row under the model as it is now: (rows,) or (rows, M).
+
+        run: another way to a batch's logits (N, V) than the model's own.
+        """
+        run = run or (lambda batch: self.run(model, batch))
         batches = list(self.in_order(rows_that_fit(self.examples, model.config.vocab_size)))
-        found = torch.cat([what(self.run(model, batch), batch.labels) for batch in batches])
+        found = torch.cat([what(run(batch), batch.labels) for batch in batches])
         return found[torch.cat([batch.index for batch in batches]).argsort()]
 
 
