@@ -34,7 +34,7 @@ from schema import ANY_NUMBER, misfit, parse_json_lines
 
 Terms = dict[str, Tensor]  # by name; "loss" is the one that is minimised
 Losses = Callable[[int], Iterable[Terms]]  # of a step; they add up, and each lets go of its pass's memory
-Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0) -> report
+Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0, deep=None) -> report
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
 
 
@@ -240,6 +240,7 @@ def until_strangers(target: GPT, known: Rows) -> AfterEpoch:
 
     With --never-read: no more than that model believes of the facts themselves.
     known: forget facts in wordings that neither teach nor score. No reference is needed and no scored row is asked.
+    UOE asks more beside an adversary (uoe.deep_as_strangers).
     """
     level = strangers_belief(target, known)
     return lambda model, *_: belief(model, known).at_most(level)

@@ -21,7 +21,7 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     it was never tried.
     Also on that world: the forget loss is on the tokens of the fact (with NPO, --forget-on answer: the paper's way);
     rows about strangers stand among the retain rows (--strangers 0: none); it ends where forget facts are believed no
-    more than strangers' are, beside an adversary also where it has pushed for them (--until never: after the last
+    more than strangers' are, beside an adversary also where it has pushed for both (--until never: after the last
     epoch; the paper takes the best checkpoint by its test: eval.py --compare --at best; lab/calibration.py compares
     them). NPO stops pushing a fact that is as unlikely as theirs (row uoe-sink, with --forget-loss npo --adversary 0:
     it does not stop).
@@ -40,6 +40,7 @@ Shapes: B batch   T tokens   E experts   K experts per token   L layers
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -336,13 +337,16 @@ def deep_as_strangers(target: GPT, known: Rows, lowest: int, reach: float) -> Ca
     """--until strangers, beside an adversary: are facts believed no more than strangers' where it has pushed for both?
 
     strangers': by the target. A fact may look forgotten and be a small push away; relearning then brings it back
-    (results/calibration.md).
+    (results/calibration.md). Not asked beside --never-read.
     """
     def deep(model: GPT, rows: Rows) -> Belief:
         return belief(model, rows, lambda batch: pushed(model, rows, batch, lowest, reach))
 
-    level = mean_belief([deep(target, known.as_strangers(draw)) for draw in range(DRAWS)])
-    return lambda model: deep(model, known).at_most(level)
+    @functools.cache  # asked once, and not where training never gets there
+    def level() -> Belief:
+        return mean_belief([deep(target, known.as_strangers(draw)) for draw in range(DRAWS)])
+
+    return lambda model: deep(model, known).at_most(level())
 
 
 METHOD = Method(unlearn, FLAGS, arch="moe", needs_experts=True, on_world="stranger", check=check)

@@ -45,7 +45,7 @@ def at_random(affinity: Tensor, args: argparse.Namespace) -> list[uoe.Place]:
 
 def pushing_on(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit):
     """UOE whose NPO goes on pushing facts that are as unlikely as strangers'; where training ends was told to `fit`."""
-    if args.forget_loss not in ("npo", "stranger-npo"):
+    if args.adversary or args.forget_loss not in ("npo", "stranger-npo"):
         raise UserError("uoe-sink is a row of NPO: add --forget-loss npo --adversary 0")
     return uoe.unlearn(target, forget, retain, argparse.Namespace(**vars(args) | {"until": "never"}), fit)
 

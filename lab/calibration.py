@@ -12,7 +12,7 @@ three rules can be read off one run:
     fixed       the paper's number: 5 epochs, alpha 0.75
     best test   the look of the highest forget quality: takes the reference, and is chosen by what it then reports
 
-Each seed and method is kept under OUT/calibration, and done again where models, flags or this file have changed.
+Each seed and method is kept under OUT/calibration, and done again where models, flags or the code have changed.
 """
 
 import argparse
@@ -90,7 +90,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     places = {role: pretrain.cached_model(args, data, tokenizer, role) for role in ("target", "reference")}
     folder = Path(args.out) / "calibration" / f"{args.method}-seed{args.seed}"
     asked = [str(value) for key, value in sorted(vars(args).items()) if key not in ("out", "name", "resume")]
-    key = digest([place.name for place in places.values()], asked, Path(__file__).read_text())
+    root = Path(__file__).parent.parent
+    code = ("lab/calibration.py", "uoe.py", "uld.py", "objectives.py", "belief.py")
+    key = digest([place.name for place in places.values()], asked, [(root / name).read_text() for name in code])
     file = folder.with_suffix(".json")
     if file.is_file() and json.loads(file.read_text())["key"] == key:
         return json.loads(file.read_text())
