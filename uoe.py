@@ -373,7 +373,11 @@ def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], p
     """Which expert and why; then a question of each set, before and after."""
     before, after = (expert_attribution(m, sets["forget"].in_order()) for m in (target, model))
     print("\nbefore -> after; * marks what was unlearned\n" + affinity_table(before, after, places))
-    shares = {name: expert_shares(target, list(rows.in_order())) for name, rows in sets.items()}
+    shares = {}
+    for name, rows in sets.items():
+        for topic in dict.fromkeys(row.get("topic", "") for row in rows.rows):
+            some = rows.like([row for row in rows.rows if row.get("topic", "") == topic])
+            shares[f"{name} {topic}".strip()] = expert_shares(target, list(some.in_order()))
     for layer, expert in places:
         served = ", ".join(f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())
         print(f"of the target's tokens, expert {expert} of layer {layer} serves {served}; evenly spread it would be "
