@@ -134,7 +134,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
             yield {"retain": r, "loss": args.retain_weight * r}  # UOE (4)
 
     routers = tuple(model.moe(layer).router.weight for layer in sorted({layer for layer, _ in places}))
-    deep = None
+    deep = None  # what looks forgotten is to be so where the adversary has pushed, too, before training may end
     if args.adversary and args.until == "strangers" and not getattr(args, "never_read", None):
         deep = deep_as_strangers(target, forget.calibrating(), lowest, args.adversary)
     report = fit(model, parameters, losses, slow=routers, slow_factor=args.router_lr, deep=deep)
