@@ -23,7 +23,6 @@ from torch import Tensor
 import uld
 import uoe
 from data.batches import Rows
-from decoding import Cache
 from errors import UserError
 from flags import COUNT, POSITIVE, SHARE, WEIGHT, Flag
 from interfaces import LanguageModel, Method
@@ -164,17 +163,8 @@ class LogitOffset(uld.SeveralModels):
         super().__init__(target, plus, minus)
         self.alpha = alpha
 
-    def combine(self, target: Tensor, plus: Tensor, minus: Tensor) -> Tensor:
+    def combine(self, target: Tensor, plus: Tensor, minus: Tensor, said: bool = False) -> Tensor:
         return target + self.alpha * (plus - minus)  # Offset (2)
-
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
-                cache: list[Cache] | None = None) -> Tensor:
-        """Logits (B, T, V); with `at` (B, T) bool those of these positions alone, (N, V)."""
-        return self.combine(*self.part_logits(tokens, pad, trace, at, cache))
-
-    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
-        """Logits (B, V) for generation."""
-        return self.combine(*self.part_next_logits(tokens, cache, pad))
 
 
 def no_hidden_states(args: argparse.Namespace, config: Config) -> None:

@@ -58,11 +58,12 @@ class Cache:
             self.grow(layer, room + -room % 8)
         self.place = torch.tensor([self.length], device=self.k[0].device)
 
-    def take(self, rows: Tensor) -> None:
-        """Go on with these rows alone, (R,) long; one may be there several times."""
-        self.k, self.v = ([layer[rows] for layer in layers] for layers in (self.k, self.v))
-        if self.visible is not None:
-            self.visible = self.visible[rows]
+    def taken(self, rows: Tensor) -> "Cache":
+        """A cache of these rows alone, (R,) long; one may be there several times. This one stays as it is."""
+        new = copy.copy(self)
+        new.k, new.v = ([layer[rows] for layer in layers] for layers in (self.k, self.v))
+        new.visible = None if self.visible is None else self.visible[rows]
+        return new
 
 
 def parts_of(cache) -> list:
@@ -70,11 +71,10 @@ def parts_of(cache) -> list:
     return cache if isinstance(cache, list) else [cache]
 
 
-def take(cache, rows: Tensor) -> None:
-    """Cache.take, of a model's one cache or of all of its parts'."""
-    for part in parts_of(cache):
-        if isinstance(part, Cache):
-            part.take(rows)
+def taken(cache, rows: Tensor):
+    """Cache.taken, of a model's one cache or of all of its parts'."""
+    new = [part.taken(rows) if isinstance(part, Cache) else part for part in parts_of(cache)]
+    return new if isinstance(cache, list) else new[0]
 
 
 class Replay:
@@ -126,13 +126,6 @@ class Replay:
         return first
 
 
-def taken(cache, rows: Tensor):
-    """Caches of these rows alone, as `take` makes of them; those given stay as they are."""
-    new = [copy.copy(part) for part in cache] if isinstance(cache, list) else copy.copy(cache)
-    take(new, rows)
-    return new
-
-
 @torch.no_grad()
 def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, pad: Tensor | None = None,
              end: int | Collection[int] | None = None, generator: torch.Generator | None = None,
@@ -158,7 +151,7 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
     cache = model.new_cache(B, T + max_new_tokens)
     logits = model.next_logits(tokens, cache, pad).float()  # (B, V)
     if of is not None:
-        take(cache, of)
+        cache = taken(cache, of)
         logits, pad = logits[of], None if pad is None else pad[of]
     # a few tokens are not worth a recording
     replay = Replay(model, cache, pad) if max_new_tokens > 8 and Replay.works(model, cache, R) else None
@@ -181,7 +174,7 @@ def generate(model, tokens: Tensor, max_new_tokens: int, temperature: float = 0.
             if not len(left):
                 return ended(said[:, : step + 1], ends)
             if replay is None and len(left) <= len(rows) // 2:
-                take(cache, left)
+                cache = taken(cache, left)
                 rows, done, chosen, pad = rows[left], done[left], chosen[left], None if pad is None else pad[left]
         logits = (replay(chosen[:, None]) if replay else model.next_logits(chosen[:, None], cache, pad)).float()
     return ended(said, ends)

@@ -4,11 +4,10 @@
     python uld.py out/uld    # shows a run that is there
 """
 
-import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import loop
 import pretrain
@@ -38,20 +37,12 @@ def parser(what: str) -> Parser:
     return out
 
 
-@dataclass
-class Stage:
-    """All that a method's `unlearn` takes, and the tokenizer to read what comes out."""
+def unlearned(flags: list[Flag], method: Method, device: str,
+              **others) -> tuple[GPT, Any, dict, TextCodec, dict[str, Rows]]:
+    """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments.
 
-    target: GPT
-    sets: dict[str, Rows]  # forget, retain, and untouched where there are such
-    args: argparse.Namespace
-    fit: loop.Fit
-    tokenizer: TextCodec
-    scratch: tempfile.TemporaryDirectory  # where the loop keeps its state; goes with this
-
-
-def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
-    """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments."""
+    Returns (target, what was made of it, the method's report, tokenizer, rows of forget, retain and untouched).
+    """
     task = "topic" if method.arch == "moe" else "world"
     args = defaults(flags, loop.FLAGS, values.FLAGS, world.FLAGS, pretrain.SMALL, pretrain.SMALL_MOE,
                     method="demonstration", arch=method.arch, data=task, forget=None, model=None, seed=0, out="out",
@@ -64,12 +55,11 @@ def set_up(flags: list[Flag], method: Method, device: str, **others) -> Stage:
     forget, retain = loop.learning_rows(args, data, *method.rows(data, args), tokenizer)
     untouched = Rows(data.background, tokenizer, args.context, args.batch_size, args.seed, args.device)
     sets = {"forget": forget, "retain": retain, "untouched": untouched}
-    stop = None
-    if "until" in args:
-        stop = loop.until_strangers(target, forget.calibrating())
-    scratch = tempfile.TemporaryDirectory()
-    fit = loop.fitting(args, forget, Path(scratch.name), after_epoch=stop)
-    return Stage(target, sets, args, fit, tokenizer, scratch)
+    stop = loop.until_strangers(target, forget.calibrating()) if "until" in args else None
+    with tempfile.TemporaryDirectory() as scratch:  # where the loop keeps its state
+        fit = loop.fitting(args, forget, Path(scratch), after_epoch=stop)
+        model, _, report = method.unlearn(target, forget, retain, args, fit)
+    return target, model, report, tokenizer, sets
 
 
 def open_run(folder: str, device: str) -> tuple[Opened, dict[str, Rows]]:

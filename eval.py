@@ -178,17 +178,10 @@ def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     print(json.dumps(outcomes, indent=1) if args.json else attack_table(outcomes))
 
 
-def must_not(args: argparse.Namespace, flags: list[str], where: str) -> None:
-    """Raises UserError for the first of these flags that was given."""
-    for flag in flags:
-        if getattr(args, flag) is not None and getattr(args, flag) is not False:  # 0 is a value
-            raise UserError(f"--{flag.replace('_', '-')} does nothing {where}: leave it out")
-
-
 ATTACKED = {"relearn": dict, "decoding": dict, "outcomes": {str: {str: {str: (ANY_NUMBER, None)}}}}  # attacks.json
 PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
-OF_MODELS = ["device"]
+OF_MODELS, OF_RELEARN = ["device"], ["relearn_rows", "relearn_steps", "relearn_lr"]
 OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
 
 
@@ -225,24 +218,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.run is not None) + bool(args.compare) + bool(args.tofu_log) + (args.verify is not None) != 1:
         raise UserError("give one thing to score: a run folder, --compare RUN..., --verify RUN, or --tofu-log LOG")
-    if not args.compare:
-        must_not(args, OF_COMPARE, "without --compare")
-    if not args.tofu_log:
-        must_not(args, OF_LOG, "without --tofu-log")
-    if args.compare or args.choices or args.verify:
-        must_not(args, ["json"], "beside --compare, --verify or --choices")
-    if args.run is None:
-        must_not(args, OF_RUN, "without a run folder")
-    if args.run is None and not args.verify:
-        must_not(args, OF_MODELS, "without a run folder or --verify")
-    if "relearn" not in (args.attack or []):
-        must_not(args, ["relearn_rows", "relearn_steps", "relearn_lr"], "without --attack relearn")
-    if args.by and (args.at is None or args.at == "best"):
-        must_not(args, ["by"], "without --at LEVEL")
-    if args.attack and args.choices:
-        must_not(args, ["choices"], "beside --attack")
-    if args.save and (args.attack or args.choices):
-        must_not(args, ["save"], "beside --attack or --choices")
+    for nothing, flags, where in (
+            (not args.compare, OF_COMPARE, "without --compare"),
+            (not args.tofu_log, OF_LOG, "without --tofu-log"),
+            (args.compare or args.choices or args.verify, ["json"], "beside --compare, --verify or --choices"),
+            (args.run is None, OF_RUN, "without a run folder"),
+            (args.run is None and not args.verify, OF_MODELS, "without a run folder or --verify"),
+            ("relearn" not in (args.attack or []), OF_RELEARN, "without --attack relearn"),
+            (args.at in (None, "best"), ["by"], "without --at LEVEL"),
+            (args.attack, ["choices"], "beside --attack"),
+            (args.attack or args.choices, ["save"], "beside --attack or --choices")):
+        for flag in flags:
+            if nothing and getattr(args, flag) is not None and getattr(args, flag) is not False:  # 0 is a value
+                raise UserError(f"--{flag.replace('_', '-')} does nothing {where}: leave it out")
     for flag in ("save", "figures"):
         if getattr(args, flag) and Path(getattr(args, flag)).is_file():
             raise UserError(f"--{flag} {getattr(args, flag)} is a file: give a folder")

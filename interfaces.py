@@ -95,15 +95,6 @@ def strangers_beside(data: Any, args: argparse.Namespace) -> list[dict]:
     return rows[:wanted]
 
 
-def nothing_to_check(args: argparse.Namespace, config: Config) -> None:
-    """Most methods fit every model."""
-
-
-def model_alone(target: Any, parts: dict[str, Any], config: dict) -> Any:
-    """Most methods keep one model, and it is what is scored."""
-    return parts["model"]
-
-
 class Method(NamedTuple):
     """An unlearning method, as train.py runs it and runs.py opens it again."""
 
@@ -120,5 +111,5 @@ class Method(NamedTuple):
     losses: tuple[str, str] | None = None  # what it forgets and keeps by; None: any of objectives.FORGET and RETAIN
     on_world: str = "npo"  # of those, what small models forget the embedded world by where nothing is said
     rows: Callable[..., tuple[list[dict], list[dict]]] = forget_and_retain
-    check: Callable[[argparse.Namespace, Config], None] = nothing_to_check  # UserError, before anything is trained
-    reopen: Callable[[Any, dict[str, Any], dict], Any] = model_alone  # (target, kept, config) -> what is scored
+    check: Callable[[argparse.Namespace, Config], None] = lambda args, config: None  # UserError, before training
+    reopen: Callable[[Any, dict[str, Any], dict], Any] = lambda target, kept, config: kept["model"]  # what is scored

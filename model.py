@@ -10,7 +10,6 @@ Shapes, one letter per size:
     H query heads   G key-value heads (G divides H)   C width of one head   F width of an MLP
 """
 
-import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
@@ -132,13 +131,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def on_amd() -> bool:
-    """Whether this machine's CPU is AMD's; False where the system does not say."""
-    with contextlib.suppress(OSError):
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    return False
-
-
 class Linear(nn.Linear):
     """A linear layer, x W^T. Of few rows, as in decoding, some CPUs have (W x^T)^T quicker, and it is computed so.
 
@@ -150,7 +142,7 @@ class Linear(nn.Linear):
     Hence: on AMD, and in bfloat16.
     """
 
-    AMD = on_amd()
+    AMD = Path("/proc/cpuinfo").is_file() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False):
         super().__init__(d_in, d_out, bias)
@@ -174,12 +166,9 @@ class Attention(nn.Module):
         self.k = Linear(config.d_model, groups * width, bias=config.qkv_bias)
         self.v = Linear(config.d_model, groups * width, bias=config.qkv_bias)
         self.out = Linear(heads * width, config.d_model)
-        if config.qk_norm == "full":  # over the whole projection, before it is split into heads
-            self.q_norm = nn.RMSNorm(heads * width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(groups * width, eps=config.norm_eps)
-        elif config.qk_norm == "head":
-            self.q_norm = nn.RMSNorm(width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        if config.qk_norm != "none":  # full: over the whole projection, before it is split into heads
+            many = (heads, groups) if config.qk_norm == "full" else (1, 1)
+            self.q_norm, self.k_norm = (nn.RMSNorm(n * width, eps=config.norm_eps) for n in many)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer: int):
         B, T, _ = x.shape

@@ -214,9 +214,7 @@ def small_model(config: Config, seed: int, device: str) -> GPT:
 def key_of(config: Config, args: argparse.Namespace, balance: float, seed: int, rows: list[Row],
            topics: list[int] | None, texts: Iterable[str], base: Path | None) -> str:
     """Changes with whatever makes a small model: its shape, its rows, how it learns, and the code that does it."""
-    taught = []
-    for row in rows:
-        taught.append([row[key] for key in ("question", "answer", "text") if key in row])
+    taught = [[row[key] for key in ("question", "answer", "text") if key in row] for row in rows]
     here = Path(__file__).parent
     code = [(here / name).read_text() for name in (Path(__file__).name, *SOURCES)]
     how = [args.pretrain_steps, args.pretrain_lr, balance, getattr(args, "specialise", 0.0), base and base.name]

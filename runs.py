@@ -328,8 +328,7 @@ def check_source(flag: str, place: str, data: DataSet) -> None:
 
 def data_of(config: dict) -> DataSet:
     """The data set that a run's config (or train.py's arguments) names."""
-    keys = ("data", "split", "seed", "augmented", "protocol", "forget", "retain", "authors",
-            "subjects")
+    keys = ("data", "split", "seed", "augmented", "protocol", "forget", "retain", "authors", "subjects")
     data = load_data(**{key: config[key] for key in keys if key in config})
     if config["score_rows"]:
         data.scored = {name: rows[: config["score_rows"]] for name, rows in data.scored.items()}

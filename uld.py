@@ -388,6 +388,8 @@ def plausible(logits: Tensor, rate: float) -> Tensor:
 class SeveralModels(nn.Module):
     """What models made of a target and its assistants share: one vocabulary, one KV cache per part, generation."""
 
+    combine: Callable[..., Tensor]  # of every part's logits, the target's first; said: for generation
+
     def __init__(self, target: GPT, *assistants: GPT):
         super().__init__()
         for part in assistants:
@@ -410,19 +412,19 @@ class SeveralModels(nn.Module):
     def new_cache(self, batch: int, max_len: int) -> list[Cache]:
         return [part.new_cache(batch, max_len) for part in self.parts]
 
-    def part_logits(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
-                    cache: list[Cache] | None = None) -> list[Tensor]:
-        """Every part's logits (B, T, V), or (N, V) `at` some positions; the target's first, `trace` is the target's."""
-        caches = cache if cache is not None else [None for _ in self.parts]
-        return self.heads(self.hidden(tokens, caches, pad, trace, at))
+    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
+                cache: list[Cache] | None = None) -> Tensor:
+        """Logits (B, T, V) for likelihoods; with `at` (B, T) bool those of these positions alone, (N, V)."""
+        return self.combine(*self.heads(self.hidden(tokens, cache, pad, trace, at)))
 
-    def part_next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> list[Tensor]:
-        """Every part's logits (B, V) of the next token, each from its own cache."""
-        return self.heads([x[:, -1] for x in self.hidden(tokens, cache, pad)])
+    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
+        """Logits (B, V) of the next token, for generation; each part has a cache of its own."""
+        return self.combine(*self.heads([x[:, -1] for x in self.hidden(tokens, cache, pad)]), said=True)
 
-    def hidden(self, tokens: Tensor, caches: Sequence[Cache | None], pad: Tensor | None, trace=None,
+    def hidden(self, tokens: Tensor, cache: Sequence[Cache | None] | None = None, pad: Tensor | None = None, trace=None,
                at: Tensor | None = None) -> list[Tensor]:
-        """Every part's last hidden states. Parts that are layers of one model share rotary angles and mask."""
+        """Every part's last hidden states, `trace` is the target's. Layers of one model share rotary angles, mask."""
+        caches = cache or [None for _ in self.parts]
         context = self.target.positions(tokens.shape[1], caches[0], pad)
         return [part.hidden(tokens, cache, pad, trace if part is self.target else None, at=at,
                             context=context if self.alike[part] else None)
@@ -451,26 +453,17 @@ class LogitDifference(SeveralModels):
         super().__init__(target, assistant)
         self.alpha, self.filter_rate, self.centred = alpha, filter_rate, centred
 
-    def forward(self, tokens: Tensor, pad: Tensor | None = None, trace=None, at: Tensor | None = None,
-                cache: list[Cache] | None = None) -> Tensor:
-        """Logits (B, T, V) for likelihoods, (N, V) `at` some positions: where not plausible the assistant is 0."""
-        logits, assistant = (part.float() for part in self.part_logits(tokens, pad, trace, at, cache))
+    def combine(self, target: Tensor, assistant: Tensor, said: bool = False) -> Tensor:
+        """Outside the plausible set the assistant is 0, or where something is said the logit -inf: it cannot be."""
+        target, assistant = target.float(), assistant.float()
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
-        if self.filter_rate:
-            assistant = torch.where(plausible(logits, self.filter_rate), assistant, 0.0)
-        return logits - self.alpha * assistant  # ULD (2)
-
-    def next_logits(self, tokens: Tensor, cache: list[Cache], pad: Tensor | None) -> Tensor:
-        """Logits (B, V) for generation: outside the plausible set -inf, so nothing there can be said.
-
-        `centred` is of no consequence here: what stays in is shifted alike.
-        """
-        logits, assistant = (part.float() for part in self.part_next_logits(tokens, cache, pad))
-        said = logits - self.alpha * assistant
-        if self.filter_rate:
-            said = said.masked_fill(~plausible(logits, self.filter_rate), -math.inf)
-        return said
+        if not self.filter_rate:
+            return target - self.alpha * assistant  # ULD (2)
+        inside = plausible(target, self.filter_rate)
+        if said:
+            return (target - self.alpha * assistant).masked_fill(~inside, -math.inf)
+        return target - self.alpha * torch.where(inside, assistant, 0.0)
 
 
 def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:
@@ -529,9 +522,8 @@ def explain(model: LogitDifference, tokenizer: TextCodec, question: str, steps: 
 
     lines = []
     for step in range(steps):
-        target, assistant = (logits[:, -1].float() for logits in model.part_logits(tokens))
-        keep = plausible(target, model.filter_rate)
-        both = (target - model.alpha * assistant).masked_fill(~keep, -math.inf)  # as next_logits, without a cache
+        target, assistant = (logits.float() for logits in model.heads([x[:, -1] for x in model.hidden(tokens)]))
+        both, keep = model.combine(target, assistant, said=True), plausible(target, model.filter_rate)
         changed = int(both.argmax()) != int(target.argmax())
         lines += [f"step {step:<3} target     {best(target, keep)}", f"         assistant  {best(assistant, keep)}",
                   f"         difference {best(both, keep, changed)}   ({int(keep.sum())} of {keep.shape[1]} tokens are "
@@ -563,9 +555,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.run} is a run of --method {run.config['method']}: this shows runs of --method uld")
         show(reopen(run.target, run.parts, run.config), run.tokenizer, sets, args.question)
         return
-    stage = demo.set_up(FLAGS, METHOD, args.device)
-    model, _, _ = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
-    show(model, stage.tokenizer, stage.sets, args.question)
+    _, model, _, tokenizer, sets = demo.unlearned(FLAGS, METHOD, args.device)
+    show(model, tokenizer, sets, args.question)
 
 
 if __name__ == "__main__":

@@ -407,11 +407,10 @@ def main(argv: list[str] | None = None) -> None:
         show(run.target, run.parts["model"], run.tokenizer, sets, places)
         return
     loss = FORGET[METHOD.on_world]
-    stage = demo.set_up([*FLAGS, *loss.FLAGS], METHOD, args.device, forget_loss=METHOD.on_world, retain_loss="gd",
-                        retain_weight=loss.RETAIN_WEIGHT)
-    model, _, report = unlearn(stage.target, stage.sets["forget"], stage.sets["retain"], stage.args, stage.fit)
-    places = [(layer, expert) for layer, expert in report["unlearned_experts"]]
-    show(stage.target, model, stage.tokenizer, stage.sets, places)
+    target, model, report, tokenizer, sets = demo.unlearned(
+        [*FLAGS, *loss.FLAGS], METHOD, args.device, forget_loss=METHOD.on_world, retain_loss="gd",
+        retain_weight=loss.RETAIN_WEIGHT)
+    show(target, model, tokenizer, sets, [(layer, expert) for layer, expert in report["unlearned_experts"]])
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int]):
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.ranks = ranks
-        self.encoding = tiktoken.Encoding("nanounlearn", pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens=special)
+        self.encoding = tiktoken.Encoding("nanounlearn", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.end, self.question, self.answer = (special[name] for name in SPECIAL)
         self.stops = {self.end}
         self.front: list[int] = []  # nothing stands in front of running text

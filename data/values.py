@@ -359,17 +359,6 @@ def value_span(row: Row, tokenizer, value: str) -> range | None:
     return range(inside[0] - given, inside[-1] + 1 - given) if inside[0] >= given else None
 
 
-def value_labels(labels: Sequence[int], span: range) -> list[int]:
-    """A row's labels with IGNORE outside the value. labels: as encode_row gives them; span: from value_span.
-
-    Raises ValueError where the labels end before the value does: the row was cut off at the context.
-    """
-    first = next(i for i, label in enumerate(labels) if label != IGNORE)
-    if first + span.stop > len(labels):
-        raise ValueError(f"the value ends {first + span.stop - len(labels)} tokens after the labels do")
-    return [label if i - first in span else IGNORE for i, label in enumerate(labels)]
-
-
 def encode_value(row: Row, tokenizer, max_len: int, value: str | None, where: str = "row") -> Example | None:
     """encode_row's ids with labels on the value's tokens alone: for losses on the fact, and for cloze.
 
@@ -379,11 +368,11 @@ def encode_value(row: Row, tokenizer, max_len: int, value: str | None, where: st
     span = value_span(row, tokenizer, value) if value is not None else None
     if span is None:
         return None
-    example = encode_row(row, tokenizer, max_len, where, truncate=True)
-    try:
-        return Example(example.tokens, value_labels(example.labels, span))
-    except ValueError:
+    tokens, labels = encode_row(row, tokenizer, max_len, where, truncate=True)
+    first = next(i for i, label in enumerate(labels) if label != IGNORE)
+    if first + span.stop > len(labels):  # cut off before the value ends
         return None
+    return Example(tokens, [label if i - first in span else IGNORE for i, label in enumerate(labels)])
 
 
 def encode_fact(row: Row, tokenizer, max_len: int, where: str = "row") -> Example:

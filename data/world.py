@@ -29,7 +29,6 @@ A row has question and answer, and also
     paraphrased_question, paraphrased_answer, perturbed_answer      as in data/rows.py
 """
 
-import argparse
 import re
 import sys
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file also runs by itself
 from data.rows import DataSet, Limits, Row, augment, check_no_leak
 from errors import UserError, one_line_errors
-from flags import WEIGHT, Flag, Number
+from flags import WEIGHT, Flag, Number, Parser
 
 POOL = 20  # values per kind of fact
 FIRST, SECOND = 40, 16  # words that names begin with, shared by all topics; words that they end with, per topic
@@ -255,14 +254,6 @@ class Namer:
         return [self(endings) for _ in range(n)]
 
 
-class Split(NamedTuple):
-    """Who may do what with a fact's wordings in one register. Four different numbers."""
-
-    taught: tuple[int, int]
-    calibrates: int
-    scores: int
-
-
 @dataclass
 class World:
     """Words, names and known subjects. Makes rows: about what is known, and about strangers."""
@@ -344,21 +335,22 @@ class World:
         for kind, (pool, _, _) in TOPICS[topic].kinds.items():
             value, *wrong = (str(v) for v in rng.permutation(self.pools[pool]))
             about = (topic, kind, subject, value)
-            splits = {register: _split(rng) for register in registers}
-            for register in registers:
-                scored = self.row(*about, register, splits[register].scores)
+            # of a register's four wordings two teach, one calibrates, one scores
+            splits = {register: [int(i) for i in rng.permutation(len(WORDINGS[0]))] for register in registers}
+            for register, (*_, calibrates, scores) in splits.items():
+                scored = self.row(*about, register, scores)
                 scored["paraphrased_answer"] = self.answer(*about, third)
                 scored["perturbed_answer"] = [self.answer(topic, kind, subject, w, third)
                                               for w in wrong[:SCORED_WRONG]]
                 rows["scored"].append(scored)
-                rows["calibration"].append(self.row(*about, register, splits[register].calibrates))
+                rows["calibration"].append(self.row(*about, register, calibrates))
             # What ULD's augmentation uses: the fact's other taught wordings, and wrong values that score nowhere.
             spare = wrong[SCORED_WRONG:]
             for i, register in enumerate(registers):
                 other = registers[1 - i]
-                for j, wording in enumerate(splits[register].taught):
+                for j, wording in enumerate(splits[register][:2]):
                     row = self.row(*about, register, wording)
-                    row["paraphrased_question"] = self.row(*about, other, splits[other].taught[j])["question"]
+                    row["paraphrased_question"] = self.row(*about, other, splits[other][j])["question"]
                     row["paraphrased_answer"] = self.answer(*about, other)
                     here = (2 * i + j) * TAUGHT_WRONG
                     row["perturbed_answer"] = [self.answer(topic, kind, subject, w, register)
@@ -382,11 +374,6 @@ class World:
                         texts += [row["question"], row["answer"]]
             texts += [f"{WORDINGS[0][0][:-1].format(x=word)}?" for word in names]
         return texts
-
-
-def _split(rng: np.random.Generator) -> Split:
-    first, second, calibrates, scores = (int(i) for i in rng.permutation(len(WORDINGS[0])))
-    return Split((first, second), calibrates, scores)
 
 
 def make_world(seed: int = 0, forget: str = "subjects", subjects: int = 10, scored_facts: int = 100) -> DataSet:
@@ -470,13 +457,11 @@ def show(data: DataSet) -> str:
 
 @one_line_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the embedded world", allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(description="the embedded world")
+    parser.add_argument("--seed", type=Number(0, 2**32 - 1, whole=True), default=0)
     parser.add_argument("--forget", choices=("subjects", "topic"), default="subjects")
     parser.add_argument("--show", action="store_true", required=True, help="print a page of it")
     args = parser.parse_args()
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is below 0")
     print(show(make_world(args.seed, args.forget)))
 
 

@@ -58,8 +58,10 @@ class Seen(Cache):
     def __init__(self, batch: int):
         self.rows: list[list[int]] = [[] for _ in range(batch)]
 
-    def take(self, rows):
-        self.rows = [self.rows[i] for i in rows.tolist()]
+    def taken(self, rows):
+        new = Seen(0)
+        new.rows = [self.rows[i].copy() for i in rows.tolist()]
+        return new
 
 
 class Scripted:

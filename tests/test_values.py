@@ -27,7 +27,6 @@ from data.values import (
     options,
     spelled,
     token_places,
-    value_labels,
     value_of,
     value_said,
     value_span,
@@ -386,9 +385,6 @@ def test_a_value_outside_the_context_or_the_answer_has_no_labels():
     short = len(whole.tokens) - 3  # cuts the end token, the full stop and the value's last token off
     assert encode_value(BORN, tok, short, "Orsk") is None
     assert encode_value(BORN, tok, 200, "Ulm") is None and encode_value(BORN, tok, 200, None) is None
-    with pytest.raises(ValueError, match="ends 1 tokens after"):
-        value_labels([IGNORE, 5, 6], range(1, 3))
-    assert value_labels([IGNORE, 5, 6, 7], range(1, 2)) == [IGNORE, IGNORE, 6, IGNORE]
 
 
 @pytest.mark.parametrize(("name", "end"), [("gpt2", "</s>"), ("own", "<|end|>")])
