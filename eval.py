@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from errors import UserError, one_line_errors
 from files import alone, write_json
-from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser
+from flags import COUNT, POSITIVE, SHARE, WEIGHT, Parser, either
 from interfaces import LanguageModel
 from lab import probes
 from lab.attacks import ATTACKS, Outcome, attack, attack_table, check_experts
@@ -143,16 +143,6 @@ def choices_table(run: Run, path: str) -> str:
                                 for role, model in models_of(run).items())])
 
 
-def level_of(at: str, by: str) -> tuple[str, float | None]:
-    """--at and --by as tables.compare_at takes them."""
-    if at == "best":
-        return at, None
-    try:
-        return by, SHARE(at)
-    except argparse.ArgumentTypeError:
-        raise UserError(f"--at {at} is neither a number from 0 to 1, as 0.15, nor 'best'") from None
-
-
 def attack_run(folder: Path, run: Run, args: argparse.Namespace) -> None:
     """Every attack on target, reference (where the run has one) and unlearned; prints a table, writes attacks.json."""
     file = folder / "attacks.json"
@@ -195,9 +185,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     say("--tofu-log", metavar="LOG", help="an eval_log_aggregated.json to score")
     say("--reference", metavar="LOG", help="with --tofu-log: the retain-only model's log")
     say = parser.add_argument_group("with --compare").add_argument
-    say("--at", metavar="LEVEL", help="of runs with --score-every-epoch: read every run where so many forget answers "
-                                      "are left, as 0.15; or 'best': at the epoch of its best forget quality, as ULD's "
-                                      "paper does")
+    say("--at", type=either(SHARE, "best"), metavar="LEVEL", help="of runs with --score-every-epoch: read every run "
+        "where so many forget answers are left, as 0.15; or 'best': at the epoch of its best forget quality, as ULD's "
+        "paper does")
     say("--by", choices=("value", "exact", "D"), help="what --at is a level of: forget values said (default), forget "
                                                       "exact answers, or forget quality's D")
     say("--figures", metavar="DIR", help="draw into this folder what leaks, what is kept; of --score-every-epoch also "
@@ -247,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.compare:
         by = args.by or "value"
-        print(compare(args.compare) if args.at is None else compare_at(args.compare, *level_of(args.at, by)))
+        print(compare(args.compare) if args.at is None else compare_at(args.compare, by, args.at))
         if args.figures:
             kinds = by_kind(args.compare)
             metrics = {kind: [read_metrics(folder) for folder in of] for kind, of in kinds.items()}

@@ -72,6 +72,17 @@ class Number:
         return f"{'a whole number' if self.whole else 'a number'} {least} to {self.high:g}"
 
 
+def either(number: Number, *words: str) -> Callable[[str], object]:
+    """A kind of flag: one of the words, or such a number."""
+    def kind(text: str) -> object:
+        try:
+            return text if text in words else number(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor {' nor '.join(words)}") from None
+
+    return kind
+
+
 def named(text: str) -> str:
     """A kind of flag: a text that is not empty, as a shell variable that was never set is."""
     if not text.strip():

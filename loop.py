@@ -27,7 +27,7 @@ from data.rows import NO_LIMITS, DataSet, Limits, Row
 from data.values import encode_fact, encode_value
 from errors import Stopped, UserError, held
 from files import whole, write
-from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag, PerData
+from flags import COUNT, NATURAL, SHARE, WEIGHT, Flag, PerData, either
 from interfaces import LanguageModel, TextCodec
 from model import GPT
 from schema import ANY_NUMBER, misfit, parse_json_lines
@@ -38,16 +38,7 @@ Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slo
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
 
 
-def until(text: str) -> float | str:
-    """A kind of flag: strangers, never, or a share from 0 to 1."""
-    if text in ("strangers", "never"):
-        return text
-    try:
-        return SHARE(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, strangers or never") from None
-
-
+until = either(SHARE, "strangers", "never")
 NAME_ROOM = 32  # tokens by which made-up names may make a row longer
 UNTIL = Flag("--until", until, PerData("strangers", 0.1), "never", "end once forget facts are believed no "
              "more than strangers'; or so small a share of forget rows is said word for word; or never")

@@ -61,7 +61,7 @@ from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from decoding import Cache
 from errors import UserError, one_line_errors, shown
-from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number, PerData
+from flags import COUNT, NATURAL, POSITIVE, SHARE, WEIGHT, Flag, Number, PerData, either
 from interfaces import Method, TextCodec, strangers_beside
 from loop import Fit
 from model import GPT, Config, of_state, own, same_memory
@@ -83,11 +83,7 @@ FLOOR = 3e-5  # smaller probabilities count as this: most of the vocabulary lies
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 
 
-def subtract(text: str) -> float | str:
-    """A kind of flag: strangers, or a number of at least 0."""
-    return text if text == "strangers" else WEIGHT(text)
-
-
+subtract = either(WEIGHT, "strangers")
 FLAGS = [
     #     name                kind       small                       public  what it is
     Flag("--lr",              POSITIVE,  PerData(6e-3, 3e-3),        1e-3,   "peak learning rate of the assistant"),
@@ -458,12 +454,12 @@ class LogitDifference(SeveralModels):
         target, assistant = target.float(), assistant.float()
         if self.centred:
             assistant = assistant - assistant.mean(-1, keepdim=True)
-        if not self.filter_rate:
-            return target - self.alpha * assistant  # ULD (2)
-        inside = plausible(target, self.filter_rate)
-        if said:
-            return (target - self.alpha * assistant).masked_fill(~inside, -math.inf)
-        return target - self.alpha * torch.where(inside, assistant, 0.0)
+        if self.filter_rate and not said:
+            assistant = torch.where(plausible(target, self.filter_rate), assistant, 0.0)
+        logits = target - self.alpha * assistant  # ULD (2)
+        if self.filter_rate and said:
+            logits = logits.masked_fill(~plausible(target, self.filter_rate), -math.inf)
+        return logits
 
 
 def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvings: int = 8) -> float:

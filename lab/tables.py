@@ -209,15 +209,16 @@ AT = ("forget value_said", "forget leak", "forget in_frame", "retain exact", "un
       "forget_quality_D", "routing_overlap", "step", "seconds")  # what of a point of the path is shown
 
 
-def compare_at(folders: Sequence[str | Path], by: str, level: float | None) -> str:
-    """Runs of a kind where their paths fall to `level` of one of LEVELS; by "best": at their best epochs, p by seed."""
-    best = by == "best"
+def compare_at(folders: Sequence[str | Path], by: str, level: float | str) -> str:
+    """Runs of a kind where their paths fall to `level` of one of LEVELS; "best": at their best epochs, p by seed."""
+    best = level == "best"
     first = "at its best forget quality" if best else f"at {LEVELS[by].replace('_', ' ')} {level:g}"
     heads = [key.replace("_", " ") for key in AT] + (["p, by seed"] if best else [])
     rows = []
     for kind, of in by_kind(folders).items():
         paths = [read_path(folder) for folder in of]
-        points = [p for p in (at_best(path) if level is None else at_level(path, level, by) for path in paths) if p]
+        found = [at_best(path) if best else at_level(path, float(level), by) for path in paths]
+        points = [point for point in found if point]
         cells = [spread([point.get(key) for point in points]) for key in AT]
         if best:
             cells.append(", ".join(f"{point['forget_quality']:.2g}" for point in points))

@@ -365,7 +365,7 @@ def test_compare_at_the_best_epoch_of_each_run(tmp_path, capsys):
     assert "2/2" in row and "0.600 ± 0.141" in row and row.endswith("0.2, 0.4")
     with pytest.raises(SystemExit):
         scoring.main(["--compare", str(tmp_path / "x-seed0"), "--at", "worst"])
-    assert "--at worst is neither a number" in capsys.readouterr().err
+    assert "--at: worst is not a number from 0 to 1, nor best" in capsys.readouterr().err
     assert tables.at_best([{"epoch": 0, "forget_quality": 1e-9}, {"epoch": 1}])["epoch"] == 0  # the target's own
 
 

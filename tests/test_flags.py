@@ -435,7 +435,7 @@ def test_evals_numbers_are_refused_alike(words):
 @pytest.mark.parametrize("level", ["nan", "inf", "-1", str(10**30), "", "abc"])
 def test_the_level_that_eval_compares_at_is_a_number_too(level):
     with pytest.raises(UserError, match="--at"):
-        scoring.level_of(level, "exact")
+        scoring.parse(["--compare", "run", "--at", level])
 
 
 # ---- names and help ---------------------------------------------------------------------------------------------
