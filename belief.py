@@ -56,21 +56,15 @@ class Belief(NamedTuple):
 
     p: float  # mean probability of the value
     hit: float  # share whose value is the likeliest continuation
-    warm: float  # share whose value one of eight samples says, at temperature 1: the mean of 1 - (1 - p)^8
 
-    def at_most(self, other: Belief, samples: bool = False) -> bool:
-        """By mean probability and likeliest value, and where `samples` (ULD's alpha) by what eight samples say.
-
-        At the same mean p these say more facts when all are about equally likely than when a few are certain.
-        """
-        return self.p <= other.p and self.hit <= other.hit and (not samples or self.warm <= other.warm)
+    def at_most(self, other: Belief) -> bool:
+        return self.p <= other.p and self.hit <= other.hit
 
 
 def belief(model: LanguageModel, rows: Rows, run: Callable[[Batch], Tensor] | None = None) -> Belief:
     """Of rows whose labels are on the value (data/values.py, encode_fact). run: see Rows.each."""
-    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 3)
-        p = row_log_prob(logits, labels).exp()
-        return torch.stack([p, all_right(logits, labels), 1 - (1 - p) ** 8], dim=1)
+    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 2)
+        return torch.stack([row_log_prob(logits, labels).exp(), all_right(logits, labels)], dim=1)
 
     return Belief(*(float(column.mean()) for column in rows.each(model, of_batch, run).T.contiguous()))
 

@@ -471,7 +471,7 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if belief(model, known).at_most(level, samples=True):
+        if belief(model, known).at_most(level):
             high = model.alpha
         else:
             low = model.alpha

@@ -56,7 +56,7 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-# at: epoch or alpha; p, hit, warm: belief.Belief's; value_said, in_frame; quality, D; of UOE enough: would it stop?
+# at: epoch or alpha; p, hit: belief.Belief's; value_said, in_frame; quality, D; of UOE enough: would it stop?
 Look = dict[str, float]
 
 

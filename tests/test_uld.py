@@ -609,8 +609,7 @@ def test_alpha_is_where_what_is_known_becomes_as_unlikely_as_strangers(wordy_ben
     wanted = (known - stranger) / taken
     assert wanted - 1e-6 <= alpha <= wanted + 2 / 2**8 + 1e-6 and model.alpha == 0.3
     assert alpha_of_strangers(model, rows, level, halvings=3) >= alpha
-    for name in ("p", "warm"):  # both count
-        assert alpha_of_strangers(model, rows, level._replace(**{name: getattr(level, name) / 2})) > alpha
+    assert alpha_of_strangers(model, rows, level._replace(p=level.p / 2)) > alpha
 
 
 def test_an_assistant_that_knows_nothing_gets_the_largest_alpha(wordy_bench):
@@ -656,7 +655,7 @@ def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_ben
     """By how much log odds lie above strangers', over 0.5; with the value's alone taken away its odds are theirs."""
     bench, target, size = wordy_bench, wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
     rows = bench.rows(bench.world.forget, encode=encode_fact)
-    level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0, 0.1)
+    level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0)
     beyond = beyond_strangers(target, rows, level)
     found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
     assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
@@ -713,14 +712,14 @@ def test_equation_4_is_the_divergence_from_these_labels(wordy_bench, micro):
 def test_of_rows_that_are_not_the_worlds_only_the_right_token_has_a_label(wordy_bench):
     rows = [{key: row[key] for key in ("question", "answer", "value")} for row in wordy_bench.world.forget]
     own, target = wordy_bench.rows(rows, encode=encode_fact), wordy_bench.model("dense")
-    beyond = beyond_strangers(target, own, Belief(1e-4, 0.0, 0.1))
+    beyond = beyond_strangers(target, own, Belief(1e-4, 0.0))
     assert beyond.others.shape == (9, 0) and beyond.right.max() > 0
 
 
 def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
     rows, target = bench.rows(bench.world.forget, encode=encode_fact), bench.model("dense")
     p = rows.each(target, row_log_prob).exp()
-    level = Belief(1e-4, 0.0, 0.1)
+    level = Belief(1e-4, 0.0)
     beyond, several, size = beyond_strangers(target, rows, level), 0, bench.tokenizer.vocab_size
     found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
     assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
