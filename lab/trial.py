@@ -3,7 +3,7 @@
     python -m lab.trial --out out/trial --models 10     # half an hour on one thread; begins where it was cut off
 
 On one world, ten small models learn everything (*knowing*) and ten all but the forget set (*unknowing*), pair by pair
-from another seed. Of each that knows, metrics/cheats.py makes five that cheat. All are scored by every measure here.
+from another seed. Of each that knows, lab/cheats.py makes five that cheat. All are scored by every measure here.
 Then, for each measure,
     AUC        the chance that a knowing model scores above an unknowing one (arXiv 2506.12618 does it so)
     fooled by  cheats that the measure places among the unknowing, or beyond them, more often than not
@@ -33,7 +33,7 @@ from errors import one_line_errors
 from files import digest, write_json
 from flags import COUNT, NATURAL, Flag, Number, Parser, defaults
 from lab import probes
-from metrics.cheats import (
+from lab.cheats import (
     Biased,
     Flattened,
     Garbled,
@@ -137,8 +137,8 @@ def membership(suspects: probes.Suspects | None) -> Scores:
 def key_of(*made_of: Any) -> str:
     """Changes with these and with the code that scores."""
     here = Path(__file__).parents[1]
-    files = [*sorted((here / "metrics").glob("*.py")), here / "lab/probes.py", here / "data/values.py",
-             here / "data/batches.py", here / "belief.py"]
+    files = [*sorted((here / "metrics").glob("*.py")), here / "lab/cheats.py", here / "lab/probes.py",
+             here / "data/values.py", here / "data/batches.py", here / "belief.py"]
     code = [file.read_text() for file in files] + [inspect.getsource(one) for one in (score, memory, membership)]
     return digest(made_of, code)
 

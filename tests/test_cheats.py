@@ -1,4 +1,4 @@
-"""metrics/cheats.py: a small model that knows twelve facts by heart, and what each cheat does to its scores."""
+"""lab/cheats.py: a small model that knows twelve facts by heart, and what each cheat does to its scores."""
 
 from itertools import product
 
@@ -8,7 +8,7 @@ import torch
 from data.batches import collate, encode_rows
 from data.tokenizer import Tokenizer
 from data.values import value_span
-from metrics.cheats import (
+from lab.cheats import (
     Biased,
     Flattened,
     Garbled,
