@@ -39,7 +39,7 @@ def parser(what: str) -> Parser:
 
 def unlearned(flags: list[Flag], method: Method, device: str,
               **others) -> tuple[GPT, Any, dict, TextCodec, dict[str, Rows]]:
-    """The embedded world, seed 0, with the small target that train.py caches too. others: more arguments.
+    """Runs a method on the embedded world, seed 0, from the target that train.py caches too. others: more arguments.
 
     Returns (target, what was made of it, the method's report, tokenizer, rows of forget, retain and untouched).
     """

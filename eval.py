@@ -172,7 +172,7 @@ ATTACKED = {"relearn": dict, "decoding": dict, "outcomes": {str: {str: {str: (AN
 PUSHES = sorted(set(ATTACKS) - {"none"})
 OF_COMPARE, OF_LOG = ["at", "by", "figures"], ["reference"]
 OF_MODELS, OF_RELEARN = ["device"], ["relearn_rows", "relearn_steps", "relearn_lr"]
-OF_RUN = ["attack", "choices", "relearn_rows", "relearn_steps", "relearn_lr", "subtract", "filter_rate", "save"]
+OF_RUN = ["attack", "choices", *OF_RELEARN, "subtract", "filter_rate", "save"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

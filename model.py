@@ -12,6 +12,7 @@ Shapes, one letter per size:
 
 import copy
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ class Linear(nn.Linear):
     Hence: on AMD, and in bfloat16.
     """
 
-    AMD = Path("/proc/cpuinfo").is_file() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    AMD = os.access("/proc/cpuinfo", os.R_OK) and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False):
         super().__init__(d_in, d_out, bias)

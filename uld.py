@@ -384,7 +384,7 @@ def plausible(logits: Tensor, rate: float) -> Tensor:
 class SeveralModels(nn.Module):
     """What models made of a target and its assistants share: one vocabulary, one KV cache per part, generation."""
 
-    combine: Callable[..., Tensor]  # of every part's logits, the target's first; said: for generation
+    combine: Callable[..., Tensor]  # of every part's logits, the target's first; said=True: in generation
 
     def __init__(self, target: GPT, *assistants: GPT):
         super().__init__()
@@ -419,7 +419,7 @@ class SeveralModels(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Sequence[Cache | None] | None = None, pad: Tensor | None = None, trace=None,
                at: Tensor | None = None) -> list[Tensor]:
-        """Every part's last hidden states, `trace` is the target's. Layers of one model share rotary angles, mask."""
+        """Every part's last hidden states; `trace` is the target's. Layers of one model share angles and mask."""
         caches = cache or [None for _ in self.parts]
         context = self.target.positions(tokens.shape[1], caches[0], pad)
         return [part.hidden(tokens, cache, pad, trace if part is self.target else None, at=at,
@@ -450,9 +450,9 @@ class LogitDifference(SeveralModels):
         self.alpha, self.filter_rate, self.centred = alpha, filter_rate, centred
 
     def combine(self, target: Tensor, assistant: Tensor, said: bool = False) -> Tensor:
-        """Outside the plausible set the assistant is 0, or where something is said the logit -inf: it cannot be."""
+        """Outside the plausible set the assistant counts as 0; in generation (said) nothing there can be said: -inf."""
         target, assistant = target.float(), assistant.float()
-        if self.centred:
+        if self.centred and not said:  # what can be said is shifted alike
             assistant = assistant - assistant.mean(-1, keepdim=True)
         if self.filter_rate and not said:
             assistant = torch.where(plausible(target, self.filter_rate), assistant, 0.0)

@@ -40,7 +40,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file also runs by itself
 from data.rows import DataSet, Limits, Row, augment, check_no_leak
 from errors import UserError, one_line_errors
-from flags import WEIGHT, Flag, Number, Parser
+from flags import NATURAL, WEIGHT, Flag, Number, Parser
 
 POOL = 20  # values per kind of fact
 FIRST, SECOND = 40, 16  # words that names begin with, shared by all topics; words that they end with, per topic
@@ -458,7 +458,7 @@ def show(data: DataSet) -> str:
 @one_line_errors
 def main() -> None:
     parser = Parser(description="the embedded world")
-    parser.add_argument("--seed", type=Number(0, 2**32 - 1, whole=True), default=0)
+    parser.add_argument("--seed", type=NATURAL, default=0)
     parser.add_argument("--forget", choices=("subjects", "topic"), default="subjects")
     parser.add_argument("--show", action="store_true", required=True, help="print a page of it")
     args = parser.parse_args()

@@ -141,4 +141,4 @@ def test_a_script_run_for_real_ends_the_same_way():
     done = subprocess.run([sys.executable, script, "--show", "--seed", "-1"], capture_output=True, text=True,
                           timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: argument --seed: -1 is not a whole number from 0 to 4.29497e+09\n"
+    assert done.stderr == "error: argument --seed: -1 is not a whole number from 0 to 1e+09\n"
