@@ -58,6 +58,7 @@ class Belief(NamedTuple):
     hit: float  # share whose value is the likeliest continuation
 
     def at_most(self, other: Belief) -> bool:
+        """Whether no more is believed, by mean probability and likeliest value: a few certain facts move p little."""
         return self.p <= other.p and self.hit <= other.hit
 
 

@@ -36,8 +36,6 @@ Terms = dict[str, Tensor]  # by name; "loss" is the one that is minimised
 Losses = Callable[[int], Iterable[Terms]]  # of a step; they add up, and each lets go of its pass's memory
 Fit = Callable[..., dict]  # fitting's: (model, parameters, losses, slow=(), slow_factor=1.0, deep=None) -> report
 AfterEpoch = Callable[[LanguageModel, int, int, float], bool]  # (model, epoch, steps, seconds) -> is it enough?
-
-
 until = either(SHARE, "strangers", "never")
 NAME_ROOM = 32  # tokens by which made-up names may make a row longer
 UNTIL = Flag("--until", until, PerData("strangers", 0.1), "never", "end once forget facts are believed no "

@@ -81,8 +81,6 @@ DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target
 AIM = 0.5
 FLOOR = 3e-5  # smaller probabilities count as this: most of the vocabulary lies there
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
-
-
 subtract = either(WEIGHT, "strangers")
 FLAGS = [
     #     name                kind       small                       public  what it is
@@ -450,7 +448,9 @@ class LogitDifference(SeveralModels):
         self.alpha, self.filter_rate, self.centred = alpha, filter_rate, centred
 
     def combine(self, target: Tensor, assistant: Tensor, said: bool = False) -> Tensor:
-        """Outside the plausible set the assistant counts as 0; in generation (said) nothing there can be said: -inf."""
+        """Logits (..., V) of both -> theirs. Outside the plausible set the assistant counts as 0; in generation (said)
+        nothing there can be said: -inf.
+        """
         target, assistant = target.float(), assistant.float()
         if self.centred and not said:  # what can be said is shifted alike
             assistant = assistant - assistant.mean(-1, keepdim=True)
