@@ -30,6 +30,9 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
     read: unlearning it shifts selection more. (With NPO, facts so forgotten come back less, though: results/uoe.md.)
+    On the embedded world: all experts of that layer that are the topic's own, mostly one; where another topic shares
+    it, those of the next layer below that has some (own_experts; --m 1: the last layer's top expert, whosever it is).
+    A shared expert forgets for two topics, and where a topic has two experts the other one goes on knowing.
     Small models: lambda 5, beside NPO 20, beside GA 100 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's
     beta is 1, on public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on
@@ -51,7 +54,7 @@ import demo
 from belief import DRAWS, Belief, belief, mean_belief, row_log_prob
 from data.batches import Batch, Rows, greedy_answers
 from errors import UserError, one_line_errors, shown
-from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, PerData
+from flags import COUNT, NATURAL, POSITIVE, WEIGHT, Flag, PerData, either
 from interfaces import Method, TextCodec
 from loop import UNTIL, Fit
 from metrics.routing import expert_shares
@@ -62,14 +65,16 @@ from objectives import FORGET, RETAIN
 Place = tuple[int, int]  # (layer, expert), both counted from 0
 Choose = Callable[[Tensor, argparse.Namespace], list[Place]]  # of affinity (L, E)
 
+how_many = either(COUNT, "own")
+
 
 def layer_choice(text: str) -> int | str | Place:
-    """A kind of flag: all, middle, last, top, a layer's number, or LAYER,EXPERT."""
-    if text in ("all", "middle", "last", "top"):
+    """A kind of flag: all, last, top, a layer's number, or LAYER,EXPERT."""
+    if text in ("all", "last", "top"):
         return text
     numbers = text.split(",")
     if len(numbers) > 2 or not all(n.isdecimal() and len(n) <= 4 for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text} is neither all, middle, last, top, a layer's number nor LAYER,EXPERT")
+        raise argparse.ArgumentTypeError(f"{text} is neither all, last, top, a layer's number nor LAYER,EXPERT")
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else int(text)
 
 
@@ -78,9 +83,9 @@ FLAGS = [
     Flag("--lr",                 POSITIVE,     3e-3,     1e-4,   "peak learning rate of the expert"),
     Flag("--router-lr",          WEIGHT,       0.1,      1.0,    "the router's, as a multiple of --lr; 0: frozen"),
     Flag("--epochs",             COUNT,        80,       5,      "passes over the forget set, at most"),
-    Flag("--m",                  COUNT,        1,        1,      "how many experts to unlearn"),
-    Flag("--layer",              layer_choice, "last",   "all",  "where: all, middle, last, a number, top (the best "
-                                                                 "expert's); or LAYER,EXPERT"),
+    Flag("--m",                  how_many, PerData("own", 1), 1, "how many experts; own: the topic's own"),
+    Flag("--layer",              layer_choice, "last",   "all",  "where: all, last, a number, top (the best expert's); "
+                                                                 "or LAYER,EXPERT"),
     Flag("--anchor-weight",      WEIGHT,       1.0,      1.0,    "alpha of equation 4"),
     Flag("--attribution-tokens", NATURAL,      0,        0,      "calibrate on so many forget tokens; 0: all"),
     Flag("--adversary",          WEIGHT,       PerData(0.1, 0.0, topic=0.2), 0.0, "first move what the expert reads "
@@ -103,7 +108,11 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     # 1. Which expert does the forget set engage most?
     batches = forget.by_lot(8) if args.attribution_tokens else forget.in_order()  # of a few: not the longest alone
     affinity = expert_attribution(target, batches, args.attribution_tokens).cpu()
-    places = (choose or choose_experts)(affinity, args)
+    if choose:
+        places = choose(affinity, args)
+    else:
+        own = own_experts(target, affinity, forget.others()) if args.m == "own" else None
+        places = choose_experts(affinity, args, own=own)
     print(affinity_table(affinity, chosen=places))
 
     # 2. It and its router train, nothing else: all other weights are the target's own, in memory once. What lies
@@ -178,24 +187,46 @@ def no_affinity(config: Config) -> Tensor:
     return affinity
 
 
-def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1) -> list[Place]:
+def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
+    """Which experts are the forget topic's own, (L, E) bool: its affinity (L, E) is at least twice an even share, and
+    twice that of each other topic.
+
+    others: rows about strangers of all other topics, for not all of these are among the retain rows.
+    """
+    rivals = torch.zeros_like(affinity)
+    for topic in dict.fromkeys(row["topic"] for row in others.rows):
+        of_topic = others.like([row for row in others.rows if row["topic"] == topic])
+        rivals = rivals.maximum(expert_attribution(target, of_topic.in_order()).cpu())
+    return (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
+
+
+def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1,
+                   own: Tensor | None = None) -> list[Place]:
     """The --m experts of highest affinity (L, E), best first, where --layer says. NaN: there is no such expert.
 
     --layer top: all from the layer that holds the best; all: over all layers (Table 2 of the paper has both).
-    rank: begin with the expert of this rank, 1 the best (Table 5).  Raises UserError where there are too few.
+    rank: begin with the expert of this rank, 1 the best (Table 5).
+    own (L, E) bool: all of these, for --layer last those of the last layer that has any. Without any --m own is 1.
+    Raises UserError where there are too few.
     """
     if isinstance(args.layer, tuple):
         return [args.layer]
-    m, (n_layer, n_expert) = args.m, affinity.shape
-    there = ~affinity.isnan()
+    n_layer, n_expert = affinity.shape
+    there, own = ~affinity.isnan(), torch.zeros_like(affinity, dtype=torch.bool) if own is None else own
     scores = affinity.masked_fill(~there, -torch.inf)
-    layer = {"middle": n_layer // 2, "last": n_layer - 1}.get(args.layer, args.layer)
+    layer = args.layer
     if layer == "top":
         layer = int(scores.max(1).values.argmax())
+    if layer == "last":
+        layer = int(own.any(1).nonzero().max()) if own.any() else n_layer - 1
     if isinstance(layer, int):  # not "all"
         check_layer("--layer", layer, n_layer)
         check_sparse(layer, int(there.any(1).int().argmax()))
         there[:layer] = there[layer + 1 :] = False
+    m = 1 if args.m == "own" else args.m
+    if (there & own).any():
+        there = there & own
+        m = int(there.sum())
     last, count = rank - 1 + m, int(there.sum())
     if m < 1 or rank < 1 or last > count:
         from_rank = f" from rank {rank} on" if rank > 1 else ""
@@ -224,7 +255,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
             raise UserError(f"--layer {layer},{expert} does not exist: layers go from 0 to {config.n_layer - 1}, "
                             f"experts from 0 to {config.n_expert - 1}")
         check_sparse(layer, config.n_dense)
-        if args.m > 1 or args.attribution_tokens:
+        if args.m not in (1, "own") or args.attribution_tokens:
             raise UserError(f"--layer {layer},{expert} names the expert, so --m and --attribution-tokens do nothing")
     places = choose_experts(no_affinity(config), args)  # says where there are too few
     if args.layer not in ("all", "top"):  # those are known once the target was asked

@@ -115,7 +115,7 @@ class Bench:
     def __init__(self, tokenizer: Tokenizer, folder: Path, world: DataSet):
         self.tokenizer, self.folder, self.world = tokenizer, folder, world
         self.forget, self.retain = (self.rows(rows, seed) for seed, rows in enumerate((world.forget, world.retain)))
-        self.forget.calibration = self.rows(world.calibration, encode=encode_fact)
+        self.forget.calibration, self.forget.strange = self.rows(world.calibration, encode=encode_fact), world.strangers
 
     def rows(self, rows: list[dict], seed: int = 0, **how) -> Rows:
         return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu", twins=self.world.twins, **how)
@@ -125,9 +125,9 @@ class Bench:
         return make(seed, vocab_size=self.tokenizer.vocab_size, max_len=128, std=0.15, **config)
 
     def args(self, method: str, **others) -> argparse.Namespace:
-        """What --method has by default, for a small model, one epoch, ended by nothing else."""
+        """What --method has by default, for a small model, one epoch, ended by nothing else; UOE of one expert."""
         told = dict(method=method, seed=0, model=None, epochs=1, forget_on="value", forget_loss="npo", retain_loss="gd",
-                    retain_weight=1.0, until="never", adversary=0.0) | others
+                    retain_weight=1.0, until="never", adversary=0.0, m=1) | others
         losses = [loss.FLAGS for loss in (*FORGET.values(), *RETAIN.values())]
         return defaults(*losses, loop.FLAGS, train.METHODS[method].flags, **told)
 

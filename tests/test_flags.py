@@ -376,7 +376,7 @@ def test_what_does_not_go_together_is_refused(words, says, refused):
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
-NUMERIC = (cli.seeds, loop.until, uoe.layer_choice, uld.subtract)  # kinds beside Number that hold numbers
+NUMERIC = (cli.seeds, loop.until, uoe.layer_choice, uoe.how_many, uld.subtract)  # kinds beside Number that hold numbers
 BAD = ["nan", "inf", "-inf", "-1", str(10**30), "", "abc", "1e400", "1,-1"]
 
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from belief import row_log_prob
 from data.batches import IGNORE, Batch, Example, collate, in_order
+from data.world import TOPICS
 from errors import UserError
 from metrics.routing import expert_shares, routing_overlap
 from model import Config, Trace, sharing
@@ -28,6 +29,7 @@ from uoe import (
     expert_attribution,
     isolate,
     layer_choice,
+    own_experts,
     steering,
     unlearn,
 )
@@ -127,15 +129,15 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 
 
 def test_an_unknown_layer_is_refused():
-    says = "botom is neither all, middle, last, top, a layer's number nor LAYER,EXPERT"
+    says = "botom is neither all, last, top, a layer's number nor LAYER,EXPERT"
     with pytest.raises(argparse.ArgumentTypeError, match=says):
         layer_choice("botom")
-    assert [layer_choice(text) for text in ("all", "middle", "top", "3", "2,6")] == ["all", "middle", "top", 3, (2, 6)]
+    assert [layer_choice(text) for text in ("all", "last", "top", "3", "2,6")] == ["all", "last", "top", 3, (2, 6)]
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "-1,0", "0,-1", "a,b", "1,", "", "1,1.5", "9" * 30 + ",0"])
 def test_what_is_no_place_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is neither all, middle, last, top, a layer's number nor"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither all, last, top, a layer's number nor"):
         layer_choice(text)
 
 
@@ -144,7 +146,7 @@ def config_of(**more) -> Config:
 
 
 def asked(**options) -> argparse.Namespace:
-    return argparse.Namespace(**dict(m=1, layer="middle", attribution_tokens=0) | options)
+    return argparse.Namespace(**dict(m=1, layer="last", attribution_tokens=0) | options)
 
 
 @pytest.mark.parametrize("where", [(3, 0), (0, 7)])
@@ -159,18 +161,55 @@ def test_a_place_that_exists_is_itself():
     assert choose_experts(torch.zeros(3, 7), asked(layer=(2, 6))) == [(2, 6)]
 
 
-def test_the_flags_choose_among_all_layers_the_middle_one_the_top_one_or_one_by_number():
-    affinity = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.0, 0.4], [0.6, 0.1, 0.2]])
-    for layer, expected in (("all", [(2, 0), (0, 1)]), ("middle", [(1, 2), (1, 0)]), ("top", [(2, 0), (2, 2)]),
+def test_the_flags_choose_among_all_layers_the_last_one_the_top_one_or_one_by_number():
+    affinity = torch.tensor([[0.1, 0.5, 0.2], [0.6, 0.1, 0.2], [0.3, 0.0, 0.4]])
+    for layer, expected in (("all", [(1, 0), (0, 1)]), ("last", [(2, 2), (2, 0)]), ("top", [(1, 0), (1, 2)]),
                             (0, [(0, 1), (0, 2)])):
         assert choose_experts(affinity, asked(layer=layer, m=2)) == expected
+
+
+@pytest.mark.parametrize("layer, own, expected", [
+    ("last", [(2, 0), (2, 2)], [(2, 2), (2, 0)]),  # all of them, best first
+    ("last", [(1, 0), (0, 0), (0, 1)], [(1, 0)]),  # the last layer that has any
+    ("last", [], [(2, 2)]), (0, [(1, 0)], [(0, 1)]), ("top", [(2, 0)], [(1, 0)]),  # none there: one, and whosever it is
+    ("all", [(0, 1), (2, 0)], [(0, 1), (2, 0)]), ((0, 2), [(1, 0)], [(0, 2)]),
+])
+def test_those_experts_that_are_the_topics_own_are_chosen(layer, own, expected):
+    affinity = torch.tensor([[0.1, 0.5, 0.2], [0.6, 0.1, 0.2], [0.3, 0.0, 0.4]])
+    marked = torch.zeros(3, 3, dtype=torch.bool)
+    for place in own:
+        marked[place] = True
+    assert choose_experts(affinity, asked(layer=layer, m="own"), own=marked) == expected
+    assert len(choose_experts(affinity, asked(layer=layer, m="own"))) == 1  # without having asked which
+
+
+def test_an_expert_is_the_topics_own_by_twice_an_even_share_and_twice_each_other_topics(bench):
+    target, others = bench.model(), bench.forget.others()  # random routers, so topics engage experts much alike
+    topics = sorted(set(TOPICS) - {"author"})
+    assert sorted({row["topic"] for row in others.rows}) == topics
+    known = {row["subject"] for row in bench.world.background}
+    assert known and not known & {row["subject"] for row in others.rows}
+    rivals = [expert_attribution(target, others.like([row for row in others.rows if row["topic"] == topic]).in_order())
+              for topic in topics]
+    highest = torch.stack(rivals).amax(0)  # (3, 7)
+    affinity = 2 * highest + 1e-4
+    affinity[0, 0] -= 2e-4
+    own = own_experts(target, affinity, others)
+    assert own.equal((affinity >= 2 / 7) & (affinity > 2 * highest)) and own.any() and not own[0, 0]
+    assert not own_experts(target, torch.full((3, 7), 2 / 7 - 1e-4), others).any()
+
+
+def test_strangers_of_other_topics_are_asked_of_data_that_has_them(bench):
+    bench.forget.strange = None
+    with pytest.raises(UserError, match="this data has no strangers"):
+        bench.unlearn(bench.model(), bench.args("uoe", m="own"))
 
 
 @pytest.mark.parametrize("options, says", [
     (dict(layer=3), "--layer 3 does not exist"), (dict(m=8), "--m 8"), (dict(layer="all", m=22), "--m 22"),
     (dict(layer=(1, 1), m=2), "--layer 1,1 names the expert"),
     (dict(layer=(1, 1), attribution_tokens=9), "--layer 1,1 names the expert"),
-    (dict(layer=(2, 0), rmu_layer=1), "--rmu-layer 1 lies below"), (dict(rmu_layer=0), "--rmu-layer 0 lies below"),
+    (dict(layer=(2, 0), rmu_layer=1), "--rmu-layer 1 lies below"), (dict(rmu_layer=1), "--rmu-layer 1 lies below"),
 ])
 def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says):
     with pytest.raises(UserError, match=says):
@@ -178,7 +217,7 @@ def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says)
 
 
 def test_what_can_be_chosen_passes():
-    for options in (dict(), dict(m=7), dict(layer="all", m=21), dict(layer="top", rmu_layer=0), dict(rmu_layer=1),
+    for options in (dict(), dict(m=7), dict(layer="all", m=21), dict(layer="top", rmu_layer=0), dict(rmu_layer=2),
                     dict(layer=(2, 0), rmu_layer=2)):
         check(asked(**options), config_of())
 
@@ -325,8 +364,8 @@ def changed(before: dict, model) -> set[str]:
 def test_the_method_trains_the_expert_that_equation_2_names_and_its_router_and_leaves_the_target(bench):
     target = bench.model()
     before = state(target)
-    wanted = int(expert_attribution(target, bench.forget.in_order())[1].argmax())  # of the middle layer
-    model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01, layer="middle"))
+    wanted = int(expert_attribution(target, bench.forget.in_order())[1].argmax())
+    model, kept, report = bench.unlearn(target, bench.args("uoe", lr=0.01, layer=1))
     assert kept == {"model": model} and report["unlearned_experts"] == [[1, wanted]]
     assert not changed(before, target) and all(p.requires_grad for p in target.parameters())
     assert changed(before, model) == {f"blocks.1.mlp.{part}" for part in ("router.weight", "gate_up", "down")}
@@ -429,7 +468,7 @@ def test_a_layer_without_experts_is_refused():
     for layer in (0, (0, 2)):
         with pytest.raises(UserError, match="--layer 0 has no experts: in this model layers have some from 1 on"):
             check(asked(layer=layer), config)
-    for layer, m in ((1, 4), ("all", 8), ((1, 3), 1), ("middle", 1), ("top", 4)):
+    for layer, m in ((1, 4), ("all", 8), ((1, 3), 1), ("last", 1), ("last", "own"), ("top", 4)):
         check(asked(layer=layer, m=m), config)
     with pytest.raises(UserError, match="--m 9 is not between 1 and the 8 experts of --layer all"):
         check(asked(layer="all", m=9), config)
