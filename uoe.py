@@ -189,7 +189,7 @@ def no_affinity(config: Config) -> Tensor:
 
 def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
     """Which experts are the forget topic's own, (L, E) bool: its affinity (L, E) is at least twice an even share, and
-    twice that of each other topic.
+    twice that of each other topic. None in a layer whose first it shares: there it also knows by that one.
 
     others: rows about strangers of all other topics, for not all of these are among the retain rows.
     """
@@ -197,7 +197,8 @@ def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
     for topic in dict.fromkeys(row["topic"] for row in others.rows):
         of_topic = others.like([row for row in others.rows if row["topic"] == topic])
         rivals = rivals.maximum(expert_attribution(target, of_topic.in_order()).cpu())
-    return (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
+    own = (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
+    return own & own.gather(1, affinity.argmax(1, keepdim=True))
 
 
 def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1,

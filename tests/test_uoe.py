@@ -194,8 +194,15 @@ def test_an_expert_is_the_topics_own_by_twice_an_even_share_and_twice_each_other
     highest = torch.stack(rivals).amax(0)  # (3, 7)
     affinity = 2 * highest + 1e-4
     affinity[0, 0] -= 2e-4
+    affinity[0, 1] = affinity[1, 2] = 0.9  # the first of their layers
+    shared = int(highest[2].argmax())
+    affinity[2] = 2 * highest[2, shared] - 2e-4  # more than twice what others give to any expert but one
+    affinity[2, shared] += 1e-4  # which is the first, and no more than twice
+    expected = (affinity >= 2 / 7) & (affinity > 2 * highest)
+    assert expected[2].sum() == 6
+    expected[2] = False
     own = own_experts(target, affinity, others)
-    assert own.equal((affinity >= 2 / 7) & (affinity > 2 * highest)) and own.any() and not own[0, 0]
+    assert own.equal(expected) and own[1, 2] and not own[0, 0]
     assert not own_experts(target, torch.full((3, 7), 2 / 7 - 1e-4), others).any()
 
 
