@@ -219,7 +219,8 @@ def finish(args: argparse.Namespace, on_world: bool, argv: list[str]) -> None:
             raise UserError(f"--forget-on answer: --forget-loss {args.forget_loss} (uoe's default) would teach "
                             "strangers' names with the rest of the answer: take --forget-loss npo")
     if getattr(args, "m", None) == "own" and not on_world:
-        raise UserError("--m own: only the embedded world has strangers of other topics to tell by: give a number")
+        raise UserError("--m own: only the embedded world has strangers of other topics to tell by: leave it out, or "
+                        "give a number")
     if getattr(args, "never_read", None):
         how = "subtract" if args.method == "uld" else "until"
         if any(word.partition("=")[0] == f"--{how}" for word in argv):

@@ -263,7 +263,7 @@ def learning_rows(args: argparse.Namespace, data: DataSet, forget: list[Row], re
     how = (tokenizer, args.context, args.batch_size)
     encode = encode_fact if args.forget_on == "value" else encode_whole
     left = Rows(forget, *how, args.seed, args.device, "forget row", encode, data.twins, args.micro_batch)
-    left.strange, known = data.strangers, data.calibration
+    left.draw_strangers, known = data.strangers, data.calibration
     asked = "strangers" in (getattr(args, "until", None), getattr(args, "subtract", None))
     if asked and data.strangers is None:  # of rows of any source: see data/strangers.py
         unread = getattr(args, "never_read", None)

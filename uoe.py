@@ -27,12 +27,12 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     it does not stop).
     Small models: the router learns at a tenth of the expert's rate (--router-lr 1). The anchor pulls forget tokens to
     the expert that were never routed there, so it shifts the very selection it is to hold.
-    Small models: the top expert of the last layer, not of all (--layer all). Where routers tell topics apart, most
+    Small models: the last layer's top expert, not that of all (--layer all). Where routers tell topics apart, most
     layers have an expert that the topic engages far more than others, and what a lower one writes all higher ones
     read: unlearning it shifts selection more. (With NPO, facts so forgotten come back less, though: results/uoe.md.)
-    On the embedded world: all experts of that layer that are the topic's own, mostly one; where another topic shares
-    it, those of the next layer below that has some (own_experts; --m 1: the last layer's top expert, whosever it is).
-    A shared expert forgets for two topics, and where a topic has two experts the other one goes on knowing.
+    On the embedded world: all experts that are the topic's own, mostly one, in the last layer whose top expert is
+    (own_experts; --m 1: the last layer's top expert, whosever it is). A shared expert forgets for two topics, and
+    where a topic has two experts the other one goes on knowing.
     Small models: lambda 5, beside NPO 20, beside GA 100 (--retain-weight 1), a learning rate of 3e-3 (--lr 1e-4). NPO's
     beta is 1, on public models 0.1 (--npo-beta 0.001). Batches of 32 rows (--batch-size 16).
     RMU: the expert's own layer is steered (--rmu-layer), by a multiple of the mean hidden length (--steering), on
@@ -111,8 +111,8 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if choose:
         places = choose(affinity, args)
     else:
-        own = own_experts(target, affinity, forget.others()) if args.m == "own" else None
-        places = choose_experts(affinity, args, own=own)
+        marked = own_experts(target, affinity, forget.others()) if args.m == "own" else None
+        places = choose_experts(affinity, args, marked=marked)
     print(affinity_table(affinity, chosen=places))
 
     # 2. It and its router train, nothing else: all other weights are the target's own, in memory once. What lies
@@ -188,8 +188,8 @@ def no_affinity(config: Config) -> Tensor:
 
 
 def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
-    """Which experts are the forget topic's own, (L, E) bool: its affinity (L, E) is at least twice an even share, and
-    twice that of each other topic. None in a layer whose first it shares: there it also knows by that one.
+    """Which experts are the forget topic's own, (L, E) bool: their affinity (L, E) is at least 2 / E, and at least
+    twice that of each other topic. None in a layer whose top expert is not: part of what is known lies there.
 
     others: rows about strangers of all other topics, for not all of these are among the retain rows.
     """
@@ -197,36 +197,38 @@ def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
     for topic in dict.fromkeys(row["topic"] for row in others.rows):
         of_topic = others.like([row for row in others.rows if row["topic"] == topic])
         rivals = rivals.maximum(expert_attribution(target, of_topic.in_order()).cpu())
-    own = (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
-    return own & own.gather(1, affinity.argmax(1, keepdim=True))
+    its_own = (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
+    return its_own & its_own.gather(1, affinity.argmax(1, keepdim=True))
 
 
 def choose_experts(affinity: Tensor, args: argparse.Namespace, rank: int = 1,
-                   own: Tensor | None = None) -> list[Place]:
+                   marked: Tensor | None = None) -> list[Place]:
     """The --m experts of highest affinity (L, E), best first, where --layer says. NaN: there is no such expert.
 
     --layer top: all from the layer that holds the best; all: over all layers (Table 2 of the paper has both).
     rank: begin with the expert of this rank, 1 the best (Table 5).
-    own (L, E) bool: all of these, for --layer last those of the last layer that has any. Without any --m own is 1.
+    marked (L, E) bool: which of them --m own means, all of these; the last layer is then the last that has any. Where
+    none is marked, --m own means one.
     Raises UserError where there are too few.
     """
     if isinstance(args.layer, tuple):
         return [args.layer]
     n_layer, n_expert = affinity.shape
-    there, own = ~affinity.isnan(), torch.zeros_like(affinity, dtype=torch.bool) if own is None else own
+    there = ~affinity.isnan()
+    marked = torch.zeros_like(there) if marked is None else marked
     scores = affinity.masked_fill(~there, -torch.inf)
     layer = args.layer
     if layer == "top":
         layer = int(scores.max(1).values.argmax())
     if layer == "last":
-        layer = int(own.any(1).nonzero().max()) if own.any() else n_layer - 1
+        layer = int(marked.any(1).nonzero().max()) if marked.any() else n_layer - 1
     if isinstance(layer, int):  # not "all"
         check_layer("--layer", layer, n_layer)
         check_sparse(layer, int(there.any(1).int().argmax()))
         there[:layer] = there[layer + 1 :] = False
     m = 1 if args.m == "own" else args.m
-    if (there & own).any():
-        there = there & own
+    if (there & marked).any():
+        there = there & marked
         m = int(there.sum())
     last, count = rank - 1 + m, int(there.sum())
     if m < 1 or rank < 1 or last > count:
@@ -259,7 +261,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
         if args.m not in (1, "own") or args.attribution_tokens:
             raise UserError(f"--layer {layer},{expert} names the expert, so --m and --attribution-tokens do nothing")
     places = choose_experts(no_affinity(config), args)  # says where there are too few
-    if args.layer not in ("all", "top"):  # those are known once the target was asked
+    if args.layer not in ("all", "top") and (args.m, args.layer) != ("own", "last"):  # known once the target was asked
         steering(args, places)
 
 

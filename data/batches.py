@@ -169,7 +169,7 @@ def in_order(examples: list[Example], batch_size: int, device="cpu") -> Iterator
 
 # ---- rows as the training loop meets them -------------------------------------------------------------------------
 
-Strange = Callable[[int, np.random.Generator], list[Row]]  # so many rows about strangers
+Strangers = Callable[[int, np.random.Generator], list[Row]]  # so many rows about strangers
 Twins = Callable[[list[Row], np.random.Generator], list[Row]]  # the rows, asked about strangers
 NO_STRANGERS = ("this data has no strangers to compare with: the embedded world has, and rows with 'subject', 'value' "
                 "and 'calibration_question'")
@@ -191,7 +191,7 @@ class Rows:
         self.batch_size, self.seed, self.device, self.micro = batch_size, seed, device, micro
         self.examples = [encode(row, tokenizer, context, f"{where} {i}") for i, row in enumerate(rows, 1)]
         self.calibration: Rows | None = None  # the same facts in wordings that neither teach nor score
-        self.strange: Strange | None = None  # makes rows about strangers of any topic, where the data can
+        self.draw_strangers: Strangers | None = None  # of any topic, where the data has them
         # a target and what it believes of the same about strangers; None and what --never-read's does (belief.py)
         self.strangers: tuple = None, None
         self.start: int | None = None  # the lowest layer that trains, where keep_stems has been told
@@ -253,11 +253,14 @@ class Rows:
         return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
     def others(self, n: int = 600) -> "Rows":
-        """Of n rows about strangers those of other topics than these rows'. Raises UserError without strangers."""
-        if self.strange is None:
+        """Of n rows about strangers, a hundred of each topic or so, those of other topics than these rows'.
+
+        Raises UserError without strangers.
+        """
+        if self.draw_strangers is None:
             raise UserError(NO_STRANGERS)
         topics = {row["topic"] for row in self.rows}
-        drawn = self.strange(n, np.random.default_rng([0x6F, self.seed]))
+        drawn = self.draw_strangers(n, np.random.default_rng([0x6F, self.seed]))
         return self.like([row for row in drawn if row["topic"] not in topics], "stranger row")
 
     def calibrating(self) -> "Rows":

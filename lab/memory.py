@@ -98,13 +98,13 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
     config, method = model.config, args.method
     if method in ("uoe", "esft"):
         wanted = max(1, math.ceil(args.esft_p * config.n_expert)) if method == "esft" else args.m
-        per_layer = 2 if wanted == "own" else wanted  # mostly one
+        per_layer = 3 if wanted == "own" else wanted  # known once the target was asked; more were never found
         per_layer = min(per_layer, config.n_expert)  # more is refused elsewhere
         sparse = [layer for layer, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
         layers = sparse if method == "esft" else sparse[-1:]
         places = [(layer, expert) for layer in layers for expert in range(per_layer)]
         trained = count(isolate(model, places, train_router=method == "uoe"))
-        open_yet = method == "esft" or wanted == "own" or args.layer in ("all", "top")  # the target is to be asked
+        open_yet = method == "esft" or wanted == "own" or args.layer in ("all", "top")  # that is known then, too
         lowest = 0 if open_yet else config.n_layer - 1 if args.layer == "last" else args.layer
         lowest = lowest[0] if isinstance(lowest, tuple) else lowest
         return trained, trained * size, 0, config.n_layer - lowest

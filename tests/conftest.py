@@ -115,7 +115,8 @@ class Bench:
     def __init__(self, tokenizer: Tokenizer, folder: Path, world: DataSet):
         self.tokenizer, self.folder, self.world = tokenizer, folder, world
         self.forget, self.retain = (self.rows(rows, seed) for seed, rows in enumerate((world.forget, world.retain)))
-        self.forget.calibration, self.forget.strange = self.rows(world.calibration, encode=encode_fact), world.strangers
+        self.forget.calibration = self.rows(world.calibration, encode=encode_fact)
+        self.forget.draw_strangers = world.strangers
 
     def rows(self, rows: list[dict], seed: int = 0, **how) -> Rows:
         return Rows(rows[:9], self.tokenizer, 128, 3, seed, "cpu", twins=self.world.twins, **how)

@@ -364,7 +364,7 @@ def test_a_method_that_is_gone_is_unknown(words, refused):
 
 @pytest.mark.parametrize("words, says", [
     ("--layer 1,1 --m 2", "--m"), ("--layer 1,1 --attribution-tokens 5", "--attribution-tokens"),
-    ("--data tofu --forget-loss stranger", "--forget-loss stranger"),
+    ("--data tofu --m own", "--m own"), ("--data tofu --forget-loss stranger", "--forget-loss stranger"),
     ("--model m --arch moe", "--arch"), ("--method uld --forget-loss ga", "--forget-loss"),
     ("--method divergence --retain-loss gd", "--retain-loss"), ("--data world --forget a --retain b", "--data"),
     ("--method finetune --model m --forget-loss ga", "--forget-loss"), ("--seed 1,1", "--seed"),

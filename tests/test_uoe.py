@@ -179,7 +179,7 @@ def test_those_experts_that_are_the_topics_own_are_chosen(layer, own, expected):
     marked = torch.zeros(3, 3, dtype=torch.bool)
     for place in own:
         marked[place] = True
-    assert choose_experts(affinity, asked(layer=layer, m="own"), own=marked) == expected
+    assert choose_experts(affinity, asked(layer=layer, m="own"), marked=marked) == expected
     assert len(choose_experts(affinity, asked(layer=layer, m="own"))) == 1  # without having asked which
 
 
@@ -207,7 +207,7 @@ def test_an_expert_is_the_topics_own_by_twice_an_even_share_and_twice_each_other
 
 
 def test_strangers_of_other_topics_are_asked_of_data_that_has_them(bench):
-    bench.forget.strange = None
+    bench.forget.draw_strangers = None
     with pytest.raises(UserError, match="this data has no strangers"):
         bench.unlearn(bench.model(), bench.args("uoe", m="own"))
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_chosen_is_said_before_anything_is_trained(options, says)
 
 def test_what_can_be_chosen_passes():
     for options in (dict(), dict(m=7), dict(layer="all", m=21), dict(layer="top", rmu_layer=0), dict(rmu_layer=2),
-                    dict(layer=(2, 0), rmu_layer=2)):
+                    dict(layer=(2, 0), rmu_layer=2), dict(m="own", rmu_layer=1)):
         check(asked(**options), config_of())
 
 
