@@ -105,7 +105,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     see anchor_loss.
     Returns (what is scored, folder name -> what is kept, report).
     """
-    # 1. Which expert does the forget set engage most?
+    # 1. Which expert does the forget set engage most? And with --m own: is it the topic's, and is it alone?
     batches = forget.by_lot(8) if args.attribution_tokens else forget.in_order()  # of a few: not the longest alone
     affinity = expert_attribution(target, batches, args.attribution_tokens).cpu()
     if choose:
@@ -194,9 +194,8 @@ def own_experts(target: GPT, affinity: Tensor, others: Rows) -> Tensor:
     others: rows about strangers of all other topics, for not all of these are among the retain rows.
     """
     rivals = torch.zeros_like(affinity)
-    for topic in dict.fromkeys(row["topic"] for row in others.rows):
-        of_topic = others.like([row for row in others.rows if row["topic"] == topic])
-        rivals = rivals.maximum(expert_attribution(target, of_topic.in_order()).cpu())
+    for rows in others.by_topic().values():
+        rivals = rivals.maximum(expert_attribution(target, rows.in_order()).cpu())
     its_own = (affinity >= 2 / affinity.shape[1]) & (affinity >= 2 * rivals)
     return its_own & its_own.gather(1, affinity.argmax(1, keepdim=True))
 
@@ -409,8 +408,7 @@ def show(target: GPT, model: GPT, tokenizer: TextCodec, sets: dict[str, Rows], p
     print("\nbefore -> after; * marks what was unlearned\n" + affinity_table(before, after, places))
     shares = {}
     for name, rows in sets.items():
-        for topic in dict.fromkeys(row.get("topic", "") for row in rows.rows):
-            some = rows.like([row for row in rows.rows if row.get("topic", "") == topic])
+        for topic, some in rows.by_topic().items():
             shares[f"{name} {topic}".strip()] = expert_shares(target, list(some.in_order()))
     for layer, expert in places:
         served = ", ".join(f"{100 * of[layer][expert]:.1f}% of {name}" for name, of in shares.items())

@@ -252,6 +252,11 @@ class Rows:
             raise UserError(NO_STRANGERS)
         return self.like(self.twins(self.rows, np.random.default_rng([0x57, self.seed, draw])), "stranger row")
 
+    def by_topic(self) -> dict[str, "Rows"]:
+        """The rows of each topic; of rows that name none: under ""."""
+        topics = dict.fromkeys(row.get("topic", "") for row in self.rows)
+        return {topic: self.like([row for row in self.rows if row.get("topic", "") == topic]) for topic in topics}
+
     def others(self, n: int = 600) -> "Rows":
         """Of n rows about strangers, a hundred of each topic or so, those of other topics than these rows'.
 

@@ -104,7 +104,7 @@ def what_trains(model: GPT, args: argparse.Namespace, size: int) -> tuple[int, i
         layers = sparse if method == "esft" else sparse[-1:]
         places = [(layer, expert) for layer in layers for expert in range(per_layer)]
         trained = count(isolate(model, places, train_router=method == "uoe"))
-        open_yet = method == "esft" or wanted == "own" or args.layer in ("all", "top")  # that is known then, too
+        open_yet = method == "esft" or wanted == "own" or args.layer in ("all", "top")  # any layer may be the lowest
         lowest = 0 if open_yet else config.n_layer - 1 if args.layer == "last" else args.layer
         lowest = lowest[0] if isinstance(lowest, tuple) else lowest
         return trained, trained * size, 0, config.n_layer - lowest
