@@ -56,6 +56,7 @@ class Belief(NamedTuple):
 
     p: float  # mean probability of the value
     hit: float  # share whose value is the likeliest continuation
+    some: float = 0.0  # share that one of three samples says, as long as what comes before the value is said
 
     def at_most(self, other: Belief) -> bool:
         """Whether no more is believed, by mean probability and likeliest value: a few certain facts move p little."""
@@ -64,8 +65,9 @@ class Belief(NamedTuple):
 
 def belief(model: LanguageModel, rows: Rows, run: Callable[[Batch], Tensor] | None = None) -> Belief:
     """Of rows whose labels are on the value (data/values.py, encode_fact). run: see Rows.each."""
-    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 2)
-        return torch.stack([row_log_prob(logits, labels).exp(), all_right(logits, labels)], dim=1)
+    def of_batch(logits: Tensor, labels: Tensor) -> Tensor:  # (B, 3)
+        p = row_log_prob(logits, labels).exp()
+        return torch.stack([p, all_right(logits, labels), 1 - (1 - p) ** 3], dim=1)
 
     return Belief(*(float(column.mean()) for column in rows.each(model, of_batch, run).T.contiguous()))
 

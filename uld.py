@@ -16,15 +16,15 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     Paraphrased and perturbed rows are chosen deterministically and by the split's own questions (data/tofu.py;
     row uld-stray9: with the rows about other authors that the authors' files hold).
     On the embedded world equation 4 is on the tokens of the fact (--forget-on answer: as printed): on the whole answer
-    the assistant becomes sure of every word, and the language goes with the fact. Where there are strangers its label
-    is not the fact but what the target believes there beyond what it believes of strangers (beyond_strangers; row
-    uld-certain): a target is less sure of untaught wordings, so an assistant equally sure of all takes too much there
-    and too little elsewhere; and beside the fact the target has wrong words that would be said once the fact is gone.
+    the assistant becomes sure of every word, and the language goes with the fact.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
-    position of the wrong answer, and D'_f says what to make of the tokens beside the right one: with strangers by the
-    labels above, without by a term that they be alike. --fork out does neither, and --fork in takes equation 4's
-    labels as printed too: the assistant learns what kind of word comes next, and fewer sentences stay whole.
+    position of the wrong answer, and D'_f says what to make of the tokens beside the right one: where facts have
+    values, that the difference says there what the target would (Instead), else that they be alike. --fork out does
+    neither. A head that makes one token likely makes others of its kind likely too; subtracted, they leave an answer
+    that spreads over many words, where a model that never knew is sure of some, and fewer sentences stay whole.
+    On the embedded world such a word is also lowered to what the target believes of strangers: beside a genre it has
+    in mind a place, which would be said once the genre is gone (row uld-rest: it is not).
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     Not the default: --start-scale 0.1, with which an assistant of a public model learns more (results/tofu.md).
     Untrained, a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4;
@@ -55,8 +55,8 @@ from torch import Tensor, nn
 
 import decoding
 import demo
-from belief import DRAWS, Belief, belief, row_log_prob, strangers_belief
-from data.batches import Batch, Rows, answer_length
+from belief import DRAWS, Belief, belief, strangers_belief
+from data.batches import Batch, Rows
 from data.rows import DataSet, Row, augment
 from data.values import leave_out_forks
 from decoding import Cache
@@ -76,9 +76,8 @@ LORA = [  # the paper's rank and alpha; dropout is the authors' code's
 ]
 DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target's layers, as in the paper")
 
-# The alpha that beyond_strangers reckons with. The one chosen is larger, for of wordings that it was not taught the
-# assistant is less sure.
-AIM = 0.5
+AIM = 0.6  # the alpha that training reckons with where strangers choose it: about where they do
+NEVER = -1e4  # logit of what cannot be said; not -inf, which times a probability of 0 is NaN
 FLOOR = 3e-5  # smaller probabilities count as this: most of the vocabulary lies there
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 subtract = either(WEIGHT, "strangers")
@@ -133,10 +132,10 @@ def rows(data: DataSet, args: argparse.Namespace, retain_share: float = 1.0, par
 
 
 def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, fit: Fit,
-            centred: bool = False, certain: bool = False) -> tuple["LogitDifference", dict[str, GPT], dict]:
+            centred: bool = False, lowered: bool = True) -> tuple["LogitDifference", dict[str, GPT], dict]:
     """The paper's algorithm. forget: D'_f, retain: D'_r. The target is left as it is, and is not run in training.
 
-    centred: see LogitDifference. certain: equation 4 as printed, with strangers too.
+    centred: see LogitDifference. lowered: see said_instead.
     Returns (what is scored, folder name -> what is kept, report).
     """
     # 1. A small assistant: the target's first K layers, frozen, with low-rank changes that train (section 3.2).
@@ -148,21 +147,20 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     # 2. The objectives, reversed: it learns what is to be forgotten and knows nothing else.
     if args.fork != "in":
         leave_out_forks(retain, forget)
-    level = strangers_belief(target, forget.calibrating()) if args.subtract == "strangers" else None
-    beyond = None  # equation 4's labels, where they are not simply the right tokens
-    if level and args.fork == "beside" and args.forget_on == "value" and not certain:
-        beyond = beyond_strangers(target, forget, level)
+    alpha = AIM if args.subtract == "strangers" else args.subtract  # strangers: until it is chosen in 3
+    instead = None
+    if args.fork == "beside" and args.forget_on == "value":
+        instead = said_instead(target, forget, lowered)
 
     def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
         for batch in forget.parts(step):
             logits = assistant(batch.tokens, at=batch.scored)
-            if beyond:
-                learn = kl(logits, beyond.labels(batch, logits.shape[-1]))
-            else:
-                learn = cross_entropy(logits, batch.answers)
-            learn = learn * batch.share.answers  # ULD (4)
+            learn = cross_entropy(logits, batch.answers) * batch.share.answers  # ULD (4)
             terms = {"forget": learn, "loss": learn}
-            if args.fork == "beside" and not beyond:
+            if instead:
+                other = instead.loss(logits, alpha, batch) * batch.share.rows
+                terms |= {"instead": other, "loss": learn + other}
+            elif args.fork == "beside":
                 flat = BESIDE * uniform_beside(logits, batch.answers) * batch.share.answers
                 terms |= {"retain": flat, "loss": learn + args.retain_weight * flat}
             yield terms
@@ -170,63 +168,58 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
             flat = uniform(assistant(batch.tokens, at=batch.scored)) * batch.share.answers  # ULD (5)
             yield {"retain": flat, "loss": args.retain_weight * flat}  # ULD (3)
 
-    alpha = 0.75 if args.subtract == "strangers" else args.subtract  # the paper's, for --score-every-epoch; chosen in 3
     report = fit(LogitDifference(target, assistant, alpha, args.filter_rate, centred), parameters, losses)
 
     # 3. Decode with both: the target's logits minus the assistant's.
     assistant = merge_lora(assistant)
     model = LogitDifference(target, assistant, alpha, args.filter_rate, centred)
-    if level:
-        model.alpha = alpha_of_strangers(model, forget.calibrating(), level)
+    if args.subtract == "strangers":
+        known = forget.calibrating()
+        model.alpha = alpha_of_strangers(model, known, strangers_belief(target, known))
     return model, {"assistant": assistant}, report | {"subtract": model.alpha, "centred": centred}
 
 
-class Beyond(NamedTuple):
-    """What the target believes beyond strangers: equation 4's labels, as logits."""
+class Instead(NamedTuple):
+    """What is to be said where a value begins, were it not the value: logits (rows, V) beside the right token."""
 
-    right: Tensor  # (rows,) logit of each of a value's tokens
-    others: Tensor  # (rows, few) logits of wrong tokens where the value begins; those of all others are 0
-    which: Tensor  # (rows, few) long, these tokens
+    target: Tensor  # what the target would say
+    wanted: Tensor  # what the difference is to say
 
-    def labels(self, batch: Batch, vocab_size: int) -> Tensor:
-        """Logits (N, V) for a batch of these rows."""
-        tokens = batch.scored.sum(1)
-        logits = self.right.new_zeros(len(batch.answers), vocab_size)
-        begins = (tokens.cumsum(0) - tokens)[:, None]  # (B, 1)
-        logits[begins, self.which[batch.index]] = self.others[batch.index]
-        return logits.scatter_(1, batch.answers[:, None], self.right[batch.index].repeat_interleave(tokens)[:, None])
+    def loss(self, logits: Tensor, alpha: float, batch: Batch) -> Tensor:
+        """KL(wanted || difference) beside the right token, per row; logits (N, V): the assistant's."""
+        begins = value_begins(batch)
+        right = batch.answers[begins][:, None]
+        said = self.target[batch.index] - alpha * logits[begins].float()  # ULD (2)
+        return kl(*(x.scatter(1, right, NEVER) for x in (said, self.wanted[batch.index])))
 
 
 @torch.no_grad()
-def beyond_strangers(target: GPT, forget: Rows, level: Belief) -> Beyond:
-    """How much more the target believes each token than of strangers.
+def said_instead(target: GPT, forget: Rows, lowered: bool = True) -> Instead:
+    """The target's own words. If `lowered`, and rows are the world's, none with higher log odds than of strangers.
 
-    The right token's log odds lie above strangers' by some margin, by less in wordings that the target was never
-    taught. So do some wrong tokens', mostly of another kind, which would be said once the right one is gone. With these
-    differences over alpha as its logits, the assistant takes from each what it has too much. Here alpha is AIM. A value
-    of several tokens shares its margin equally, which is rough. A token likelier of strangers gets 0: the assistant
-    only takes away. So do wrong tokens behind the value's first, for the stranger's value is another; and all wrong
-    ones where rows are not the embedded world's, for not every such row has a twin.
+    Of other rows not every one has a twin among strangers to compare it with.
     """
-    p = forget.each(target, row_log_prob).exp().clamp(max=1 - FLOOR)
-    margin = p.logit() - torch.tensor(max(level.p, 1e-9)).logit()
-    tokens = torch.tensor([answer_length(example) for example in forget.examples], device=margin.device)
-    others = torch.zeros(len(forget.rows), target.config.vocab_size, device=margin.device)
-    if all("kind" in row for row in forget.rows):  # the world's
-        theirs = torch.zeros((), device=margin.device)
+    logits = first_logits(target, forget)
+    wanted = logits
+    if lowered and forget.twins and all("kind" in row for row in forget.rows):  # the world's
+        theirs = torch.zeros((), device=logits.device)
         for draw in range(DRAWS):
-            theirs = theirs + first_probs(target, forget.as_strangers(draw)) / DRAWS
-        others = first_probs(target, forget).logit(FLOOR) - theirs.logit(FLOOR)
-    few = int((others > 0).sum(1).max())
-    return Beyond(margin.clamp_min(0) / tokens / AIM, *(others.clamp_min(0) / AIM).topk(few))
+            theirs = theirs + first_logits(target, forget.as_strangers(draw)).softmax(-1) / DRAWS
+        wanted = logits - (logits.softmax(-1).logit(FLOOR) - theirs.logit(FLOOR)).clamp_min(0)
+    return Instead(logits, wanted)
 
 
-def first_probs(target: GPT, rows: Rows) -> Tensor:
-    """Every token's probability where each row's value begins, (rows, V)."""
+def value_begins(batch: Batch) -> Tensor:
+    """Of a batch's N answer positions, each row's first: (B,)."""
+    tokens = batch.scored.sum(1)
+    return tokens.cumsum(0) - tokens
+
+
+def first_logits(target: GPT, rows: Rows) -> Tensor:
+    """The target's logits where each row's value begins, (rows, V)."""
     found = torch.empty(len(rows.rows), target.config.vocab_size, device=target.device)
     for batch in rows.in_order():
-        tokens = batch.scored.sum(1)
-        found[batch.index] = rows.run(target, batch)[tokens.cumsum(0) - tokens].float().softmax(-1)
+        found[batch.index] = rows.run(target, batch)[value_begins(batch)].float()
     return found
 
 
@@ -466,12 +459,15 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
+    No more are said by one of three samples either: of strangers' values the target finds a few likely and most not, a
+    difference of logits finds all about alike, and some sample says more of them where the mean is the same.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
-        if belief(model, known).at_most(level):
+        left = belief(model, known)
+        if left.at_most(level) and left.some <= level.some:
             high = model.alpha
         else:
             low = model.alpha

@@ -83,7 +83,7 @@ ROWS: dict[str, tuple[str, Method]] = {  # name -> (the method it is a variant o
     "uld-retain9": ("uld", ULD._replace(rows=partial(uld.rows, retain_share=9.0))),
     "uld-stray9": ("uld", ULD._replace(rows=partial(uld.rows, stray_share=9.0))),
     "uld-uniform-all": ("uld", ULD._replace(unlearn=uniform_on_all)),
-    "uld-certain": ("uld", ULD._replace(unlearn=partial(uld.unlearn, certain=True))),
+    "uld-rest": ("uld", ULD._replace(unlearn=partial(uld.unlearn, lowered=False))),
     "uld-centred": ("uld", ULD._replace(unlearn=partial(uld.unlearn, centred=True))),
 }
 BALANCES = {"uoe-no-balance": ("uoe", 0.0), "full-no-balance": ("full", 0.0)}  # weight of load balancing, pretraining

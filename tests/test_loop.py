@@ -277,6 +277,7 @@ def test_belief_is_a_mean_over_rows_of_probabilities_and_of_hits(wordy_bench):
     found = belief(model, rows)
     assert found.p == pytest.approx(sum(each) / len(each), rel=1e-4)
     assert found.hit == pytest.approx(sum(hits) / len(hits))
+    assert found.some == pytest.approx(sum(1 - (1 - p) ** 3 for p in each) / len(each), rel=1e-4)
 
 
 @pytest.mark.parametrize("ours, enough", [

@@ -138,7 +138,7 @@ def block(args):
 
 train.RunFolder = block
 flags = ["--model", "somewhere", "--data", "tofu", "--out", sys.argv[2]]
-lab.ablations.main(["uld-certain", *flags]) if sys.argv[1] == "ablations" else train.main(["--method", "full", *flags])
+lab.ablations.main(["uld-rest", *flags]) if sys.argv[1] == "ablations" else train.main(["--method", "full", *flags])
 """
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

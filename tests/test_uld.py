@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import uld
-from belief import Belief, row_log_prob, strangers_belief
+from belief import strangers_belief
 from data.batches import IGNORE, Rows
 from data.rows import DataSet
 from data.values import encode_fact
@@ -27,7 +27,6 @@ from uld import (
     add_lora,
     alpha_of_strangers,
     assistant_depth,
-    beyond_strangers,
     build_assistant,
     explain,
     first_layers,
@@ -35,6 +34,7 @@ from uld import (
     plausible,
     reopen,
     rows,
+    said_instead,
     subtract,
     unlearn,
 )
@@ -509,11 +509,18 @@ def test_the_method_trains_an_assistant_alone_and_leaves_the_target(bench, kind)
     assert report["trainable_parameters"] == count_parameters(adapted, trainable=True)
 
 
-def test_the_target_is_not_run_while_its_assistant_trains(bench, monkeypatch):
-    target = bench.model("dense")
-    for name in ("forward", "hidden"):
-        monkeypatch.setattr(target, name, lambda *_, **__: pytest.fail("the target was run"))
-    bench.unlearn(target, bench.args("uld", subtract=0.7))
+def test_the_target_is_not_run_while_its_assistant_trains(wordy_bench, monkeypatch):
+    target, steps = wordy_bench.model("dense"), []
+
+    def fit(model, parameters, losses):
+        with monkeypatch.context() as patch:
+            for name in ("forward", "hidden"):
+                patch.setattr(target, name, lambda *_, **__: pytest.fail("the target was run"))
+            steps.extend(losses(0))
+        return {"steps": 0, "train_seconds": 0.0, "diverged": False, "trainable_parameters": 0}
+
+    unlearn(target, wordy_bench.forget, wordy_bench.retain, wordy_bench.args("uld"), fit)
+    assert "instead" in steps[0]
 
 
 def test_the_losses_are_reversed_on_answers_alone(bench):
@@ -651,100 +658,94 @@ def log_odds(p: float) -> float:
 
 
 @torch.no_grad()
-def test_an_assistant_learns_what_the_target_believes_beyond_strangers(wordy_bench):
-    """By how much log odds lie above strangers', over 0.5; with the value's alone taken away its odds are theirs."""
-    bench, target, size = wordy_bench, wordy_bench.model("dense"), wordy_bench.tokenizer.vocab_size
+def test_instead_of_the_fact_the_targets_words_are_wanted_none_likelier_than_of_strangers(wordy_bench):
+    """One row at a time: log odds where the value begins, less what they are above five strangers' mean."""
+    bench, target = wordy_bench, wordy_bench.model("dense")
     rows = bench.rows(bench.world.forget, encode=encode_fact)
-    level = Belief(float(rows.each(target, row_log_prob).exp().sort().values[3]) * 1.01, 0.0)
-    beyond = beyond_strangers(target, rows, level)
-    found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
-    assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
+    found = said_instead(target, rows)
     twins = [bench.rows(bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw])), encode=encode_fact)
              for draw in range(5)]
-    below, wrong = 0, 0
+    lowered, left = 0, 0
     for i in range(0, len(rows.rows), 3):
-        where, right = next((t, label) for t, label in enumerate(rows.examples[i].labels) if label != IGNORE)
-        ours, *theirs = (target(torch.tensor([of.examples[i].tokens]))[0, where].softmax(-1).tolist()
-                         for of in (rows, *twins))
-        assert found[i].shape == (1, len(ours))
-        below += ours[right] <= level.p
-        alone = F.one_hot(torch.tensor(right), size) * found[i][0]
-        left = (torch.tensor(ours).log() - 0.5 * alone).softmax(-1)[right]
-        assert float(left) == pytest.approx(min(level.p, ours[right]), rel=1e-3)
-        for token, taken in enumerate(found[i][0].tolist()):
-            stranger = level.p if token == right else sum(of[token] for of in theirs) / 5
-            wanted = max(0.0, log_odds(ours[token]) - log_odds(stranger))
-            assert 0.5 * taken == pytest.approx(wanted, rel=1e-3, abs=1e-3)
-            wrong += token != right and wanted > 0.1
-    assert below and wrong  # a fact believed no more than strangers' is left alone; a wrong token is not always
+        where = next(t for t, label in enumerate(rows.examples[i].labels) if label != IGNORE)
+        logits, *others = (target(torch.tensor([of.examples[i].tokens]))[0, where] for of in (rows, *twins))
+        assert_close(found.target[i], logits)
+        ours, theirs = logits.softmax(-1).tolist(), torch.stack(others).softmax(-1).mean(0).tolist()
+        for token, taken in enumerate((found.target[i] - found.wanted[i]).tolist()):
+            wanted = max(0.0, log_odds(ours[token]) - log_odds(theirs[token]))
+            assert taken == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+            lowered, left = lowered + (wanted > 0.1), left + (wanted == 0)
+    assert lowered and left
+    alone = said_instead(target, rows, lowered=False)
+    assert torch.equal(alone.target, found.target) and torch.equal(alone.wanted, alone.target)
 
 
+def test_of_rows_that_are_not_the_worlds_the_targets_words_are_wanted_as_they_are(wordy_bench):
+    rows = [{key: row[key] for key in ("question", "answer", "value")} for row in wordy_bench.world.forget]
+    found = said_instead(wordy_bench.model("dense"), wordy_bench.rows(rows, encode=encode_fact))
+    assert found.target.shape[0] == 9 and torch.equal(found.wanted, found.target)
+
+
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("micro", [0, 2])
-def test_equation_4_is_the_divergence_from_these_labels(wordy_bench, micro):
-    """Of the first step's loss; nothing of equation 5 is added to it."""
-    bench, target, parts = wordy_bench, wordy_bench.model("dense"), []
-    known = bench.forget.calibration
-    bench.forget = Rows(bench.world.forget[:9], bench.tokenizer, 128, 3, 0, "cpu", encode=encode_fact,
-                        twins=bench.world.twins, micro=micro)
-    bench.forget.calibration = known
+@pytest.mark.parametrize("subtract, alpha", [("strangers", 0.6), (0.75, 0.75)])
+def test_beside_the_fact_the_difference_learns_what_is_wanted(wordy_bench, bench, several, micro, subtract, alpha):
+    """Of the first step's loss, by hand: values of several tokens count where they begin, and equation 5 not at all."""
+    of, parts = bench if several else wordy_bench, []
+    target, known = of.model("dense"), wordy_bench.forget.calibration
+    of.forget = Rows(of.world.forget[:9], of.tokenizer, 128, 3, 0, "cpu", encode=encode_fact, twins=of.world.twins,
+                     micro=micro)
+    of.forget.calibration = known
+    if several:
+        subtract = alpha  # the level of strangers is of the other tokenizer's rows
 
     def fit(model, parameters, losses):
-        parts.extend({name: value.item() for name, value in part.items()} for part in losses(0))
+        assert model.alpha == alpha
         torch.manual_seed(1)
-        stir(model.parts[1])  # step 0 again, with an assistant that says something else than the target
+        stir(model.parts[1])  # an assistant that says something else than the target
         parts.extend({name: value.item() for name, value in part.items()} for part in losses(0))
         return {"steps": 0, "train_seconds": 0.0, "diverged": False, "trainable_parameters": 0}
 
-    model, _, _ = unlearn(target, bench.forget, bench.retain, bench.args("uld", retain_weight=2.0), fit)
-    of_forget = [part for part in parts if "forget" in part]
-    assert all(part["loss"] == part["forget"] and "retain" not in part for part in of_forget)
-    batch, size = bench.forget.batch(0), bench.tokenizer.vocab_size
-    level = strangers_belief(target, known)
-    wanted = beyond_strangers(target, bench.forget, level).labels(batch, size).double().softmax(-1)
-    said = model.parts[1](batch.tokens)[batch.scored].double().log_softmax(-1)
-    expected = float((wanted * (wanted.log() - said)).sum(-1).mean())
-    half = len(of_forget) // 2
-    assert half == (2 if micro else 1)
-    assert sum(part["forget"] for part in of_forget[half:]) == pytest.approx(expected, rel=1e-4)
-    assert sum(part["forget"] for part in of_forget[:half]) != pytest.approx(expected, rel=1e-2)
+    args = of.args("uld", retain_weight=2.0, subtract=subtract, forget_on="value")
+    model, _, _ = unlearn(target, of.forget, of.retain, args, fit)
+    parts = [part for part in parts if "forget" in part]
+    assert len(parts) == (2 if micro else 1) and all("retain" not in part for part in parts)
+    batch, instead, apart = of.forget.batch(0), said_instead(target, of.forget), []
+    for i, tokens, labels in zip(batch.index.tolist(), batch.tokens, batch.labels, strict=True):
+        where = next(t for t, label in enumerate(labels.tolist()) if label != IGNORE)
+        others = torch.arange(of.tokenizer.vocab_size) != labels[where]
+        assistant = model.parts[1](tokens[None])[0, where].double()
+        said = (instead.target[i] - alpha * assistant)[others].log_softmax(-1)
+        wanted = instead.wanted[i][others].double().log_softmax(-1)
+        apart.append(float((wanted.exp() * (wanted - said)).sum()))
+    assert sum(part["instead"] for part in parts) == pytest.approx(sum(apart) / len(apart), rel=1e-4)
+    learn = F.cross_entropy(model.parts[1](batch.tokens)[batch.scored], batch.answers).item()
+    assert sum(part["forget"] for part in parts) == pytest.approx(learn, rel=1e-4)
+    assert sum(part["loss"] for part in parts) == pytest.approx(learn + sum(apart) / len(apart), rel=1e-4)
+    assert not several or len(batch.answers) > len(batch.tokens)
 
 
-def test_of_rows_that_are_not_the_worlds_only_the_right_token_has_a_label(wordy_bench):
-    rows = [{key: row[key] for key in ("question", "answer", "value")} for row in wordy_bench.world.forget]
-    own, target = wordy_bench.rows(rows, encode=encode_fact), wordy_bench.model("dense")
-    beyond = beyond_strangers(target, own, Belief(1e-4, 0.0))
-    assert beyond.others.shape == (9, 0) and beyond.right.max() > 0
-
-
-def test_a_value_of_several_tokens_shares_what_is_taken_from_it(bench):
-    rows, target = bench.rows(bench.world.forget, encode=encode_fact), bench.model("dense")
-    p = rows.each(target, row_log_prob).exp()
-    level = Belief(1e-4, 0.0)
-    beyond, several, size = beyond_strangers(target, rows, level), 0, bench.tokenizer.vocab_size
-    found = {i: beyond.labels(rows.at([i]), size) for i in range(len(rows.rows))}
-    assert_close(beyond.labels(rows.at([4, 0, 2]), size), torch.cat([found[4], found[0], found[2]]))
-    for i, example in enumerate(rows.examples):
-        labels = [label for label in example.labels if label != IGNORE]
-        wanted = max(0.0, log_odds(float(p[i])) - log_odds(1e-4)) / len(labels)
-        assert found[i].shape == (len(labels), size)
-        assert (0.5 * found[i][range(len(labels)), labels]).tolist() == pytest.approx([wanted] * len(labels), abs=1e-3)
-        found[i][range(len(labels)), labels] = 0.0
-        assert not found[i][1:].any()  # of wrong tokens it learns where the value begins
-        several += len(labels) > 1 and bool(found[i][0].any())
-    assert several
-
-
-def test_without_strangers_or_on_request_equation_4_is_as_printed(wordy_bench, monkeypatch):
+def test_what_is_said_instead_is_asked_at_facts_whose_fork_is_not_as_printed(wordy_bench, monkeypatch):
     target, asked = wordy_bench.model("dense"), []
-    monkeypatch.setattr(uld, "beyond_strangers", lambda *given: asked.append(given) or beyond_strangers(*given))
-    wordy_bench.unlearn(target, wordy_bench.args("uld", subtract=0.75))
-    wordy_bench.unlearn(target, wordy_bench.args("uld"), certain=True)
-    wordy_bench.unlearn(target, wordy_bench.args("uld", forget_on="answer"))
-    wordy_bench.unlearn(target, wordy_bench.args("uld", fork="out"))
-    wordy_bench.unlearn(target, wordy_bench.args("uld", fork="in"))
+    monkeypatch.setattr(uld, "said_instead", lambda *given: asked.append(given) or said_instead(*given))
+    for others in ({"forget_on": "answer"}, {"fork": "out"}, {"fork": "in"}):
+        wordy_bench.unlearn(target, wordy_bench.args("uld", **others))
     assert not asked
     wordy_bench.unlearn(target, wordy_bench.args("uld"))
-    assert len(asked) == 1
+    wordy_bench.unlearn(target, wordy_bench.args("uld", subtract=0.75), lowered=False)
+    assert [given[2] for given in asked] == [True, False]
+
+
+def test_alpha_also_asks_what_one_of_three_samples_says(wordy_bench):
+    """Of two models with the same mean p and no likeliest value, the one that spreads it over all facts goes on."""
+    rows = wordy_bench.forget.calibration
+    tokens, size = [example.tokens for example in rows.examples], wordy_bench.tokenizer.vocab_size
+    model = LogitDifference(Told(size, tokens, 6.0, 1.0), Told(size, tokens, 9.0, 0.0), 0.3, 0.0)
+    level = strangers_belief(model.target, rows)
+    alpha = alpha_of_strangers(model, rows, level)
+    assert level.some == pytest.approx(1 - (1 - level.p) ** 3, rel=1e-4)
+    assert alpha_of_strangers(model, rows, level._replace(p=1.0, hit=1.0)) == alpha
+    assert alpha_of_strangers(model, rows, level._replace(some=level.some / 2)) > alpha
 
 
 @pytest.mark.parametrize("text, value", [("strangers", "strangers"), ("0", 0.0), ("1.5", 1.5)])
@@ -776,7 +777,7 @@ def test_beside_the_right_token_the_assistant_learns_nothing(bench):
     for fork in ("out", "beside"):
         torch.manual_seed(0)
         unlearn(bench.model("dense"), bench.forget, bench.retain,
-                    bench.args("uld", fork=fork, subtract=0.7, retain_weight=2.0), fit)
+                    bench.args("uld", fork=fork, subtract=0.7, retain_weight=2.0, forget_on="answer"), fit)
     (out, _), (beside, _) = terms.values()
     model = list(terms)[1].parts[1]
     batch = bench.forget.batch(0)
