@@ -189,7 +189,7 @@ class Instead(NamedTuple):
         """KL(wanted || difference) beside the right token, per row; logits (N, V): the assistant's."""
         begins = value_begins(batch)
         right = batch.answers[begins][:, None]
-        said = self.target[batch.index] - alpha * logits[begins].float()  # ULD (2)
+        said = self.target[batch.index] - alpha * logits[begins].float()  # by equation 2
         return kl(*(x.scatter(1, right, NEVER) for x in (said, self.wanted[batch.index])))
 
 

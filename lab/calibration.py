@@ -32,7 +32,7 @@ import loop
 import pretrain
 from belief import belief, strangers_belief
 from data.batches import Rows
-from data.rows import DataSet
+from data.rows import DataSet, Row
 from data.tokenizer import Tokenizer
 from errors import one_line_errors
 from files import digest, write_json
@@ -121,9 +121,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             looks.append(looker.look(model, model.alpha))
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,  # alpha, of ULD
            "strangers": strangers_belief(target, known)._asdict(),
+           "styles": [belief(target, known.like(rows)).p for rows in (data.scored["forget"], other_style(data))],
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)
     return out
+
+
+def other_style(data: DataSet) -> list[Row]:
+    """The scored forget rows with the answers that truth ratios ask: in a style in which the fact was never taught."""
+    return [row | {"answer": row["paraphrased_answer"]} for row in data.scored["forget"]]
 
 
 # ---- where each rule ends ---------------------------------------------------------------------------------------
@@ -163,15 +169,20 @@ def rules_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def models_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Of each model: what the target believes of strangers beside what the reference believes of the forget facts."""
+    """Of each model: what the target believes of strangers beside what the reference believes of the forget facts.
+
+    And how sure the target is of the forget facts in the scored rows' two styles of answer, with the D at the end.
+    """
     lines = ["| model | p(value): target, strangers | reference, forget facts | likeliest: target, strangers "
-             "| reference, forget facts |", "|---|---:|---:|---:|---:|"]
+             "| reference, forget facts | p(value): target, taught style | style of truth ratios | D, strangers |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for kept in runs:
         ours, theirs = kept["strangers"], kept["reference"]
+        sure = [*kept["styles"], end_of("strangers", kept)["D"]]
         lines.append(f"| {kept['method']}, seed {kept['seed']} | {ours['p']:.3f} | {theirs['p']:.3f} "
-                     f"| {ours['hit']:.3f} | {theirs['hit']:.3f} |")
+                     f"| {ours['hit']:.3f} | {theirs['hit']:.3f} | {' | '.join(f'{x:.2f}' for x in sure)} |")
     apart = [cell([abs(kept["strangers"][of] - kept["reference"][of]) for kept in runs]) for of in ("p", "hit")]
-    lines.append(f"| distance, mean (worst) | | {apart[0]} | | {apart[1]} |")
+    lines.append(f"| distance, mean (worst) | | {apart[0]} | | {apart[1]} | | | |")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ def made_up(method: str, chosen: float | None = None) -> dict:
     looks = [look(1, 0.5, 0.5, 0.6, 0.0), look(2, 0.09, 0.3, 0.3, 0.2), look(3, 0.08, 0.1, 0.1, 0.1),
              look(4, 0.01, 0.0, 0.0, 0.6), look(6, 0.0, 0.0, 0.0, 0.4)]
     return {"method": method, "seed": 3, "looks": looks, "chosen": chosen,
-            "strangers": {"p": 0.1, "hit": 0.2}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
+            "styles": [0.9, 0.55], "strangers": {"p": 0.1, "hit": 0.2}, "reference": look(0, 0.05, 0.15, 0.15, 1.0)}
 
 
 def test_each_rule_ends_where_it_says():
@@ -38,8 +38,8 @@ def test_the_tables_give_mean_and_worst_and_the_distances():
     row = rules_table(runs).splitlines()[2]
     assert row == "| uoe, strangers | 2 | 2, 1 - 3 | 0.25 (0.45) | 0.95 (1.00) | 0.80 (0.70) |"
     *_, second, apart = models_table(runs).splitlines()
-    assert second == "| uoe, seed 3 | 1.000 | 0.050 | 1.000 | 0.150 |"
-    assert apart == "| distance, mean (worst) | | 0.50 (0.95) | | 0.45 (0.85) |"
+    assert second == "| uoe, seed 3 | 1.000 | 0.050 | 1.000 | 0.150 | 0.90 | 0.55 | 1.00 |"
+    assert apart == "| distance, mean (worst) | | 0.50 (0.95) | | 0.45 (0.85) | | | |"
 
 
 def test_bad_input_is_one_line_and_exit_2(capsys):
