@@ -56,7 +56,10 @@ class Belief(NamedTuple):
 
     p: float  # mean probability of the value
     hit: float  # share whose value is the likeliest continuation
-    some: float = 0.0  # share that one of three samples says, as long as what comes before the value is said
+    in_three: float  # mean chance that one of three samples says the value, given the sentence up to it
+
+    def __str__(self) -> str:
+        return f"probability {self.p:.3f}, likeliest {self.hit:.3f}, in three samples {self.in_three:.3f}"
 
     def at_most(self, other: Belief) -> bool:
         """Whether no more is believed, by mean probability and likeliest value: a few certain facts move p little."""
@@ -84,7 +87,7 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
     asked, level = known.strangers
     if level is None or asked not in (None, target):
         level = mean_belief([belief(target, known.as_strangers(draw)) for draw in range(DRAWS)])
-        print(f"of strangers: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to get there")
+        print(f"of strangers: {level}; forget facts are to get there")
         known.strangers = target, level
     return level
 
@@ -92,6 +95,5 @@ def strangers_belief(target: GPT, known: Rows) -> Belief:
 def unread_belief(known: Rows, other: GPT) -> None:
     """Put the belief of a model that never read the facts in the place of strangers' (--never-read), whoever asks."""
     level = belief(other, known)
-    print(f"of a model that never read them: probability {level.p:.3f}, likeliest {level.hit:.3f}; forget facts are to "
-          "get there")
+    print(f"of a model that never read them: {level}; forget facts are to get there")
     known.strangers = None, level

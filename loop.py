@@ -288,7 +288,7 @@ def fitting(args: argparse.Namespace, forget: Rows, folder: Path, resume: bool =
     """The `fit(model, parameters, losses, slow, slow_factor, deep)` that a method's `unlearn` calls.
 
     args: the flags of this file, and lr, epochs, seed, method. An epoch is a pass over the forget rows.
-    after_epoch: looks at the model as it would be scored then (ULD's at alpha 0.75, before one is chosen); training
+    after_epoch: looks at the model as it would be scored then (ULD's at uld.AIM, before an alpha is chosen); training
     ends where it returns True and `deep`, a method's own condition on the model where it has one, does too.
     """
     def fit(model: LanguageModel, parameters: list[Tensor], losses: Losses, slow: tuple[Tensor, ...] = (),

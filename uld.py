@@ -19,12 +19,12 @@ Departures from the paper, and in brackets what takes each back: flags of train.
     the assistant becomes sure of every word, and the language goes with the fact.
     Where a wrong answer parts from the right one the two equations contradict each other: one asks for the right token,
     the other for all alike (--fork in: as printed, and on public models). On small models equation 5 skips that
-    position of the wrong answer, and D'_f says what to make of the tokens beside the right one: where facts have
-    values, that the difference says there what the target would (Instead), else that they be alike. --fork out does
+    position of the wrong answer, and D'_f says what to make of the tokens beside the right one: on a fact's tokens
+    that the difference says what the target would (Instead), on whole answers that they be alike. --fork out does
     neither. A head that makes one token likely makes others of its kind likely too; subtracted, they leave an answer
     that spreads over many words, where a model that never knew is sure of some, and fewer sentences stay whole.
-    On the embedded world such a word is also lowered to what the target believes of strangers: beside a genre it has
-    in mind a place, which would be said once the genre is gone (row uld-rest: it is not).
+    On the embedded world a word that the target believes there more than of strangers is lowered by that: beside a
+    genre it has in mind a place, which would be said once the genre is gone (row uld-rest: it is not lowered).
     Rows about strangers, of this topic and of all others, are part of D'_r (--strangers 0: none).
     Not the default: --start-scale 0.1, with which an assistant of a public model learns more (results/tofu.md).
     Untrained, a large model's first layers, norm and head are sure of wrong tokens, and equation 5 drowns equation 4;
@@ -78,7 +78,7 @@ DEPTH = Flag("--assistant-layers", NATURAL, 0, 0, "K; 0: a quarter of the target
 
 AIM = 0.6  # the alpha that training reckons with where strangers choose it: about where they do
 NEVER = -1e4  # logit of what cannot be said; not -inf, which times a probability of 0 is NaN
-FLOOR = 3e-5  # smaller probabilities count as this: most of the vocabulary lies there
+FLOOR = 3e-5  # smaller probabilities count as this, where most of the vocabulary lies, and larger as 1 less this
 BESIDE = 0.1  # weight of the forking token in equation 5: a sentence has some ten tokens, and it is one of them
 subtract = either(WEIGHT, "strangers")
 FLAGS = [
@@ -152,7 +152,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
     if args.fork == "beside" and args.forget_on == "value":
         instead = said_instead(target, forget, lowered)
 
-    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + beta * retain
+    def losses(step: int) -> Iterator[dict[str, Tensor]]:  # "loss" adds up to forget + instead + beta * retain
         for batch in forget.parts(step):
             logits = assistant(batch.tokens, at=batch.scored)
             learn = cross_entropy(logits, batch.answers) * batch.share.answers  # ULD (4)
@@ -180,29 +180,30 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
 
 class Instead(NamedTuple):
-    """What is to be said where a value begins, were it not the value: logits (rows, V) beside the right token."""
+    """What is to be said where a value begins, were it not the value: logits (rows, V) on the CPU, right tokens aside."""
 
     target: Tensor  # what the target would say
     wanted: Tensor  # what the difference is to say
 
     def loss(self, logits: Tensor, alpha: float, batch: Batch) -> Tensor:
-        """KL(wanted || difference) beside the right token, per row; logits (N, V): the assistant's."""
+        """KL(wanted || difference) beside the right token, per row; logits (N, V): the assistant's. Without filter."""
         begins = value_begins(batch)
         right = batch.answers[begins][:, None]
-        said = self.target[batch.index] - alpha * logits[begins].float()  # by equation 2
-        return kl(*(x.scatter(1, right, NEVER) for x in (said, self.wanted[batch.index])))
+        target, wanted = (x[batch.index.cpu()].to(logits.device) for x in self)
+        said = target - alpha * logits[begins].float()  # by equation 2
+        return kl(*(x.scatter(1, right, NEVER) for x in (said, wanted)))
 
 
 @torch.no_grad()
 def said_instead(target: GPT, forget: Rows, lowered: bool = True) -> Instead:
-    """The target's own words. If `lowered`, and rows are the world's, none with higher log odds than of strangers.
+    """The target's own words. If `lowered`, and rows are the world's, each less what its log odds are above strangers'.
 
-    Of other rows not every one has a twin among strangers to compare it with.
+    Strangers': of the mean over DRAWS of them. Of rows that are not the world's not every one has such a twin.
     """
     logits = first_logits(target, forget)
     wanted = logits
-    if lowered and forget.twins and all("kind" in row for row in forget.rows):  # the world's
-        theirs = torch.zeros((), device=logits.device)
+    if lowered and forget.draw_strangers:  # the world's
+        theirs = torch.zeros(())
         for draw in range(DRAWS):
             theirs = theirs + first_logits(target, forget.as_strangers(draw)).softmax(-1) / DRAWS
         wanted = logits - (logits.softmax(-1).logit(FLOOR) - theirs.logit(FLOOR)).clamp_min(0)
@@ -216,10 +217,10 @@ def value_begins(batch: Batch) -> Tensor:
 
 
 def first_logits(target: GPT, rows: Rows) -> Tensor:
-    """The target's logits where each row's value begins, (rows, V)."""
-    found = torch.empty(len(rows.rows), target.config.vocab_size, device=target.device)
+    """The target's logits where each row's value begins, (rows, V) float32 on the CPU."""
+    found = torch.empty(len(rows.rows), target.config.vocab_size)
     for batch in rows.in_order():
-        found[batch.index] = rows.run(target, batch)[value_begins(batch)].float()
+        found[batch.index.cpu()] = rows.run(target, batch)[value_begins(batch)].float().cpu()
     return found
 
 
@@ -459,15 +460,15 @@ def alpha_of_strangers(model: LogitDifference, known: Rows, level: Belief, halvi
     """The least alpha, to 2 / 2^halvings, at which forget facts are believed no more than `level`, strangers'.
 
     known: forget facts in wordings that neither teach nor score, labels on the value. Belief falls with alpha.
-    No more are said by one of three samples either: of strangers' values the target finds a few likely and most not, a
-    difference of logits finds all about alike, and some sample says more of them where the mean is the same.
+    Nor are more said by one of three samples: the target is sure of a few strangers' values and not of most, a
+    difference finds all about alike, and at the same mean more of them turn up in some sample.
     2, and a line that says so, where no alpha up to there is enough.
     """
     before, (low, high) = model.alpha, (0.0, 2.0)
     for _ in range(halvings):
         model.alpha = (low + high) / 2
         left = belief(model, known)
-        if left.at_most(level) and left.some <= level.some:
+        if left.at_most(level) and left.in_three <= level.in_three:
             high = model.alpha
         else:
             low = model.alpha

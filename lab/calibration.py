@@ -9,7 +9,7 @@ three rules can be read off one run:
 
     strangers   where forget facts are believed no more than strangers' are by the target (loop.until_strangers and
                 uoe.deep_as_strangers; uld.alpha_of_strangers): no reference, no scored row
-    fixed       the paper's number: 5 epochs, alpha 0.75
+    fixed       the paper's number: 5 epochs, alpha 0.75 of an assistant that was trained for strangers' (uld.AIM)
     best test   the look of the highest forget quality: takes the reference, and is chosen by what it then reports
 
 Each seed and method is kept under OUT/calibration, and done again where models, flags or the code have changed.
@@ -56,7 +56,7 @@ FLAGS = [
     Flag("--out",    str,         "out",                    None,   "where models are cached and looks are kept"),
     Flag("--page",   str,         "results/calibration.md", None,   "gets the tables, between its two markers"),
 ]
-# at: epoch or alpha; p, hit: belief.Belief's; value_said, in_frame; quality, D; of UOE enough: would it stop?
+# at: epoch or alpha; p, hit, in_three: belief.Belief's; value_said, in_frame; quality, D; of UOE enough: would it stop?
 Look = dict[str, float]
 
 
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     target, reference = (load(place / "model", device=args.device)[0] for place in places.values())
     known = forget.calibrating()
     looker, looks = Looker(data, known, reference), []
+    styles = [belief(target, known.like(rows)).p for rows in (data.scored["forget"], other_style(data))]
 
     def fit(*what, deep=None, **how) -> dict:
         stop = loop.until_strangers(target, known)
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             looks.append(looker.look(model, model.alpha))
     out = {"key": key, "method": args.method, "seed": args.seed, "looks": looks, "chosen": chosen,  # alpha, of ULD
            "strangers": strangers_belief(target, known)._asdict(),
-           "styles": [belief(target, known.like(rows)).p for rows in (data.scored["forget"], other_style(data))],
+           "styles": styles,
            "target": looker.look(target, 0), "reference": looker.look(reference, 0)}
     write_json(file, out)
     return out
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def other_style(data: DataSet) -> list[Row]:
     """The scored forget rows with the answers that truth ratios ask: in a style in which the fact was never taught."""
-    return [row | {"answer": row["paraphrased_answer"]} for row in data.scored["forget"]]
+    return [row | {"answer": row.get("paraphrased_answer", row["answer"])} for row in data.scored["forget"]]
 
 
 # ---- where each rule ends ---------------------------------------------------------------------------------------
@@ -171,7 +172,8 @@ def rules_table(runs: Sequence[dict[str, Any]]) -> str:
 def models_table(runs: Sequence[dict[str, Any]]) -> str:
     """Of each model: what the target believes of strangers beside what the reference believes of the forget facts.
 
-    And how sure the target is of the forget facts in the scored rows' two styles of answer, with the D at the end.
+    And how sure the target is of the forget facts in the scored rows' two styles of answer, beside the D at which the
+    strangers' rule ends.
     """
     lines = ["| model | p(value): target, strangers | reference, forget facts | likeliest: target, strangers "
              "| reference, forget facts | p(value): target, taught style | style of truth ratios | D, strangers |",

@@ -277,13 +277,13 @@ def test_belief_is_a_mean_over_rows_of_probabilities_and_of_hits(wordy_bench):
     found = belief(model, rows)
     assert found.p == pytest.approx(sum(each) / len(each), rel=1e-4)
     assert found.hit == pytest.approx(sum(hits) / len(hits))
-    assert found.some == pytest.approx(sum(1 - (1 - p) ** 3 for p in each) / len(each), rel=1e-4)
+    assert found.in_three == pytest.approx(sum(1 - (1 - p) ** 3 for p in each) / len(each), rel=1e-4)
 
 
 @pytest.mark.parametrize("ours, enough", [
     ((0.2, 0.3), True), ((0.1, 0.0), True), ((0.1, 0.4), False), ((0.3, 0.0), False)])
 def test_belief_is_at_most_anothers_where_both_its_numbers_are(ours, enough):
-    assert Belief(*ours).at_most(Belief(0.2, 0.3)) == enough
+    assert Belief(*ours, 0.5).at_most(Belief(0.2, 0.3, 0.4)) == enough
 
 
 def test_the_belief_of_strangers_is_the_targets_on_the_same_rows_about_nobody(knowing, wordy_bench):

@@ -662,6 +662,7 @@ def test_instead_of_the_fact_the_targets_words_are_wanted_none_likelier_than_of_
     """One row at a time: log odds where the value begins, less what they are above five strangers' mean."""
     bench, target = wordy_bench, wordy_bench.model("dense")
     rows = bench.rows(bench.world.forget, encode=encode_fact)
+    rows.draw_strangers = bench.world.strangers
     found = said_instead(target, rows)
     twins = [bench.rows(bench.world.twins(rows.rows, np.random.default_rng([0x57, 0, draw])), encode=encode_fact)
              for draw in range(5)]
@@ -681,7 +682,7 @@ def test_instead_of_the_fact_the_targets_words_are_wanted_none_likelier_than_of_
 
 
 def test_of_rows_that_are_not_the_worlds_the_targets_words_are_wanted_as_they_are(wordy_bench):
-    rows = [{key: row[key] for key in ("question", "answer", "value")} for row in wordy_bench.world.forget]
+    rows = [{key: row[key] for key in ("question", "answer", "value", "kind")} for row in wordy_bench.world.forget]
     found = said_instead(wordy_bench.model("dense"), wordy_bench.rows(rows, encode=encode_fact))
     assert found.target.shape[0] == 9 and torch.equal(found.wanted, found.target)
 
@@ -695,9 +696,9 @@ def test_beside_the_fact_the_difference_learns_what_is_wanted(wordy_bench, bench
     target, known = of.model("dense"), wordy_bench.forget.calibration
     of.forget = Rows(of.world.forget[:9], of.tokenizer, 128, 3, 0, "cpu", encode=encode_fact, twins=of.world.twins,
                      micro=micro)
-    of.forget.calibration = known
-    if several:
-        subtract = alpha  # the level of strangers is of the other tokenizer's rows
+    of.forget.calibration, of.forget.draw_strangers = known, of.world.strangers
+    if several:  # where strangers' level would be of the other tokenizer's rows
+        subtract = alpha
 
     def fit(model, parameters, losses):
         assert model.alpha == alpha
@@ -737,15 +738,15 @@ def test_what_is_said_instead_is_asked_at_facts_whose_fork_is_not_as_printed(wor
 
 
 def test_alpha_also_asks_what_one_of_three_samples_says(wordy_bench):
-    """Of two models with the same mean p and no likeliest value, the one that spreads it over all facts goes on."""
+    """Alone it asks for the same alpha here, where all facts are believed alike; for less of it, for more alpha."""
     rows = wordy_bench.forget.calibration
     tokens, size = [example.tokens for example in rows.examples], wordy_bench.tokenizer.vocab_size
     model = LogitDifference(Told(size, tokens, 6.0, 1.0), Told(size, tokens, 9.0, 0.0), 0.3, 0.0)
     level = strangers_belief(model.target, rows)
     alpha = alpha_of_strangers(model, rows, level)
-    assert level.some == pytest.approx(1 - (1 - level.p) ** 3, rel=1e-4)
+    assert level.in_three == pytest.approx(1 - (1 - level.p) ** 3, rel=1e-4)
     assert alpha_of_strangers(model, rows, level._replace(p=1.0, hit=1.0)) == alpha
-    assert alpha_of_strangers(model, rows, level._replace(some=level.some / 2)) > alpha
+    assert alpha_of_strangers(model, rows, level._replace(in_three=level.in_three / 2)) > alpha
 
 
 @pytest.mark.parametrize("text, value", [("strangers", "strangers"), ("0", 0.0), ("1.5", 1.5)])
