@@ -180,7 +180,7 @@ def unlearn(target: GPT, forget: Rows, retain: Rows, args: argparse.Namespace, f
 
 
 class Instead(NamedTuple):
-    """What is to be said where a value begins, were it not the value: logits (rows, V) on the CPU, right tokens aside."""
+    """What is to be said where a value begins, the right token aside: logits (rows, V) on the CPU."""
 
     target: Tensor  # what the target would say
     wanted: Tensor  # what the difference is to say
