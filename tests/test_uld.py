@@ -658,7 +658,7 @@ def log_odds(p: float) -> float:
 
 
 @torch.no_grad()
-def test_instead_of_the_fact_the_targets_words_are_wanted_none_likelier_than_of_strangers(wordy_bench):
+def test_instead_of_the_fact_the_targets_words_are_wanted_less_what_is_beyond_strangers(wordy_bench):
     """One row at a time: log odds where the value begins, less what they are above five strangers' mean."""
     bench, target = wordy_bench, wordy_bench.model("dense")
     rows = bench.rows(bench.world.forget, encode=encode_fact)
